@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Default target modules per model family: one table, the methods list only their differences.
 
-`_LORA` is the reference. A value is a space-separated list of module names, or a `Pattern`: a regular expression matched against whole
-module names. The dicts handed out are kept, so an entry that a user adds to one of them is found from then on.
+`_LORA` is the reference. A value is a space-separated list of module names, or a `Pattern`: a regular expression
+matched against whole module names. The dicts handed out are kept, so an entry that a user adds is found from then on.
 """
 
 import functools
@@ -115,14 +115,12 @@ def _value(targets: str) -> Targets:
 def target_table(name: str) -> dict[str, Targets]:
     """The table of a method: model type -> list of module names or regular expression. The same dict at every call."""
     if name == "ia3_feedforward":
-        # In mt5 the last module of the list is an input projection of the feed-forward block, which is no output to rescale.
+        # mt5 rescales an input projection of the feed-forward block, as its output.
         return {family: [] if family == "mt5" else v.split()[-1:] for family, v in _IA3.items()}
     if name in _OWN:
         return {family: _value(v) for family, v in _OWN[name].items()}
     if name not in _DIFFERENCES:
-        raise KeyError(
-            f"There is no table of default target modules called {name!r}; tables: {', '.join(table_names())}."
-        )
+        raise KeyError(f"No table of default target modules is called {name!r}; there are {', '.join(table_names())}.")
     return {family: _value(v) for family, v in {**_LORA, **_DIFFERENCES[name]}.items() if v is not None}
 
 

@@ -9,14 +9,14 @@ from ._lazy import lazy_attributes, owners
 if TYPE_CHECKING:
     from ..registry import register_peft_method as register_peft_method
 
+_TABLES = [name for name in published_names() if name.split("_")[3] not in ("HIRA", "OSF")]
 _HOMES = owners(
     {
-        "peft.utils.constants": [
-            *(n for n in published_names() if n.split("_")[4] not in ("HIRA", "OSF")),
-            "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
-            *"ALLOWED_COMPUTE_DTYPES CONFIG_NAME INCLUDE_LINEAR_LAYERS_SHORTHAND SAFETENSORS_WEIGHTS_NAME".split(),
-            *"UPCAST_DTYPES WEIGHTS_NAME bloom_model_postprocess_past_key_value".split(),
-        ],
+        "peft.utils.constants": (
+            "ALLOWED_COMPUTE_DTYPES CONFIG_NAME INCLUDE_LINEAR_LAYERS_SHORTHAND SAFETENSORS_WEIGHTS_NAME UPCAST_DTYPES "
+            "WEIGHTS_NAME TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
+            "bloom_model_postprocess_past_key_value " + " ".join(_TABLES)
+        ),
         "peft.utils.error": "NoMatchingPeftModuleError PeftError",
         "peft.utils.warning": "PeftWarning",
         "peft.utils.peft_types": "PeftType TaskType register_peft_method",
@@ -36,10 +36,10 @@ _HOMES = owners(
         ),
     }
 )
-_SUBMODULES = (
-    "constants error hotswap incremental_pca integrations loftq_utils merge_utils other peft_types quantization_utils "
-    "save_and_load transformers_weight_conversion warning"
-).split()
+_SUBMODULES = [
+    *("constants", "error", "hotswap", "incremental_pca", "integrations", "loftq_utils", "merge_utils", "other"),
+    *("peft_types", "quantization_utils", "save_and_load", "transformers_weight_conversion", "warning"),
+]
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES, _SUBMODULES)

@@ -21,8 +21,8 @@ def lazy_attributes(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` for a module whose names live elsewhere.
 
-    `homes` maps a name to the absolute module that owns it. A name that its owner does not have (yet) raises AttributeError, as any missing
-    name does, so `hasattr`, `from x import y` and introspection work. Resolved names are stored in the module.
+    `homes` maps a name to the absolute module that owns it. A name that its owner lacks raises AttributeError, as any
+    missing name does, so `hasattr`, `from x import y` and introspection work. Resolved names are stored in the module.
     """
     subs = frozenset(submodules)
 

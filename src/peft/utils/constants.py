@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File names, special values, and the published names of the default-target tables (which live in `core/targets.py`)."""
+"""File names, special values, and the published names of the default-target tables, which `core/targets.py` owns."""
 
 from typing import Any
 
