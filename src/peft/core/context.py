@@ -11,14 +11,6 @@ from typing import Any
 import torch
 
 
-@dataclass(frozen=True)
-class State:
-    """An immutable setting of the switch; a new object for every change, so that layers notice by identity."""
-
-    active: tuple[str, ...]
-    disabled: bool = False
-
-
 @dataclass
 class Call:
     """Per-call data for layers. Kept until the next call starts while gradients are on, since backward may recompute layers."""
@@ -47,28 +39,37 @@ class Call:
 
 
 class Switch:
-    """Shared by the layers of one model: `state` and the data of the running `call`."""
+    """Shared by the layers of one model: the setting `key` and the data of the running `call`.
 
-    __slots__ = ("state", "call")
+    `key` is (names of the active adapters, disabled). It is compared by value, which torch.compile can guard on.
+    """
+
+    __slots__ = ("key", "call", "__weakref__")
 
     def __init__(self, active: tuple[str, ...] | list[str] = (), disabled: bool = False):
-        self.state = State(tuple(active), disabled)
+        self.key: tuple[tuple[str, ...], bool] = (tuple(active), disabled)
         self.call = Call()
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        return self.key[0]
+
+    @property
+    def disabled(self) -> bool:
+        return self.key[1]
 
     def set_active(self, names: list[str] | tuple[str, ...]) -> None:
-        self.state = State(tuple(names), self.state.disabled)
+        self.key = (tuple(names), self.key[1])
 
     def set_disabled(self, disabled: bool) -> None:
-        self.state = State(self.state.active, disabled)
+        self.key = (self.key[0], disabled)
 
     def __getstate__(self):
-        return (self.state,)
+        return self.key
 
-    def __setstate__(self, saved) -> None:
-        (self.state,) = saved
-        self.call = Call()
+    def __setstate__(self, key) -> None:
+        self.key, self.call = key, Call()
 
     def __deepcopy__(self, memo):
-        copied = Switch(self.state.active, self.state.disabled)
-        memo[id(self)] = copied
+        memo[id(self)] = copied = Switch(*self.key)
         return copied

@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter layer: state, plan and forward paths of every layer method. Methods override the hooks listed in `HOOKS`.
+
+Forward of the active names a1..ak:
+    y = map_output_ak(.. map_output_a1( B(map_input_a1(.. map_input_ak(x))) + sum_i delta_ai ))
+Input maps run last-active first: that is the order that agrees with merging one adapter after another.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..ops import low_rank
+from ..ops.low_rank import Factors
+from ..storage.base import resolve
+from . import kinds
+from .context import Switch
+from .merge import Mergeable
+from .slots import Slot, read_slots
+
+HOOKS = (
+    "factors", "delta", "delta_weight", "delta_bias", "map_input", "map_output", "map_weight", "map_bias", "unmap_weight", "unmap_bias",
+    "replace",
+)  # fmt: skip
+# Adapter dtypes that `cast_adapter_dtype` turns into float32.
+UPCAST = {torch.float16, torch.bfloat16} | {
+    getattr(torch, n) for n in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu") if hasattr(torch, n)
+}
+
+
+class AdapterLayer(Mergeable, nn.Module):
+    """A base layer with the adapters of one method; also exported as `tuners_utils.BaseTunerLayer`.
+
+    `kinds` is the domain of the maths: anything else is refused with an error that names the module.
+    """
+
+    prefix: ClassVar[str] = ""
+    method_name: ClassVar[str] = ""
+    kinds: ClassVar[tuple[type, ...]] = (kinds.Linear,)
+    prefer_weight_path: ClassVar[bool] = False  # dense deltas: one product with W + delta instead of two
+    one_active: ClassVar[bool] = False  # the method cannot combine several active adapters
+    standalone_delta: ClassVar[bool] = True  # delta_weight does not depend on the base weight (so it can become a LoRA)
+
+    slots: ClassVar[dict[str, Slot]] = {}
+    hooks: ClassVar[frozenset[str]] = frozenset()
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    by_kind: ClassVar[dict[str, type["AdapterLayer"]]] = {}
+
+    def __init_subclass__(cls, _of_kind: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.slots = read_slots(cls)
+        cls.adapter_layer_names = tuple(s.name for s in cls.slots.values() if s.role == "trainable")
+        cls.other_param_names = tuple(s.name for s in cls.slots.values() if s.role == "aux")
+        cls.hooks = frozenset(h for h in HOOKS if getattr(cls, h) is not getattr(AdapterLayer, h))
+        if not _of_kind:
+            cls.by_kind = {}
+            for kind in cls.kinds:
+                cls._export(kind)
+
+    @classmethod
+    def _export(cls, kind: type[kinds.LayerKind]) -> type["AdapterLayer"]:
+        """The class for layers of one kind, importable from the method's module (`peft.tuners.lora.layer.Linear`)."""
+        name = kind.class_name
+        if name not in cls.by_kind:
+            made = type(name, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__}, _of_kind=True)
+            cls.by_kind[name] = made
+            module = sys.modules[cls.__module__]
+            if name not in vars(module):
+                setattr(module, name, made)
+        return cls.by_kind[name]
+
+    @classmethod
+    def supports(cls, module: nn.Module) -> bool:
+        return kinds.pick(module, cls.kinds) is not None
+
+    @classmethod
+    def wrap(cls, module: nn.Module, switch: Switch, kind: type[kinds.LayerKind] | None = None) -> "AdapterLayer":
+        """An adapter layer around `module`, without adapters yet."""
+        kind = kind or kinds.pick(module.get_base_layer() if isinstance(module, AdapterLayer) else module, cls.kinds)
+        if kind is None:
+            raise TypeError(f"{cls.method_name} cannot adapt a {type(module).__name__}")
+        return cls._export(kind)(module, kind=kind, switch=switch)
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        config: Any = None,
+        *,
+        kind: type[kinds.LayerKind] | None = None,
+        switch: Switch | None = None,
+        **overrides: Any,
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        innermost = self.get_base_layer()
+        kind = kind or kinds.pick(innermost, type(self).kinds)
+        if kind is None:
+            raise TypeError(f"{type(self).__name__} of {self.method_name} cannot adapt a {type(innermost).__name__}")
+        self.kind = kind
+        self.storage = resolve(innermost)
+        self.switch = switch or Switch((adapter_name,) if adapter_name else ())
+        shape = kind.shape(innermost)
+        self.out_features, self.in_features = shape[-2:] if issubclass(kind, kinds.Parameter) else shape[:2]
+        self.fan_in_fan_out = kind.transposed and kind.is_linear
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self._names: dict[str, None] = {}
+        self._local: tuple[tuple[str, ...], bool] | None = None
+        self._seen: Any = None
+        self._plan: tuple[str, ...] = ()
+        self._path = "activation"
+        self._saved_weights: dict[str, Any] = {}
+        for slot in self.slots.values():
+            setattr(self, slot.name, slot.container())
+        if adapter_name is not None:
+            self.update_layer(adapter_name, config, **overrides)
+
+    # ---- hooks -----------------------------------------------------------------------------------------------------------------
+    def create(self, name: str, cfg: Any) -> None:
+        """Allocate and initialise adapter `name` in the slots. Buffers and seeded draws say device="cpu"; parameters say no device."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement create")
+
+    def factors(self, name: str) -> Factors:
+        """A [r, in], B [out, r], scale, dropout probability of a low-rank delta s·B·A. May depend on parameters through autograd."""
+        raise NotImplementedError(f"{type(self).__name__} has no low-rank factors")
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Additive output for input `x` (in the adapter's dtype); `y` is the base output."""
+        if self.factored:
+            return low_rank.delta(x, self.factors(name), self.training)
+        return self.kind.call(self.get_base_layer(), x, self.delta_weight(name), self.delta_bias(name))
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        """Additive canonical weight [out, in, *kernel]."""
+        A, B, scale, _ = self.factors(name)
+        return (B @ A) * scale
+
+    def delta_bias(self, name: str) -> torch.Tensor | None:
+        return None
+
+    def map_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def map_output(self, name: str, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        """The canonical weight after the adapter."""
+        return w
+
+    def map_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
+        return b
+
+    def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        return w
+
+    def unmap_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
+        return b
+
+    def replace(self, name: str) -> nn.Module | None:
+        """A module called instead of the base layer."""
+        return None
+
+    def trainable_slots(self, name: str) -> tuple[str, ...]:
+        """Slots of adapter `name` that get gradients; methods that freeze one of theirs override it."""
+        return self.adapter_layer_names
+
+    # ---- the base layer --------------------------------------------------------------------------------------------------------
+    def get_base_layer(self) -> nn.Module:
+        layer = self.base_layer
+        while isinstance(layer, AdapterLayer):
+            layer = layer.base_layer
+        return layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        base = self.get_base_layer()
+        return base.qweight if hasattr(base, "qweight") else base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.get_base_layer().bias  # type: ignore[return-value]
+
+    # ---- state -----------------------------------------------------------------------------------------------------------------
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return list(self._names)
+
+    @property
+    def _key(self) -> tuple[tuple[str, ...], bool]:
+        return self._local or self.switch.key
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._key[0])
+
+    active_adapter = active_adapters
+
+    @property
+    def _active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | list[str]) -> None:
+        self._local = (tuple([names] if isinstance(names, str) else names), self._key[1])
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._key[1]
+
+    @property
+    def _disable_adapters(self) -> bool:
+        return self._key[1]
+
+    @_disable_adapters.setter
+    def _disable_adapters(self, value: bool) -> None:
+        self._local = (self._key[0], value)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def mergeable(self) -> bool:
+        weight_hooks = {"delta_weight", "factors", "delta_bias", "map_weight", "map_bias", "replace"}
+        return bool(self.hooks & weight_hooks) and (self.storage.writable or "replace" in self.hooks)
+
+    @property
+    def factored(self) -> bool:
+        return "factors" in self.hooks and self.kind.is_linear
+
+    @property
+    def quantization_backend(self) -> str | None:
+        return self.storage.label
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return self.standalone_delta and self.kind.is_linear and bool(self.hooks & {"delta_weight", "factors"})
+
+    def update_layer(self, name: str, config: Any, **overrides: Any) -> None:
+        """Create adapter `name` (again), move it to the base layer's device and dtype, set its gradients."""
+        config = config.with_values(**overrides) if overrides else config
+        if name in self._names:
+            self.drop(name)
+        self.create(name, config)
+        self._names[name] = None
+        self.move_adapter(name)
+        self.set_requires_grad(name, name in self._key[0] and not config.inference_mode)
+        self._seen = None
+
+    def drop(self, name: str) -> None:
+        """Remove adapter `name` from every slot; the switch is not touched."""
+        for slot in self.slots.values():
+            container = getattr(self, slot.name)
+            if slot.role != "shared" and name in container:
+                del container[name]
+        self._names.pop(name, None)
+        self._seen = None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer alone; if it was active, another one of the layer takes its place."""
+        if adapter_name not in self:
+            return
+        self.drop(adapter_name)
+        active = [n for n in self.active_adapters if n != adapter_name]
+        if adapter_name in self.active_adapters:
+            if not active and self._names:
+                active = sorted(self._names)[:1]
+                warnings.warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.", stacklevel=2)
+            self.set_adapter(active)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate adapters on this layer only, until the model is switched again."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        if self.merged and names != self._key[0]:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge()
+        self.set_requires_grad(list(self._names), False)
+        self.set_requires_grad(names, not inference_mode)
+        local = (names, self._key[1])
+        self._local = None if local == self.switch.key else local
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn the adapters of this layer on or off; off also freezes them."""
+        self.set_requires_grad(self.active_adapters if enabled else list(self._names), enabled)
+        local = (self._key[0], not enabled)
+        self._local = None if local == self.switch.key else local
+
+    def parameters_of(self, name: str, trainable: bool = False) -> Iterator[nn.Parameter]:
+        """Parameters of adapter `name` on this layer."""
+        for slot_name in self.trainable_slots(name) if trainable else self.adapter_layer_names:
+            container = getattr(self, slot_name)
+            if name not in container:
+                continue
+            if isinstance(container, nn.ModuleDict):
+                yield from container[name].parameters()
+            else:
+                yield container[name]
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            if name not in self._names:
+                continue
+            for parameter in self.parameters_of(name, trainable=requires_grad):
+                if parameter.is_leaf:
+                    parameter.requires_grad_(requires_grad)
+
+    def _own_tensors(self, name: str) -> Iterator[tuple[Any, str, torch.Tensor]]:
+        """(owner, attribute, tensor) of everything that adapter `name` holds here, shared containers included."""
+        for slot in self.slots.values():
+            container = getattr(self, slot.name)
+            if not slot.is_module or name not in container:
+                continue
+            if isinstance(container, nn.ModuleDict):
+                for module in container[name].modules():
+                    yield from ((module, k, p) for k, p in module._parameters.items() if p is not None)
+                    yield from ((module, k, b) for k, b in module._buffers.items() if b is not None)
+            else:
+                yield container, name, container[name]
+
+    def move_adapter(self, name: str) -> None:
+        """Move adapter `name` to the device and (floating) dtype of the base weight; meta tensors and integers keep what they are."""
+        base = self.get_base_layer()
+        weight = base.out_proj.weight if self.kind is kinds.MultiheadAttention else self._reference_tensor(base)
+        if weight is None:
+            return
+        dtype = getattr(base, "compute_dtype", None) or weight.dtype
+        dtype = dtype if dtype.is_floating_point or dtype.is_complex else None
+        for owner, attr, tensor in self._own_tensors(name):
+            floating = tensor.is_floating_point() or tensor.is_complex()
+            want = dtype if floating and dtype is not None else tensor.dtype
+            device = weight.device if tensor.device.type != "meta" else tensor.device
+            if tensor.dtype != want or tensor.device != device:
+                replace_tensor(owner, attr, tensor, tensor.data.to(device, want))
+
+    def _reference_tensor(self, base: nn.Module) -> torch.Tensor | None:
+        for attr in ("qweight", "W_q", self.kind.weight_name, "weight"):
+            found = getattr(base, attr, None)
+            if isinstance(found, torch.Tensor):
+                return found
+        return next(base.parameters(), None)
+
+    def cast_adapter(self, name: str) -> None:
+        """Float32 copies of adapter tensors in half or quarter precision."""
+        for owner, attr, tensor in self._own_tensors(name):
+            is_entry = isinstance(owner, nn.Module) and attr in owner._parameters or attr == name
+            if tensor.dtype in UPCAST and is_entry:
+                replace_tensor(owner, attr, tensor, tensor.data.to(torch.float32))
+        self._seen = None
+
+    def _apply(self, fn, recurse: bool = True):
+        self._seen = None  # dtypes and devices may change
+        return super()._apply(fn, recurse)
+
+    # ---- forward ---------------------------------------------------------------------------------------------------------------
+    def _replan(self, key: tuple[tuple[str, ...], bool]) -> None:
+        names, disabled = key
+        self._plan = () if disabled or self.merged_adapters else tuple(n for n in names if n in self._names)
+        if (self.one_active or "replace" in self.hooks) and len(self._plan) > 1:
+            raise ValueError(f"{self.method_name} supports only one active adapter per layer, got {list(self._plan)}.")
+        self._path = self._choose_path()
+        self._seen = key
+
+    def _choose_path(self) -> str:
+        if "replace" in self.hooks:
+            return "replace"
+        if self.kind.substituted:
+            return "substitution"
+        activation_hooks = {"delta", "map_input", "map_output"}
+        if "map_weight" in self.hooks and not self.hooks & activation_hooks:
+            return "weight"
+        if self.factored and not self.hooks & activation_hooks:
+            return "factored"
+        return "prefer_weight" if self.prefer_weight_path else "activation"
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        key = self._local or self.switch.key
+        if key != self._seen:
+            self._replan(key)
+        if self.switch.call.adapter_names is not None and not key[1]:
+            return self._forward_rows(x, *args, **kwargs)
+        if self._plan:
+            return self._adapt(self._plan, x, *args, **kwargs)
+        if self.merged_adapters and key[1]:
+            self.unmerge()
+        return self.base_layer(x, *args, **kwargs)
+
+    def _adapt(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        path = self._path
+        if path == "factored":
+            return self._adapt_factored(names, x, *args, **kwargs)
+        if path == "activation":
+            return self._adapt_activations(names, x, *args, **kwargs)
+        if path == "replace":
+            return self.replace(names[0])(x, *args, **kwargs)  # type: ignore[misc]
+        if path == "substitution":
+            return self._adapt_substituted(names, x, *args, **kwargs)
+        if path == "weight" or self._weight_path_pays(names):
+            return self._adapt_weight(names, x)
+        return self._adapt_activations(names, x, *args, **kwargs)
+
+    def _adapt_factored(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Low-rank deltas: one fused operator over a plain dense base, otherwise accumulated onto the base output."""
+        factors = tuple(self.factors(n) for n in names)
+        base = self.base_layer
+        if self.kind is kinds.Linear and self._base_is_plain(base) and self.cast_input_dtype_enabled:
+            return low_rank.linear(x, base.weight, base.bias, factors, self.training)  # type: ignore[arg-type]
+        y = self.storage.guard(base(x, *args, **kwargs))
+        return low_rank.accumulate(y, x, factors, self.training)
+
+    def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hooks, h = self.hooks, x
+        if "map_input" in hooks:
+            for n in reversed(names):
+                h = self.map_input(n, self._cast_input(n, h))
+            h = h.to(x.dtype) if h.is_floating_point() else h
+        y = base = self.storage.guard(self.base_layer(h, *args, **kwargs))
+        if hooks & {"delta", "delta_weight", "factors", "delta_bias"}:
+            for n in names:
+                y = y + self.delta(n, self._cast_input(n, h), base)
+        if "map_output" in hooks:
+            for n in names:
+                y = self.map_output(n, y, x)
+        return y.to(base.dtype)
+
+    def _adapt_weight(self, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+        base = self.get_base_layer()
+        weight, bias = self.base_weight(), self.base_bias()
+        for n in names:
+            weight, bias = self._applied(n, weight, bias)
+        dtype = self.kind.parameter(base).dtype
+        return self.kind.call(base, x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    def _adapt_substituted(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        tensors = self.replaced_tensors(names)
+        return torch.func.functional_call(self.get_base_layer(), tensors, (x, *args), kwargs)
+
+    def replaced_tensors(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Tensors (by name in the innermost base module) to call it with; nested wrappers contribute theirs."""
+        inner, found = self.base_layer, {}
+        if isinstance(inner, AdapterLayer):
+            key = inner._key
+            if key != inner._seen:
+                inner._replan(key)
+            found = inner.replaced_tensors(inner._plan)
+        if names:
+            weight = self.base_weight()
+            for n in names:
+                weight, _ = self._applied(n, weight, None)
+            found[self.kind.weight_name] = self._to_storage(weight).to(self.kind.parameter(self.get_base_layer()).dtype)
+        return found
+
+    def _base_is_plain(self, base: nn.Module) -> bool:
+        """Exact type, unhooked, with ordinary parameters: then calling the module and using its weight are the same."""
+        if type(base) not in self.kind.plain_types or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+            return False
+        if base._backward_pre_hooks or "forward" in base.__dict__:
+            return False
+        return type(self.kind.parameter(base)) in (nn.Parameter, torch.Tensor)
+
+    def _weight_path_pays(self, names: tuple[str, ...]) -> bool:
+        """Rounding W + delta to half precision would lose small deltas, so only full precision takes the weight path."""
+        base = self.base_layer
+        full = self._base_is_plain(base) and self.kind.parameter(base).dtype in (torch.float32, torch.float64)
+        return full and not torch.is_autocast_enabled(self.kind.parameter(base).device.type) and self.weight_path_allowed(names)
+
+    def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
+        """False while the method must see activations (dropout in training)."""
+        return True
+
+    def adapter_dtype(self, name: str) -> torch.dtype | None:
+        return next((p.dtype for p in self.parameters_of(name)), None)
+
+    def _cast_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if not (self.cast_input_dtype_enabled and self.kind.float_input):
+            return x
+        dtype = self.adapter_dtype(name)
+        return x if dtype is None or x.dtype == dtype else x.to(dtype)
+
+    def _forward_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Mixed batch: rows of the batch use different adapters ("__base__" = none); base rows are computed once where possible."""
+        call = self.switch.call
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+        if len(call.adapter_names or ()) != len(x):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(call.adapter_names or ())} and {len(x)} "
+                "respectively."
+            )
+        rows = {n: i for n, i in call.row_index(x.device).items() if n in self._names}
+        if not rows:
+            return self.base_layer(x, *args, **kwargs)
+        if self._path == "factored" or (self._path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}):
+            y = self.storage.guard(self.base_layer(x, *args, **kwargs))
+            for name, index in rows.items():
+                part = self.delta(name, self._cast_input(name, x[index]), y[index])
+                y = y.index_add(0, index, part.to(y.dtype))
+            return y
+        y = self.base_layer(x, *args, **kwargs)
+        if not isinstance(y, torch.Tensor):
+            raise TypeError(f"Mixed batches are not possible on {type(self.get_base_layer()).__name__} layers, whose output is not a tensor.")
+        for name, index in rows.items():
+            y = y.index_copy(0, index, self._adapt((name,), x[index], *args, **kwargs))
+        return y
+
+    def _get_name(self) -> str:
+        return f"{self.method_name}.{type(self).__name__}"
+
+    def extra_repr(self) -> str:
+        label = self.storage.label
+        return "" if label is None else f"quantization_backend={label!r}"
+
+
+def replace_tensor(owner: Any, attr: str, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Put `new` in the place of `old`: a Parameter stays one, with its requires_grad."""
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    if isinstance(owner, nn.Module) and attr in owner._parameters:
+        owner._parameters[attr] = new  # type: ignore[assignment]
+    elif isinstance(owner, nn.Module) and attr in owner._buffers:
+        owner._buffers[attr] = new
+    else:
+        owner[attr] = new
+
+
+def dropout(p: float) -> nn.Module:
+    """The published container for a dropout probability: Identity when it is 0."""
+    return nn.Dropout(p) if p > 0 else nn.Identity()
+
+
+def dropout_p(module: nn.Module) -> float:
+    return getattr(module, "p", 0.0)
+
+

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging of adapters into base weights and back, for one layer.
+
+The first merge keeps a copy of the base tensors on the CPU, and unmerging puts it back: bit by bit the same, whatever the dtype and however
+often. `merge_and_unload` never unmerges and keeps nothing.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .layer import AdapterLayer
+
+
+def check_adapters_to_merge(layer: "AdapterLayer", adapter_names: Iterable[str] | None = None) -> list[str]:
+    """The adapters to merge now: the given ones (default: the active ones) that are not merged yet."""
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
+    names = list(layer.active_adapters if adapter_names is None else adapter_names)
+    if layer.merged:
+        done = set(layer.merged_adapters)
+        names = [n for n in names if n not in done]
+        if names:
+            warnings.warn(f"Already following adapters were merged {','.join(done)}. You are now additionally merging {','.join(names)}.", stacklevel=3)
+        else:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+    return names
+
+
+class Mergeable:
+    """The merging half of AdapterLayer."""
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None, *, keep: bool = True) -> None:
+        """Write the adapters into the base layer.
+
+        `safe_merge` refuses results that are not finite, before anything is written. `keep=False` saves the memory of the copy that
+        `unmerge` needs.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self:
+                continue
+            if not self.mergeable:
+                raise TypeError(self._cannot_merge())
+            if "replace" in self.hooks:
+                self._swap(name)
+            else:
+                self._merge_one(name, safe_merge, keep)
+            self.merged_adapters.append(name)
+        self._seen = None
+
+    def _cannot_merge(self: Any) -> str:
+        if not self.storage.writable:
+            return f"Cannot merge into a {self.storage.label} weight. Load the base model unquantised to merge."
+        return f"{self.method_name} adapters depend on the input, they cannot be merged into a weight."
+
+    @torch.no_grad()
+    def _merge_one(self: Any, name: str, safe_merge: bool, keep: bool) -> None:
+        base, kind, storage = self.get_base_layer(), self.kind, self.storage
+        self.check_merge(name)
+        has_bias = self._merged_bias_changes(name)
+        additive = not self.hooks & {"map_weight", "map_bias"} and storage.label is None and not safe_merge
+        if additive:  # no full-size copies: deltas are added in place
+            delta, delta_bias = self._weight_delta(name), self.delta_bias(name)
+            self._check_bias(base, delta_bias)
+        else:
+            weight, bias = self._applied(name, self._current_weight(), kind.bias(base) if has_bias else None)
+            if safe_merge:
+                self._check_finite(name, weight, bias)
+        if keep and not self._saved_weights:
+            self._take_copy(base)
+        if additive:
+            if delta is not None:
+                self._rebase(storage.add_(base, self._to_storage(delta), kind.weight_name))
+            if delta_bias is not None:
+                kind.bias(base).data.add_(delta_bias)
+            return
+        self._rebase(storage.write(base, self._to_storage(weight), kind.weight_name))
+        if has_bias and bias is not None:
+            kind.bias(self.get_base_layer()).data.copy_(bias)
+
+    def check_merge(self: Any, name: str) -> None:
+        """Raise when this layer's adapter has no weight form (grouped convolutions ...)."""
+
+    def _merged_bias_changes(self: Any, name: str) -> bool:
+        return bool(self.hooks & {"delta_bias", "map_bias"})
+
+    def _weight_delta(self: Any, name: str) -> torch.Tensor | None:
+        return self.delta_weight(name) if self.hooks & {"delta_weight", "factors"} else None
+
+    def _check_bias(self: Any, base: Any, delta_bias: torch.Tensor | None) -> None:
+        if delta_bias is not None and self.kind.bias(base) is None:
+            raise RuntimeError(f"Impossible to merge a {self.method_name} adapter with a bias into a layer without one.")
+
+    def _applied(self: Any, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Canonical weight and bias after adapter `name`."""
+        delta = self._weight_delta(name)
+        if delta is not None:
+            weight = weight + delta
+        if "map_weight" in self.hooks:
+            weight = self.map_weight(name, weight)
+        if "delta_bias" in self.hooks and (delta_bias := self.delta_bias(name)) is not None:
+            if bias is None:
+                self._check_bias(self.get_base_layer(), delta_bias)
+            bias = delta_bias if bias is None else bias + delta_bias
+        if bias is not None and "map_bias" in self.hooks:
+            bias = self.map_bias(name, bias)
+        return weight, bias
+
+    def _check_finite(self: Any, name: str, *tensors: torch.Tensor | None) -> None:
+        if any(t is not None and not torch.isfinite(t).all() for t in tensors):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+    def _rebase(self: Any, base: torch.nn.Module) -> None:
+        """Storages whose writing makes a new base module return it."""
+        if base is not self.get_base_layer():
+            layer = self
+            while hasattr(layer.base_layer, "base_layer"):
+                layer = layer.base_layer
+            layer.base_layer = base
+
+    def _swap(self: Any, name: str) -> None:
+        """Replacement methods merge by exchanging the modules."""
+        module = self.replace(name)
+        self._saved_weights["module"] = self._saved_weights.get("module", self.base_layer)
+        self.base_layer = module
+
+    # ---- copies of the base ----------------------------------------------------------------------------------------------------
+    def _take_copy(self: Any, base: torch.nn.Module) -> None:
+        self._saved_weights["weight"] = self.storage.snapshot(base, self.kind.weight_name)
+        bias = self.kind.bias(base)
+        if bias is not None and self.hooks & {"delta_bias", "map_bias"}:
+            self._saved_weights["bias"] = bias.detach().to("cpu", copy=True)
+
+    def unmerge(self: Any) -> None:
+        """Take all merged adapters out again; the base is bit by bit what it was before the first merge."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base, saved = self.get_base_layer(), self._saved_weights
+        if "module" in saved:
+            self.base_layer = saved["module"]
+        elif saved:
+            self._rebase(self.storage.restore(base, saved["weight"], self.kind.weight_name))
+            if "bias" in saved:
+                with torch.no_grad():
+                    self.kind.bias(base).data.copy_(saved["bias"])
+        else:
+            self._subtract()
+        self._saved_weights = {}
+        self.merged_adapters.clear()
+        self._seen = None
+
+    @torch.no_grad()
+    def _subtract(self: Any) -> None:
+        """Without a copy (merged with keep=False): the inverse maps, equal up to rounding."""
+        base, kind = self.get_base_layer(), self.kind
+        if "map_weight" in self.hooks and "unmap_weight" not in self.hooks:
+            raise RuntimeError(f"{self.method_name} adapters merged with keep=False cannot be unmerged.")
+        for name in reversed(self.merged_adapters):
+            weight, bias = kind.canonical(self.storage.read(base, kind.weight_name)), kind.bias(base)
+            weight = self.unmap_weight(name, weight)
+            delta = self._weight_delta(name)
+            weight = weight if delta is None else weight - delta
+            self._rebase(self.storage.write(base, self._to_storage(weight), kind.weight_name))
+            if bias is not None and self._merged_bias_changes(name):
+                delta_bias = self.delta_bias(name)
+                bias.data.copy_(self.unmap_bias(name, bias) - (0 if delta_bias is None else delta_bias))
+
+    def base_weight(self: Any) -> torch.Tensor:
+        """The pristine canonical base weight, whatever is merged now. [out, in, *kernel]"""
+        base = self.get_base_layer()
+        if "weight" in self._saved_weights:
+            return self.kind.canonical(self.storage.thaw(self._saved_weights["weight"], base))
+        return self._current_weight()
+
+    def base_bias(self: Any) -> torch.Tensor | None:
+        """The pristine base bias."""
+        bias = self.kind.bias(self.get_base_layer())
+        saved = self._saved_weights.get("bias")
+        return bias if saved is None or bias is None else saved.to(bias.device)
+
+    def _current_weight(self: Any) -> torch.Tensor:
+        return self.kind.canonical(self.storage.read(self.get_base_layer(), self.kind.weight_name))
+
+    def _to_storage(self: Any, weight: torch.Tensor) -> torch.Tensor:
+        return self.kind.stored(weight)
+
+    @torch.no_grad()
+    def get_delta_weight(self: Any, adapter: str) -> torch.Tensor:
+        """The additive weight of an adapter in the orientation of the base weight."""
+        if self.hooks & {"delta_weight", "factors"}:
+            return self._to_storage(self.delta_weight(adapter))
+        weight = self.base_weight()
+        return self._to_storage(self.map_weight(adapter, weight) - weight)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt methods: the base class of their encoders, and the life of an encoder inside a PeftModel.
+
+An encoder owns the trainable parts of one adapter and turns them into prompt rows [1 or batch, n, d]. Rows are either put in front of the
+input embeddings (`produces = "embeds"`) or are the keys and values of virtual tokens of every layer (`produces = "kv"`). It never sees the
+base model; `prompt_inputs.py` turns its output and the arguments of a call into arguments of the base model.
+"""
+
+import sys
+import warnings
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from ..config import PromptLearningConfig
+from ..utils.peft_types import TaskType
+
+PROMPT_KEY = "prompt_embeddings"
+
+
+class BasePromptEncoder(nn.Module):
+    """Base of the encoders. A method overrides `forward`, and `export`/`load` if its file holds more than the prompt rows."""
+
+    produces: ClassVar[Literal["embeds", "kv"]] = "embeds"
+    uses_word_embeddings: ClassVar[bool] = False
+    # Encoder-decoders: rows [nv:] go in front of the decoder inputs. Otherwise they are never used (but are part of the file).
+    feeds_decoder: ClassVar[bool] = False
+    # Arguments of the model call that `loss` takes. Only read when the method overrides `loss`.
+    loss_arguments: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def create(cls, config: PromptLearningConfig, word_embeddings: nn.Module | None = None) -> "BasePromptEncoder":
+        return cls(config, word_embeddings) if cls.uses_word_embeddings else cls(config)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows: virtual tokens times the transformer submodules they are made for."""
+        return self.embedding.num_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, indices: torch.Tensor, task_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of the prompt for `indices` [1 or b, n] -> [1 or b, n, d]."""
+        raise NotImplementedError
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """The method's own loss; `labels` and `logits` [b, T, vocab] are those of the text, prompt included in the logits only."""
+        raise NotImplementedError
+
+    @classmethod
+    def has_loss(cls) -> bool:
+        return cls.loss is not BasePromptEncoder.loss
+
+    # ---- files
+    @torch.no_grad()
+    def export(self) -> dict[str, torch.Tensor]:
+        """What the file holds: the final rows, so that no re-parameterisation is needed after loading. On the CPU, detached."""
+        training = self.training
+        self.eval()  # a dropout mask must not end up in the file
+        try:
+            rows = self(torch.arange(self.rows, device=self.device).unsqueeze(0))[0]
+        finally:
+            self.train(training)
+        return {PROMPT_KEY: rows.detach().cpu()}
+
+    def load(self, state_dict: dict[str, torch.Tensor]) -> None:
+        self.embedding.load_state_dict({"weight": prompt_rows(state_dict)}, strict=True)
+
+    # Published names of the hooks that saving and loading call.
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: PromptLearningConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        return model.prompt_encoder[adapter_name].export()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: PromptLearningConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return state_dict
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}")
+
+    def _load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        self.load(state_dict)
+
+
+# The protocol's name in the architecture; the public PromptEncoder is the encoder of p-tuning.
+PromptEncoder = BasePromptEncoder
+
+
+def prompt_rows(state_dict: dict[str, torch.Tensor]) -> torch.Tensor:
+    if PROMPT_KEY not in state_dict:
+        raise KeyError(f"The adapter weights lack {PROMPT_KEY!r}, they hold {sorted(state_dict)[:5]}: not a file of a prompt method?")
+    return state_dict[PROMPT_KEY]
+
+
+def word_vectors(word_embeddings: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `ids` of the word embeddings as new float32 data (gathered first under DeepSpeed ZeRO-3)."""
+    weight = word_embeddings.weight
+    if hasattr(weight, "ds_id"):
+        from ..utils.integrations import gather_params_ctx
+
+        with gather_params_ctx([weight]):
+            return weight.detach()[ids.to(weight.device)].clone().to(torch.float32)
+    return word_embeddings(ids.to(weight.device)).detach().clone().to(torch.float32)
+
+
+# ---- configuration
+
+
+def prepare_prompt_config(config: PromptLearningConfig, model_config: Any) -> PromptLearningConfig:
+    """Fill what the base model decides (layers, widths, heads) into `config`, in place; values set by the user stay."""
+    values = _as_dict(model_config)
+    if values.get("text_config") is not None:
+        values = _as_dict(values["text_config"])
+    if config.num_layers is None:
+        found = getattr(model_config, "num_hidden_layers", None)
+        config.num_layers = found if found is not None else _first(values, "num_layers", "num_hidden_layers num_layers n_layer")
+    if config.token_dim is None:
+        config.token_dim = _first(values, "token_dim", "hidden_size n_embd d_model")
+    if config.num_attention_heads is None:
+        names = "num_attention_heads n_head num_heads encoder_attention_heads"
+        config.num_attention_heads = _first(values, "num_attention_heads", names)
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+    if _encoder_class(config).produces == "kv" and values.get("num_key_value_heads") is not None:
+        # The cache of grouped-query models is narrower than the hidden states: these two always describe the cache.
+        head_dim, heads = _cache_shape(config, values)
+        config.token_dim, config.num_attention_heads = head_dim * heads, heads
+    if getattr(config, "encoder_hidden_size", None) is None:
+        config.encoder_hidden_size = config.token_dim
+    return config
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    return config if isinstance(config, dict) else config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
+
+
+def _first(values: dict[str, Any], field: str, names: str) -> Any:
+    for name in names.split():
+        if values.get(name) is not None:
+            return values[name]
+    raise ValueError(f"Please specify `{field}` in the prompt configuration: the model configuration has none of {', '.join(names.split())}.")
+
+
+def _cache_shape(config: PromptLearningConfig, values: dict[str, Any]) -> tuple[int, int]:
+    """(head_dim, key/value heads) that the prefix is made for; the widest layer's when layers differ."""
+    heads = values["num_key_value_heads"]
+    if values.get("global_head_dim") is not None:
+        return values["global_head_dim"], values.get("num_global_key_value_heads") or heads
+    head_dim = values.get("head_dim")
+    own = head_dim if head_dim is not None else config.token_dim // config.num_attention_heads
+    overrides = values.get("per_layer_config")
+    if overrides is not None:
+        shapes = [(own, heads)]
+        for entry in (_as_dict(v) for v in (overrides.values() if isinstance(overrides, dict) else overrides)):
+            if entry.get("head_dim") is not None:
+                shapes.append((entry["head_dim"], entry.get("num_key_value_heads") or heads))
+        return max(shapes, key=lambda shape: shape[0])
+    return own, heads
+
+
+def _encoder_class(config: PromptLearningConfig) -> type[BasePromptEncoder]:
+    from ..registry import method_of
+
+    return method_of(config).tuner
+
+
+# ---- encoders of a PeftModel
+
+
+def setup_prompt_encoder(peft_model: Any, adapter_name: str, config: PromptLearningConfig) -> None:
+    """Complete `config`, freeze the base model, and create the encoder and tokens of `adapter_name`."""
+    base = peft_model.base_model
+    prepare_prompt_config(config, base.config)
+    encoder_class = _encoder_class(config)
+    if encoder_class.produces == "kv" and any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):
+        raise ValueError(f"{_name(config)} does not work with gradient checkpointing: it drops the cache that holds the prefix.")
+    if config.num_virtual_tokens is None:
+        raise TypeError(f"{type(config).__name__} needs num_virtual_tokens, the length of the prompt.")
+    _find_backbone(peft_model)
+    words = find_word_embeddings(peft_model)
+    encoder = encoder_class.create(config, words)
+    for parameter in base.parameters():
+        # Heads that an earlier adapter trains are no part of the base model.
+        if not getattr(parameter, "_is_aux", False):
+            parameter.requires_grad = False
+    device = base.device if getattr(base, "device", None) is not None else words.weight.device
+    if device.type != "meta":
+        encoder = encoder.to(device)
+    if "prompt_encoder" not in peft_model._modules:
+        peft_model.prompt_encoder = nn.ModuleDict()
+        peft_model.prompt_tokens = {}
+    peft_model.prompt_encoder[adapter_name] = encoder
+    tokens = torch.arange(config.num_virtual_tokens * config.num_transformer_submodules)
+    peft_model.prompt_tokens[adapter_name] = tokens.long()
+    # An alias: kept out of the module tree, so that the weights do not appear twice in the state dict.
+    vars(peft_model)["word_embeddings"] = words
+
+
+def _name(config: PromptLearningConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _find_backbone(peft_model: Any) -> None:
+    """Name the child that is the transformer itself, if the base model is a head around one."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return
+    for name, child in peft_model.base_model.named_children():
+        if isinstance(child, transformers.PreTrainedModel):
+            vars(peft_model)["transformer_backbone_name"] = name
+            return
+
+
+def find_word_embeddings(peft_model: Any) -> nn.Module:
+    """The module that embeds token ids; looked up on each use, since resizing the vocabulary replaces it."""
+    base = peft_model.base_model
+    if callable(getattr(base, "get_input_embeddings", None)):
+        try:
+            words = base.get_input_embeddings()
+        except NotImplementedError:
+            words = None
+        if words is not None:
+            return words
+    values = _as_dict(base.config)
+    vocab = values.get("vocab_size") or _as_dict(values.get("text_config") or {}).get("vocab_size")
+    for name, parameter in base.named_parameters():
+        if vocab is not None and getattr(parameter, "ds_shape", parameter.shape)[0] == vocab:
+            return base.get_submodule(name.rpartition(".")[0])
+    raise ValueError(f"Found no word embeddings in {type(base).__name__}: it has neither get_input_embeddings() nor a [{vocab}, d] parameter.")
+
+
+def export_prompt_state(peft_model: Any, adapter_name: str) -> dict[str, torch.Tensor]:
+    return peft_model.prompt_encoder[adapter_name].export()
+
+
+def load_prompt_state(peft_model: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+    peft_model.prompt_encoder[adapter_name].load(state_dict)
+
+
+def get_prompt_embedding_to_save(peft_model: Any, adapter_name: str) -> torch.Tensor:
+    """The rows [n, d] that are stored under `prompt_embeddings`."""
+    return export_prompt_state(peft_model, adapter_name)[PROMPT_KEY]
+
+
+def delete_prompt_adapter(peft_model: Any, adapter_name: str) -> None:
+    """Remove configuration, encoder and tokens; the first remaining adapter becomes active if this one was."""
+    if adapter_name not in peft_model.peft_config:
+        raise ValueError(f"Adapter {adapter_name!r} does not exist. Known adapters: {sorted(peft_model.peft_config)}.")
+    del peft_model.peft_config[adapter_name]
+    del peft_model.prompt_encoder[adapter_name]
+    del peft_model.prompt_tokens[adapter_name]
+    if peft_model.active_adapter != adapter_name:
+        return
+    remaining = list(peft_model.peft_config)
+    if remaining:
+        warnings.warn(f"Adapter {adapter_name!r} was active and is now deleted. Setting the active adapter to {remaining[0]!r}.", stacklevel=3)
+    peft_model.active_adapter = remaining[0] if remaining else []
+
+
+def active_encoder(peft_model: Any) -> BasePromptEncoder | None:
+    """The encoder in use; None for other methods, while disabled, and after the last adapter was deleted."""
+    if not peft_model._is_prompt_learning or peft_model._adapters_disabled or not peft_model.active_adapter:
+        return None
+    return peft_model.prompt_encoder[peft_model.active_adapter]

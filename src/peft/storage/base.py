@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a base weight is held in memory: the `WeightStorage` protocol, dense storage, and `resolve()`.
+
+Only this folder writes base tensors. Tensors are in storage orientation here; `core/kinds.py` turns them into canonical [out, in, *kernel].
+A storage is asked only for packages that the user has imported already.
+"""
+
+import importlib
+import sys
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+# Package in sys.modules -> storage module that knows its layers. Looked at in this order.
+_PACKAGES = {
+    "bitsandbytes": "bnb",
+    "hqq": "hqq",
+    "torchao": "torchao",
+    "torch.distributed.tensor": "dtensor",
+}
+# Layers whose weights can only be used by their own kernel.
+_FORWARD_ONLY = "forward_only"
+
+
+class WeightStorage(Protocol):
+    """Access to one weight of a base module. `name` is the attribute ("weight", "in_proj_weight", ...)."""
+
+    label: str | None
+    readable: bool
+    writable: bool
+
+    def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
+        """The weight as a float tensor in storage orientation (no copy when dense)."""
+        ...
+
+    def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
+        """Store `value`; returns the base module to use from now on (mostly the same object)."""
+        ...
+
+    def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
+        """Add `delta` to the weight, in place when dense."""
+        ...
+
+    def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
+        """A copy (on the CPU) from which `restore` brings the weight back bit by bit."""
+        ...
+
+    def restore(self, module: nn.Module, saved: Any, name: str = "weight") -> nn.Module: ...
+
+    def thaw(self, saved: Any, module: nn.Module) -> torch.Tensor:
+        """The float weight that a snapshot holds, on the device of `module`."""
+        ...
+
+    def guard(self, y: torch.Tensor) -> torch.Tensor:
+        """The base output, cloned where a kernel returns a view that is unsafe to add to."""
+        ...
+
+
+class DenseStorage:
+    """An ordinary floating-point parameter."""
+
+    label: str | None = None
+    readable = True
+    writable = True
+
+    def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
+        weight = getattr(module, name)
+        if weight.numel() == 0 and hasattr(weight, "ds_shape"):
+            raise RuntimeError("The base weight is partitioned by DeepSpeed ZeRO-3; gather it before reading it.")
+        return weight
+
+    @torch.no_grad()
+    def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
+        getattr(module, name).data.copy_(value)
+        return module
+
+    @torch.no_grad()
+    def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
+        weight = getattr(module, name).data
+        if weight.dtype.itemsize == 1:  # float8 has no arithmetic
+            weight.copy_((weight.to(delta.dtype) + delta).clamp(torch.finfo(weight.dtype).min, torch.finfo(weight.dtype).max))
+        else:
+            weight.add_(delta)
+        return module
+
+    def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
+        return getattr(module, name).detach().to("cpu", copy=True)
+
+    def restore(self, module: nn.Module, saved: Any, name: str = "weight") -> nn.Module:
+        return self.write(module, saved, name)
+
+    def thaw(self, saved: Any, module: nn.Module) -> torch.Tensor:
+        return saved.to(next(module.parameters()).device)
+
+    def guard(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+
+DENSE = DenseStorage()
+_dense_types: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.MultiheadAttention}
+
+
+def resolve(module: nn.Module) -> WeightStorage:
+    """The storage of a base module's weight."""
+    weight = module._parameters.get("weight")
+    if type(module) in _dense_types and (weight is None or type(weight) is nn.Parameter and type(weight.data) is torch.Tensor):
+        return DENSE
+    for package, home in _PACKAGES.items():
+        if package in sys.modules:
+            found = importlib.import_module(f"{__package__}.{home}").detect(module)
+            if found is not None:
+                return found
+    found = importlib.import_module(f"{__package__}.{_FORWARD_ONLY}").detect(module)
+    return found if found is not None else DENSE
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the module is a linear layer of a quantisation package (whatever its class is called)."""
+    return resolve(module).label is not None
