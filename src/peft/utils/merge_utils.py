@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Old address of the operators in `core/combine.py`."""
+
+from ..core.combine import (
+    calculate_majority_sign_mask,
+    dare_linear,
+    dare_ties,
+    disjoint_merge,
+    magnitude_based_pruning,
+    magnitude_prune,
+    prune,
+    random_pruning,
+    reshape_weight_task_tensors,
+    task_arithmetic,
+    ties,
+)
+
+__all__ = [
+    "calculate_majority_sign_mask",
+    "dare_linear",
+    "dare_ties",
+    "disjoint_merge",
+    "magnitude_based_pruning",
+    "magnitude_prune",
+    "prune",
+    "random_pruning",
+    "reshape_weight_task_tensors",
+    "task_arithmetic",
+    "ties",
+]
