@@ -19,6 +19,7 @@ from ..ops.low_rank import Factors
 from ..storage.base import resolve
 from . import kinds
 from .context import Switch
+from .forward import ForwardPaths
 from .merge import Mergeable
 from .slots import Slot, read_slots
 
@@ -32,7 +33,7 @@ UPCAST = {torch.float16, torch.bfloat16} | {
 }
 
 
-class AdapterLayer(Mergeable, nn.Module):
+class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     """A base layer with the adapters of one method; also exported as `tuners_utils.BaseTunerLayer`.
 
     `kinds` is the domain of the maths: anything else is refused with an error that names the module.
@@ -116,6 +117,7 @@ class AdapterLayer(Mergeable, nn.Module):
         self._plan: tuple[str, ...] = ()
         self._path = "activation"
         self._saved_weights: dict[str, Any] = {}
+        self._holders: dict[str, tuple] = {}
         for slot in self.slots.values():
             setattr(self, slot.name, slot.container())
         if adapter_name is not None:
@@ -252,6 +254,7 @@ class AdapterLayer(Mergeable, nn.Module):
             self.drop(name)
         self.create(name, config)
         self._names[name] = None
+        self._holders.pop(name, None)
         self.move_adapter(name)
         self.set_requires_grad(name, name in self._key[0] and not config.inference_mode)
         self._seen = None
@@ -263,6 +266,7 @@ class AdapterLayer(Mergeable, nn.Module):
             if slot.role != "shared" and name in container:
                 del container[name]
         self._names.pop(name, None)
+        self._holders.pop(name, None)
         self._seen = None
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -307,11 +311,27 @@ class AdapterLayer(Mergeable, nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            if name not in self._names:
-                continue
-            for parameter in self.parameters_of(name, trainable=requires_grad):
-                if parameter.is_leaf:
-                    parameter.requires_grad_(requires_grad)
+            for parameters, key in self._holders_of(name) if name in self._names else ():
+                for parameter in parameters.values() if key is None else (parameters[key],):
+                    if parameter is not None and parameter.requires_grad != requires_grad and parameter.is_leaf:
+                        parameter.requires_grad_(requires_grad and self._may_train(name, parameter))
+
+    def _holders_of(self, name: str) -> tuple[tuple[dict, str | None], ...]:
+        """Where the parameters of adapter `name` are held: (`_parameters` dict, key or None for all of it), looked up once."""
+        if name not in self._holders:
+            found: list[tuple[dict, str | None]] = []
+            for slot_name in self.adapter_layer_names:
+                container = getattr(self, slot_name)
+                if name in container:
+                    modules = container[name].modules() if isinstance(container, nn.ModuleDict) else ()
+                    found += [(m._parameters, None) for m in modules] or [(container._parameters, name)]
+            self._holders[name] = tuple(found)
+        return self._holders[name]
+
+    def _may_train(self, name: str, parameter: nn.Parameter) -> bool:
+        if len(self.trainable_slots(name)) == len(self.adapter_layer_names):
+            return True
+        return any(p is parameter for p in self.parameters_of(name, trainable=True))
 
     def _own_tensors(self, name: str) -> Iterator[tuple[Any, str, torch.Tensor]]:
         """(owner, attribute, tensor) of everything that adapter `name` holds here, shared containers included."""
@@ -359,157 +379,6 @@ class AdapterLayer(Mergeable, nn.Module):
     def _apply(self, fn, recurse: bool = True):
         self._seen = None  # dtypes and devices may change
         return super()._apply(fn, recurse)
-
-    # ---- forward ---------------------------------------------------------------------------------------------------------------
-    def _replan(self, key: tuple[tuple[str, ...], bool]) -> None:
-        names, disabled = key
-        self._plan = () if disabled or self.merged_adapters else tuple(n for n in names if n in self._names)
-        if (self.one_active or "replace" in self.hooks) and len(self._plan) > 1:
-            raise ValueError(f"{self.method_name} supports only one active adapter per layer, got {list(self._plan)}.")
-        self._path = self._choose_path()
-        self._seen = key
-
-    def _choose_path(self) -> str:
-        if "replace" in self.hooks:
-            return "replace"
-        if self.kind.substituted:
-            return "substitution"
-        activation_hooks = {"delta", "map_input", "map_output"}
-        if "map_weight" in self.hooks and not self.hooks & activation_hooks:
-            return "weight"
-        if self.factored and not self.hooks & activation_hooks:
-            return "factored"
-        return "prefer_weight" if self.prefer_weight_path else "activation"
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        key = self._local or self.switch.key
-        if key != self._seen:
-            self._replan(key)
-        if self.switch.call.adapter_names is not None and not key[1]:
-            return self._forward_rows(x, *args, **kwargs)
-        if self._plan:
-            return self._adapt(self._plan, x, *args, **kwargs)
-        if self.merged_adapters and key[1]:
-            self.unmerge()
-        return self.base_layer(x, *args, **kwargs)
-
-    def _adapt(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        path = self._path
-        if path == "factored":
-            return self._adapt_factored(names, x, *args, **kwargs)
-        if path == "activation":
-            return self._adapt_activations(names, x, *args, **kwargs)
-        if path == "replace":
-            return self.replace(names[0])(x, *args, **kwargs)  # type: ignore[misc]
-        if path == "substitution":
-            return self._adapt_substituted(names, x, *args, **kwargs)
-        if path == "weight" or self._weight_path_pays(names):
-            return self._adapt_weight(names, x)
-        return self._adapt_activations(names, x, *args, **kwargs)
-
-    def _adapt_factored(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Low-rank deltas: one fused operator over a plain dense base, otherwise accumulated onto the base output."""
-        factors = tuple(self.factors(n) for n in names)
-        base = self.base_layer
-        if self.kind is kinds.Linear and self._base_is_plain(base) and self.cast_input_dtype_enabled:
-            return low_rank.linear(x, base.weight, base.bias, factors, self.training)  # type: ignore[arg-type]
-        y = self.storage.guard(base(x, *args, **kwargs))
-        return low_rank.accumulate(y, x, factors, self.training)
-
-    def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        hooks, h = self.hooks, x
-        if "map_input" in hooks:
-            for n in reversed(names):
-                h = self.map_input(n, self._cast_input(n, h))
-            h = h.to(x.dtype) if h.is_floating_point() else h
-        y = base = self.storage.guard(self.base_layer(h, *args, **kwargs))
-        if hooks & {"delta", "delta_weight", "factors", "delta_bias"}:
-            for n in names:
-                y = y + self.delta(n, self._cast_input(n, h), base)
-        if "map_output" in hooks:
-            for n in names:
-                y = self.map_output(n, y, x)
-        return y.to(base.dtype)
-
-    def _adapt_weight(self, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
-        base = self.get_base_layer()
-        weight, bias = self.base_weight(), self.base_bias()
-        for n in names:
-            weight, bias = self._applied(n, weight, bias)
-        dtype = self.kind.parameter(base).dtype
-        return self.kind.call(base, x, weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    def _adapt_substituted(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        tensors = self.replaced_tensors(names)
-        return torch.func.functional_call(self.get_base_layer(), tensors, (x, *args), kwargs)
-
-    def replaced_tensors(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Tensors (by name in the innermost base module) to call it with; nested wrappers contribute theirs."""
-        inner, found = self.base_layer, {}
-        if isinstance(inner, AdapterLayer):
-            key = inner._key
-            if key != inner._seen:
-                inner._replan(key)
-            found = inner.replaced_tensors(inner._plan)
-        if names:
-            weight = self.base_weight()
-            for n in names:
-                weight, _ = self._applied(n, weight, None)
-            found[self.kind.weight_name] = self._to_storage(weight).to(self.kind.parameter(self.get_base_layer()).dtype)
-        return found
-
-    def _base_is_plain(self, base: nn.Module) -> bool:
-        """Exact type, unhooked, with ordinary parameters: then calling the module and using its weight are the same."""
-        if type(base) not in self.kind.plain_types or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
-            return False
-        if base._backward_pre_hooks or "forward" in base.__dict__:
-            return False
-        return type(self.kind.parameter(base)) in (nn.Parameter, torch.Tensor)
-
-    def _weight_path_pays(self, names: tuple[str, ...]) -> bool:
-        """Rounding W + delta to half precision would lose small deltas, so only full precision takes the weight path."""
-        base = self.base_layer
-        full = self._base_is_plain(base) and self.kind.parameter(base).dtype in (torch.float32, torch.float64)
-        return full and not torch.is_autocast_enabled(self.kind.parameter(base).device.type) and self.weight_path_allowed(names)
-
-    def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
-        """False while the method must see activations (dropout in training)."""
-        return True
-
-    def adapter_dtype(self, name: str) -> torch.dtype | None:
-        return next((p.dtype for p in self.parameters_of(name)), None)
-
-    def _cast_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        if not (self.cast_input_dtype_enabled and self.kind.float_input):
-            return x
-        dtype = self.adapter_dtype(name)
-        return x if dtype is None or x.dtype == dtype else x.to(dtype)
-
-    def _forward_rows(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Mixed batch: rows of the batch use different adapters ("__base__" = none); base rows are computed once where possible."""
-        call = self.switch.call
-        if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
-        if len(call.adapter_names or ()) != len(x):
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(call.adapter_names or ())} and {len(x)} "
-                "respectively."
-            )
-        rows = {n: i for n, i in call.row_index(x.device).items() if n in self._names}
-        if not rows:
-            return self.base_layer(x, *args, **kwargs)
-        if self._path == "factored" or (self._path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}):
-            y = self.storage.guard(self.base_layer(x, *args, **kwargs))
-            for name, index in rows.items():
-                part = self.delta(name, self._cast_input(name, x[index]), y[index])
-                y = y.index_add(0, index, part.to(y.dtype))
-            return y
-        y = self.base_layer(x, *args, **kwargs)
-        if not isinstance(y, torch.Tensor):
-            raise TypeError(f"Mixed batches are not possible on {type(self.get_base_layer()).__name__} layers, whose output is not a tensor.")
-        for name, index in rows.items():
-            y = y.index_copy(0, index, self._adapt((name,), x[index], *args, **kwargs))
-        return y
 
     def _get_name(self) -> str:
         return f"{self.method_name}.{type(self).__name__}"

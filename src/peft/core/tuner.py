@@ -1,0 +1,444 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TunerModel: the part of a method that sees the whole model. Hooks around injection, the shared switch, whole-model operations.
+
+Also exported as `tuners_utils.BaseTuner`. Methods set `layer_cls` (and `target_table`) and override hooks.
+"""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig
+from . import kinds, match, tied, trainable
+from .context import Switch
+from .inject import Injection, InjectionReport, walk
+from .layer import AdapterLayer
+from .offload import onload_layer
+from .slots import BufferDict
+from .targets import default_targets
+from .wrappers import AuxiliaryTrainingWrapper, set_additional_trainable_modules
+
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+
+
+class TunerModel(nn.Module):
+    """A base model with the adapters of one method; `tuner.model` is the user's model, changed in place."""
+
+    prefix: str
+    layer_cls: ClassVar[type[AdapterLayer]]
+    target_table: ClassVar[str] = "lora"  # default targets by model type, see core/targets.py
+    uses_shared_state: ClassVar[bool] = False  # the tuner owns tensors, so injection without it is impossible
+    supports_parameters: ClassVar[bool] = False  # target_parameters
+    condense_targets: ClassVar[bool] = True
+    unsupported_error: ClassVar[type[Exception]] = ValueError
+    nested: ClassVar[bool] = True  # may wrap layers of another method
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
+        existing = model.__dict__.get("peft_config")
+        if isinstance(existing, dict) and existing is not configs:
+            warnings.warn(
+                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in the model. "
+                "Make sure to know what you are doing!",
+                stacklevel=3,
+            )
+        self.peft_config: dict[str, PeftConfig] = existing if isinstance(existing, dict) else {}
+        before = dict(self.peft_config)
+        self.peft_config.update(configs)
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        self.reports: dict[str, InjectionReport] = {}
+        self._layers: list[AdapterLayer] | None = None
+        self._wrappers: list[AuxiliaryTrainingWrapper] | None = None
+        self._was_trainable: list[nn.Parameter] = []
+        self.switch = self._found_switch(model)
+        self.active_adapter: str | list[str] = adapter_name
+        self._make_shared()
+        key = self.switch.key
+        self.switch.set_active((adapter_name,))
+        try:
+            self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        except BaseException:
+            self.switch.key = key
+            self.peft_config.clear()
+            self.peft_config.update(before)
+            raise
+        model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward(*args, **kwargs)
+
+    # ---- hooks -----------------------------------------------------------------------------------------------------------------
+    def prepare(self, cfg: Any, model: nn.Module) -> None:
+        """Fill `cfg.target_modules` from the default table when the user gave none."""
+        self.user_targets = cfg.target_modules is not None
+        if cfg.target_modules is None and not getattr(cfg, "target_parameters", None):
+            cfg.target_modules = self.default_targets(cfg, model)
+
+    def default_targets(self, cfg: Any, model: nn.Module) -> Any:
+        model_type = self.get_model_config(model).get("model_type", "custom")
+        found = default_targets(self.target_table, model_type)
+        if found is None:
+            also = " or `target_parameters`" if self.supports_parameters else ""
+            raise ValueError(
+                f"Please specify `target_modules`{also} in `peft_config`: {self.method_label} has no defaults for model type {model_type!r}."
+            )
+        return found if isinstance(found, str) else set(found)
+
+    def prepare_model(self, name: str, cfg: Any, model: nn.Module) -> None:
+        """Change the model before targets are matched (LoRA: layer replication)."""
+
+    def check_config(self, name: str, cfg: Any) -> None:
+        """Refuse a configuration that cannot go with the adapters already there."""
+        others = {n: c for n, c in self.peft_config.items() if n != name}
+        if others and any(getattr(c, "bias", "none") != "none" for c in [cfg, *others.values()]):
+            raise ValueError(
+                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all adapters."
+            )
+        trainable.check_bias(cfg)
+
+    def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
+        """Refuse one target module (with an error that names `key`) before anything is changed."""
+
+    def accepts(self, module: nn.Module, cfg: Any) -> bool:
+        return self.layer_cls.supports(module)
+
+    def make_layer(self, module: nn.Module, kind: type[kinds.LayerKind] | None, cfg: Any, key: str) -> AdapterLayer:
+        """Wrap one module; LoRA looks at custom layer types first."""
+        return self.layer_cls.wrap(module, self.switch, kind)
+
+    def shared(self, name: str, cfg: Any, targets: dict[str, nn.Module]) -> None:
+        """Fill the shared containers (attributes of the tuner) before the layers are made."""
+
+    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
+        """The configuration as one layer sees it, e.g. with rank patterns applied."""
+        return cfg
+
+    def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+        """Whatever needs all layers of the adapter."""
+
+    @contextlib.contextmanager
+    def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Around one forward of the model: take this method's own arguments out of `kwargs` and leave them in `switch.call`."""
+        yield kwargs
+
+    def after_forward(self, out: Any) -> Any:
+        return out
+
+    def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Last change to what is saved for adapter `name` (keys as in the file)."""
+        return state
+
+    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """First change to what is loaded."""
+        return state
+
+    def on_delete(self, name: str) -> None:
+        """Drop what the tuner itself holds for adapter `name`."""
+
+    # ---- facts -----------------------------------------------------------------------------------------------------------------
+    @property
+    def method_label(self) -> str:
+        return self.layer_cls.method_name or type(self).__name__
+
+    def supported_kinds(self) -> list[str]:
+        return [k.name or k.__name__ for k in self.layer_cls.kinds]
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            return dataclasses.asdict(config)
+        return config
+
+    @staticmethod
+    def _found_switch(model: nn.Module) -> Switch:
+        found = next((m.switch for m in model.modules() if isinstance(m, AdapterLayer)), None)
+        return found or Switch()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.switch.active)
+
+    def layers(self) -> list[AdapterLayer]:
+        """All adapter layers of the model (of every method), inner ones of nested layers included."""
+        if self._layers is None:
+            self._layers = [m for m in self.model.modules() if isinstance(m, AdapterLayer)]
+        return self._layers
+
+    def named_layers(self) -> dict[str, AdapterLayer]:
+        return {k: m for k, m in self.model.named_modules() if isinstance(m, AdapterLayer)}
+
+    def wrappers(self) -> list[AuxiliaryTrainingWrapper]:
+        if self._wrappers is None:
+            self._wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        return self._wrappers
+
+    def forget_layers(self) -> None:
+        """The set of adapter layers or wrappers changed."""
+        self._layers = self._wrappers = None
+
+    # ---- injection -------------------------------------------------------------------------------------------------------------
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Add adapter `adapter_name` (its configuration is in `peft_config`) to `model`; a failure changes nothing."""
+        cfg = self.peft_config[adapter_name]
+        if not adapter_name or "." in adapter_name:
+            raise KeyError(f"Adapter name {adapter_name!r} can't be empty or contain a dot: it becomes part of parameter names.")
+        if adapter_name == "__base__":
+            raise ValueError("The adapter name '__base__' is reserved: in `adapter_names` it means the base model.")
+        self.check_config(adapter_name, cfg)
+        self.convert_config(cfg, model)
+        tied.check(self, cfg, model)
+        self.prepare(cfg, model)
+        self.prepare_model(adapter_name, cfg, model)
+        first = not self.layers()
+        injection = Injection(self, model, adapter_name, cfg, low_cpu_mem_usage, state_dict)
+        layers = injection.run()
+        try:
+            self.forget_layers()
+            trainable.mark_trainable(model, self, adapter_name, cfg, first)
+            self._activate(adapter_name, cfg, layers)
+            set_additional_trainable_modules(
+                model, cfg, self.get_model_config(model), adapter_name, adapter_name in self.switch.active, switch=self.switch
+            )
+        except BaseException:
+            injection.roll_back()
+            raise
+        self.forget_layers()
+        self.reports[adapter_name] = injection.report
+        self._note(self.targeted_module_names, injection.report.modules)
+        self._note(self.targeted_parameter_names, injection.report.parameters)
+        self._check_patterns(cfg, layers)
+
+    def convert_config(self, cfg: Any, model: nn.Module) -> None:
+        """Rewrite a configuration made for another layout of the same architecture (LoRA on fused experts)."""
+
+    def _activate(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+        """New adapters that are active are trainable unless loaded for inference; layers made now know the switch already."""
+        active = name in self.switch.active
+        for layer in self.layers() if active else layers.values():
+            layer._local = None
+        if active:
+            for layer in layers.values():
+                layer.set_requires_grad(name, not cfg.inference_mode)
+
+    @staticmethod
+    def _note(names: list[str], new: list[str]) -> None:
+        known = set(names)
+        names.extend(n for n in new if n not in known)
+
+    def _check_patterns(self, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            if lost := match.unmatched_patterns(getattr(cfg, field, None), layers):
+                hint = match.suggestions(lost, list(layers))
+                warnings.warn(f"Keys {lost} of `{field}` did not match any targeted module. {hint}".strip(), RuntimeWarning, stacklevel=5)
+
+    def _make_shared(self) -> None:
+        for slot in self.layer_cls.slots.values() if hasattr(type(self), "layer_cls") else ():
+            if slot.role == "shared":
+                setattr(self, slot.name, slot.container())
+
+    def link_shared(self, layer: AdapterLayer) -> None:
+        """Register the tuner's shared containers on a layer."""
+        for slot in layer.slots.values():
+            if slot.role == "shared" and getattr(layer, slot.name) is not getattr(self, slot.name):
+                setattr(layer, slot.name, getattr(self, slot.name))
+
+    def shared_containers(self) -> dict[str, BufferDict | nn.ParameterDict]:
+        """Shared slot containers by attribute name."""
+        slots = self.layer_cls.slots.values() if hasattr(type(self), "layer_cls") else ()
+        return {s.name: getattr(self, s.name) for s in slots if s.role == "shared"}
+
+    # ---- switching -------------------------------------------------------------------------------------------------------------
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate one or several adapters: they become trainable (unless `inference_mode`), all others frozen."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if any(layer.merged_adapters for layer in self.layers()):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        others = [n for n in self.peft_config if n not in names]
+        for layer in self.layers():
+            layer._local = None
+            layer.set_requires_grad(others, False)
+            layer.set_requires_grad(names, not inference_mode)
+        self.switch.set_active(names)
+        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
+        for wrapper in self.wrappers():
+            wrapper.follow_switch(names, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for part in [*self.layers(), *self.wrappers()]:
+            part.set_requires_grad(names, requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Turn all adapters off, until `enable_adapter_layers`. Their parameters are frozen meanwhile."""
+        if any(getattr(self.peft_config[n], "bias", "none") != "none" for n in self.active_adapters if n in self.peft_config):
+            warnings.warn(
+                "Careful, disabling adapter layers with bias configured does not produce the same output as the base model would without "
+                "adaption.",
+                stacklevel=2,
+            )
+        self._set_enabled(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Turn the active adapters on again; parameters get back the requires_grad that they had when they were turned off."""
+        self._set_enabled(True)
+
+    def _set_enabled(self, enabled: bool) -> None:
+        if enabled == (not self.switch.disabled) and not any(layer._local for layer in self.layers()):
+            return
+        if enabled:
+            for parameter in self._was_trainable:
+                parameter.requires_grad_(True)
+            self._was_trainable = []
+        else:
+            for part in [*self.layers(), *self.wrappers()]:
+                for name in part.adapter_names:
+                    for p in part.parameters_of(name):
+                        if p.requires_grad and p.is_leaf:
+                            self._was_trainable.append(p)
+                            p.requires_grad_(False)
+        for layer in self.layers():
+            layer._local = None
+        self.switch.set_disabled(not enabled)
+
+    # ---- merging ---------------------------------------------------------------------------------------------------------------
+    def _check_merge_allowed(self) -> None:
+        """Raise when merging is impossible for the model as a whole."""
+        tied.warn_on_merge(self)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (default: the active ones) into the base weights, keeping the layers so that they can be unmerged."""
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
+        self._check_merge_allowed()
+        for layer in self.layers():
+            with onload_layer(layer):
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take merged adapters out again. Last layer first, so that tied weights get back what they were."""
+        for layer in reversed(self.layers()):
+            with onload_layer(layer):
+                layer.unmerge()
+
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
+        """Merge and take all adapter layers away; returns the base model (the same object, changed in place)."""
+        return self._unload(True, progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """Take all adapter layers away without merging; returns the base model."""
+        return self._unload(False)
+
+    def _unload(self, merge: bool, progressbar: bool = False, safe_merge: bool = False, names: list[str] | None = None) -> nn.Module:
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got the str {names!r}.")
+        if merge:
+            self._check_merge_allowed()
+            if safe_merge:  # nothing is taken away when one layer refuses
+                self.merge_adapter(names, safe_merge=True)
+        nodes = [n for n in walk(self.model) if isinstance(n.module, (AdapterLayer, AuxiliaryTrainingWrapper))]
+        for node in _progress(nodes, progressbar, "Unloading " + ("and merging " if merge else "") + "model"):
+            self._unload_node(node.parent, node.leaf, node.module, merge, names)
+        self.forget_layers()
+        tied.after_unload(self.model)
+        self.model.__dict__.pop("peft_config", None)
+        return self.model
+
+    def _unload_node(self, parent: nn.Module, leaf: str, module: nn.Module, merge: bool, names: list[str] | None) -> None:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            setattr(parent, leaf, module.unload(merge))
+            return
+        assert isinstance(module, AdapterLayer)
+        chain = [module]
+        while isinstance(chain[-1].base_layer, AdapterLayer):
+            chain.append(chain[-1].base_layer)
+        with onload_layer(module):
+            for layer in reversed(chain):
+                if merge and layer.mergeable is False and any(n in layer for n in (names or self.active_adapters)):
+                    raise TypeError(layer._cannot_merge())
+                if merge:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # "already merged" is what safe_merge just did
+                        layer.merge(adapter_names=names, keep=False)
+                elif layer.merged:
+                    layer.unmerge()
+        base = module.get_base_layer()
+        setattr(parent, leaf, base)
+        for name, child in list(base.named_children()):
+            if isinstance(child, AdapterLayer):  # out_proj of an attention module
+                self._unload_node(base, name, child, merge, names)
+
+    # ---- the rest --------------------------------------------------------------------------------------------------------------
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter everywhere. If it was active: the other active ones stay, else the first remaining one becomes active."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist; there are {sorted(self.peft_config)}.")
+        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+            raise ValueError(f"Adapter {adapter_name} is merged; call `unmerge_adapter` before deleting it.")
+        del self.peft_config[adapter_name]
+        for layer in self.layers():
+            layer.drop(adapter_name)
+        for wrapper in self.wrappers():
+            wrapper.drop(adapter_name)
+        for container in self.shared_containers().values():
+            if adapter_name in container:
+                del container[adapter_name]
+        self.on_delete(adapter_name)
+        active = [n for n in self.active_adapters if n != adapter_name]
+        if adapter_name in self.active_adapters and not active and self.peft_config:
+            active = sorted(self.peft_config)[:1]
+            warnings.warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.", stacklevel=2)
+        if active != self.active_adapters:
+            frozen = all(self.peft_config[n].inference_mode for n in active) if active else True
+            self.set_adapter(active[0] if len(active) == 1 else active, inference_mode=frozen)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        layers = [layer for layer in self.layers() if adapter_name in layer] or self.layers()
+        return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if autocast_adapter_dtype:
+            for layer in self.layers():
+                if adapter_name in layer:
+                    layer.cast_adapter(adapter_name)
+
+
+def _progress(items: list, show: bool, text: str) -> Iterator:
+    if not show:
+        return iter(items)
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=text))

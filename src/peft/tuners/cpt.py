@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CPT: Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods, arXiv 2410.17222.
+
+Prompt = E(in-context examples) + delta, each row of delta kept within a ball: ||delta_i|| <= eps_i sqrt(d / 2048).
+A token's role is code mod 4: 1 input template, 2 input, 3 output template, 0 label (code > 0); code // 4 numbers the example; 0 none.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import PromptLearningConfig, option
+from ..core.prompt import BasePromptEncoder, word_vectors
+from ..registry import register_method
+from ..utils.peft_types import TaskType
+
+
+@dataclass
+class CPTConfig(PromptLearningConfig):
+    """Options of context-aware prompt tuning; num_virtual_tokens is the number of cpt_token_ids."""
+
+    cpt_token_ids: list[int] | None = option(None, "Token ids of the in-context examples; they become the prompt.")
+    cpt_mask: list[int] | None = option(None, "Mask of these tokens (only its length is used).")
+    cpt_tokens_type_mask: list[int] | None = option(
+        None, "Role of each token: code mod 4 is 1 input template, 2 input, 3 output template, 0 label; code // 4 is the example."
+    )
+    opt_weighted_loss_type: Literal["none", "decay"] | None = option("none", "'decay': labels of earlier examples count less in the loss.")
+    opt_loss_decay_factor: float | None = option(1.0, "Factor of the weight from one example to the one before it, with 'decay'.")
+    opt_projection_epsilon: float | None = option(0.1, "Radius of the ball for input tokens.")
+    opt_projection_format_epsilon: float | None = option(0.1, "Radius of the ball for template tokens.")
+    tokenizer_name_or_path: str | None = option(None, "Tokenizer of the examples (not used).")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise ValueError(f"CPT only works with task_type='CAUSAL_LM', got {self.task_type!r}.")
+        if self.cpt_token_ids is None:
+            self.cpt_token_ids = [0]
+        self.num_layers = self.token_dim = self.num_attention_heads = None
+        self.num_transformer_submodules = 1
+        self.num_virtual_tokens = n = len(self.cpt_token_ids)
+        if self.cpt_mask is None:
+            self.cpt_mask = [1] * n
+        if self.cpt_tokens_type_mask is None:
+            self.cpt_tokens_type_mask = [1] * n
+        lengths = {name: len(getattr(self, name)) for name in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length, got {lengths}.")
+
+
+def label_weights(codes: torch.Tensor, factor: float) -> torch.Tensor:
+    """Weight of each label position: 1 for the row's last example, times `factor` for each distinct example after it.
+
+    `codes` [b, T]: role code of label positions, 0 elsewhere. The weight is factor ** (number of distinct larger codes in the row).
+    """
+    ordered, place = codes.sort(dim=1, descending=True)
+    new = torch.zeros_like(ordered)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    later = torch.zeros_like(codes).scatter(1, place, new.cumsum(1))
+    return torch.full(codes.shape, factor, device=codes.device) ** later
+
+
+@register_method("cpt", config=CPTConfig)
+class CPTEmbedding(BasePromptEncoder):
+    """`embedding` [nv, d] frozen, `delta_embedding` [nv, d] trained (labels and tokens without a role never move), float32."""
+
+    uses_word_embeddings = True
+    loss_arguments = ("input_type_mask",)
+
+    def __init__(self, config: CPTConfig, word_embeddings: nn.Module):
+        super().__init__()
+        self.config = config
+        nv, d = config.num_virtual_tokens, config.token_dim
+        self.embedding = nn.Embedding(nv, d)
+        self.delta_embedding = nn.Embedding(nv, d)
+        nn.init.zeros_(self.delta_embedding.weight)
+        if not config.inference_mode:
+            ids = torch.tensor(config.cpt_token_ids, dtype=torch.long)
+            self.embedding.weight = nn.Parameter(word_vectors(word_embeddings, ids))
+        self.embedding.requires_grad_(False)
+        codes = torch.tensor(config.cpt_tokens_type_mask, dtype=torch.long)
+        self.register_buffer("type_codes", codes, persistent=False)  # [nv]
+        self.register_buffer("token_ids", torch.tensor(config.cpt_token_ids, dtype=torch.long), persistent=False)
+        self.register_buffer("moves", (codes % 4 != 0).unsqueeze(1), persistent=False)  # [nv, 1]
+        self.register_buffer("epsilon", self._radii(codes), persistent=False)  # [nv]
+
+    def _radii(self, codes: torch.Tensor) -> torch.Tensor:
+        config, scale = self.config, math.sqrt(self.config.token_dim / 2048)
+        radii = torch.full(codes.shape, 1e-10)
+        role = codes % 4
+        radii[(role == 1) | (role == 3)] = config.opt_projection_format_epsilon * scale
+        radii[role == 2] = config.opt_projection_epsilon * scale
+        return radii
+
+    def get_epsilon(self) -> torch.Tensor:
+        """Radius of the ball of each row of delta, [nv]."""
+        return self.epsilon
+
+    def get_projection(self) -> torch.Tensor:
+        """Delta with every row projected into its ball, [nv, d]."""
+        with torch.no_grad():
+            delta = self.delta_embedding.weight.detach()
+            norm = delta.norm(dim=1)
+            scale = torch.where(norm > 0, self.epsilon / norm.clamp(min=self.epsilon), torch.ones_like(norm))
+            return delta * scale.unsqueeze(1)
+
+    def forward(self, indices: torch.Tensor, task_ids: Any = None) -> torch.Tensor:
+        delta = self.delta_embedding.weight
+        with torch.no_grad():
+            delta.copy_(self.get_projection())
+        delta = torch.where(self.moves, delta, delta.detach())
+        return self.embedding(indices) + F.embedding(indices, delta)
+
+    def load(self, state_dict: dict[str, torch.Tensor]) -> None:
+        super().load(state_dict)
+        with torch.no_grad():  # the rows in the file are embedding + delta
+            self.delta_embedding.weight.zero_()
+
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, input_type_mask: torch.Tensor | None = None, **arguments: Any
+    ) -> torch.Tensor:
+        """Cross entropy over the label tokens of prompt and text; logits [b, nv + T, vocab], labels and input_type_mask [b, T]."""
+        batch, device = labels.shape[0], logits.device
+        if input_type_mask is None:
+            input_type_mask = torch.full_like(labels, 4)
+        labels = torch.cat([self.token_ids.to(device).expand(batch, -1), labels.to(device)], dim=1)
+        codes = self.type_codes.to(device)
+        own = input_type_mask.to(device)
+        codes = torch.cat([codes.expand(batch, -1), torch.where(own > 0, own + codes.max(), own)], dim=1)
+        is_label = (codes > 0) & (codes % 4 == 0)
+        labels = labels.masked_fill(~is_label, -100)[:, 1:]
+        counted = labels != -100
+        losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
+        if self.config.opt_weighted_loss_type == "decay":
+            weights = label_weights(codes.masked_fill(~is_label, 0)[:, 1:], self.config.opt_loss_decay_factor)
+            losses = losses * weights
+        return losses[counted].mean()

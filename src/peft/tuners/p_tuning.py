@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""P-tuning: GPT Understands, Too, arXiv 2103.10385.
+
+Input embeddings [P; E(x)] with P = MLP(E') or MLP(LSTM(E')), E' [n, d]. Only P is stored.
+"""
+
+import enum
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PromptLearningConfig, nearest, option
+from ..core.prompt import BasePromptEncoder
+from ..registry import register_method
+
+
+class PromptEncoderReparameterizationType(str, enum.Enum):
+    """The network that the prompt is the output of."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    """Options of p-tuning."""
+
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | str = option(
+        PromptEncoderReparameterizationType.MLP, "Network that makes the prompt: MLP or LSTM."
+    )
+    encoder_hidden_size: int | None = option(None, "Hidden width of that network (default: token_dim).")
+    encoder_num_layers: int = option(2, "Number of LSTM layers.")
+    encoder_dropout: float = option(0.0, "Dropout between the LSTM layers.")
+
+
+@register_method("p_tuning", config=PromptEncoderConfig)
+class PromptEncoder(BasePromptEncoder):
+    """`embedding` [n, d], then `mlp_head` or `lstm_head` and `mlp_head`; in inference mode only `embedding`, holding P."""
+
+    def __init__(self, config: PromptEncoderConfig):
+        super().__init__()
+        self.token_dim = self.input_size = self.output_size = config.token_dim
+        self.hidden_size = config.encoder_hidden_size
+        self.total_virtual_tokens = config.num_virtual_tokens * config.num_transformer_submodules
+        self.encoder_type = config.encoder_reparameterization_type
+        self.embedding = nn.Embedding(self.total_virtual_tokens, self.token_dim)
+        if not config.inference_mode:
+            self._make_heads(config)
+
+    def _make_heads(self, config: PromptEncoderConfig) -> None:
+        d, h = self.token_dim, self.hidden_size
+        if self.encoder_type == PromptEncoderReparameterizationType.LSTM:
+            self.lstm_head = nn.LSTM(
+                input_size=d,
+                hidden_size=h,
+                num_layers=config.encoder_num_layers,
+                dropout=config.encoder_dropout,
+                bidirectional=True,
+                batch_first=True,
+            )
+            self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
+        elif self.encoder_type == PromptEncoderReparameterizationType.MLP:
+            if config.encoder_num_layers != type(config).encoder_num_layers:
+                warnings.warn(
+                    f"encoder_num_layers={config.encoder_num_layers} has no effect with encoder_reparameterization_type='MLP': "
+                    "the MLP always has two hidden layers.",
+                    stacklevel=2,
+                )
+            self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
+        else:
+            valid = [t.value for t in PromptEncoderReparameterizationType]
+            raise ValueError(
+                f"Prompt encoder type not recognized: encoder_reparameterization_type={self.encoder_type!r}, "
+                f"use one of {valid}.{nearest(str(self.encoder_type), valid)}"
+            )
+
+    def forward(self, indices: torch.Tensor, task_ids: Any = None) -> torch.Tensor:
+        x = self.embedding(indices)
+        if "lstm_head" in self._modules:
+            x = self.lstm_head(x)[0]
+        return self.mlp_head(x) if "mlp_head" in self._modules else x
+
+    def load(self, state_dict: dict[str, torch.Tensor]) -> None:
+        if "mlp_head" in self._modules:
+            warnings.warn(
+                "The stored prompt is the output of the p-tuning network, which is not stored: loaded into the network's input. "
+                "Use inference_mode=True for the loaded prompt itself.",
+                stacklevel=2,
+            )
+        super().load(state_dict)
