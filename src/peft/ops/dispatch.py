@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation of an op runs: the plain switch, the predicate for fused paths, and self-check helpers.
+
+Every op has a plain path (the textbook formula by ordinary autograd) and may have a fused one. The fused path is chosen
+by predicate (`fusable`), never by a user flag; `plain()` and `use_plain()` force the plain path, for debugging and for
+the tests that compare both.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# `_requests` counts everything that asks for the plain path, in any thread. It is a module global on purpose:
+# torch.compile guards on it without a graph break, and as long as it is 0 (always, outside tests) nothing else is read.
+_requests = 0
+_everywhere = False
+_lock = threading.Lock()
+
+
+class _Depth(threading.local):
+    value = 0
+
+
+_depth = _Depth()
+DENSE = frozenset((Tensor, nn.Parameter))
+
+
+def is_plain() -> bool:
+    """Whether the plain path is forced, for this thread or for the process."""
+    return _requests > 0 and (_everywhere or _depth.value > 0)
+
+
+def _count(change: int) -> None:
+    global _requests
+    with _lock:
+        _requests += change
+
+
+@contextmanager
+def plain(enabled: bool = True) -> Iterator[None]:
+    """Force the plain path of every op inside the block, in this thread only.
+
+    The path is chosen when an op is called: its backward follows that choice even if it runs outside the block.
+    """
+    step = 1 if enabled else 0
+    _count(step)
+    _depth.value += step
+    try:
+        yield
+    finally:
+        _depth.value -= step
+        _count(-step)
+
+
+def use_plain(enabled: bool = True) -> None:
+    """Force (or stop forcing) the plain path of every op in the whole process."""
+    global _everywhere
+    if enabled != _everywhere:
+        _everywhere = enabled
+        _count(1 if enabled else -1)
+
+
+def fusable(*tensors: Tensor | None) -> bool:
+    """Whether an eager autograd function may handle `tensors`.
+
+    Tracers, function transforms, forward-mode AD and tensor subclasses (sharded, fake, quantised) get ordinary ops
+    instead, which they know how to differentiate, batch, or shard.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
+        return False
+    for t in tensors:  # noqa: SIM110 - a generator costs more than the whole rest of this function
+        if t is not None and type(t) not in DENSE:
+            return False
+    return True
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype matrix products of `x` get from an active autocast region, None without one (float64 is exempt)."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public op with the means to check it: `cases()` yields argument tuples, floating tensors are differentiated."""
+
+    name: str
+    call: Callable[..., Tensor]
+    cases: Callable[[], Iterable[tuple]]
+
+
+_registry: dict[str, Op] = {}
+
+
+def register(name: str, call: Callable[..., Tensor], cases: Callable[[], Iterable[tuple]]) -> Op:
+    """Enter an op for `self_check`; the last registration of a name wins."""
+    _registry[name] = Op(name, call, cases)
+    return _registry[name]
+
+
+def registered() -> tuple[Op, ...]:
+    return tuple(_registry.values())
+
+
+def value_and_grads(call: Callable[..., Tensor], args: Sequence) -> tuple[Tensor, list[Tensor | None]]:
+    """`call(*args)` and the gradients of a fixed random projection of it to every floating tensor among `args`."""
+    leaves = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+    torch.manual_seed(0)
+    out = call(*leaves)
+    wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+    if not wanted:
+        return out.detach(), []
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out.detach(), list(torch.autograd.grad(out, wanted, direction, allow_unused=True))
+
+
+def compare(call: Callable[..., Tensor], args: Sequence, *, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Raise AssertionError unless the chosen path and the plain path agree on `args` in value and gradient."""
+    value, grads = value_and_grads(call, args)
+    with plain():
+        reference, expected = value_and_grads(call, args)
+    torch.testing.assert_close(value, reference, rtol=rtol, atol=atol)
+    for got, want in zip(grads, expected, strict=True):
+        if got is None or want is None:
+            assert got is want, "one path gives no gradient where the other does"
+            continue
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+def self_check(names: Iterable[str] | None = None, **tolerance: float) -> None:
+    """Compare fused and plain paths of the registered ops (all of them by default) on their cases."""
+    for name in _registry if names is None else names:
+        for args in _registry[name].cases():
+            compare(_registry[name].call, args, **tolerance)

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Linear layers with low-rank additions: y = x Wᵀ + b + sum_i s_i · (drop_i(x) A_iᵀ) B_iᵀ.
+
+Precision. The plain path is the peer's: each adapter's products in that adapter's dtype, accumulated there, the sum
+cast to the base output's dtype. The fused path makes all products in the dtype of the base GEMM (`x.dtype`, or
+autocast's), with the GEMM's own fp32 accumulation: float32 factors over a bfloat16 base are rounded to bfloat16 for the
+products, and gradients come back in the factors' dtype. `peft.ops.plain()` / `use_plain()` give the peer's float32
+arithmetic instead.
+
+Memory. The fused path keeps x (the very tensor siblings keep, so the storage is shared), the rank-wide x Aᵀ, and the
+factors. Dropout masks are regenerated from a seed. An input that is modified in place after the call raises autograd's
+version error if A trains, as for a linear layer with a trainable weight; the output may be modified in place freely.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import DENSE, autocast_dtype, fusable, is_plain
+from .dropout import draw_seed, dropout, keep_mask, rescale, seedable
+
+
+class Factors(NamedTuple):
+    """One adapter. A and B may be leaves or computed, trainable or frozen."""
+
+    A: Tensor  # [r, in]
+    B: Tensor  # [out, r]
+    scale: float | Tensor = 1.0  # a number, or a tensor broadcast against x Aᵀ: 0-d (hot swap), [r], [..., 1] (gates)
+    dropout: float = 0.0  # on the input, in training
+
+
+Seeds = tuple[int | None, ...]
+# below this many elements of x a call costs Python time, not memory traffic: fewer, fatter calls win over addmm
+_SMALL = 1 << 15
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None, factors: tuple[Factors, ...], training: bool = False) -> Tensor:
+    """x [..., in], W [out, in], b [out] -> [..., out]. Base product and adapters in one autograd function."""
+    if is_plain():
+        return plain_accumulate(F.linear(x, W, b), x, factors, training)
+    if not torch.is_grad_enabled():
+        return _infer(F.linear(x, W, b), x, factors, training, own=True)
+    low = autocast_dtype(x)
+    own_dtype = W.dtype == x.dtype if low is None else not W.requires_grad  # autocast must see the cast of a trained W
+    known = _survey(factors, training, x, W) if own_dtype and fusable(x, W, b) else None
+    if known is None:
+        return _composite(x, W, b, None, factors, _seeds(x, factors, training), None, training)
+    out: Any = _LowRank.apply(
+        x, W, b, None, known.plan(factors, training, low or x.dtype, low is not None), *known.tensors
+    )
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: bool = False) -> Tensor:
+    """y [..., out] + the adapters' output on x [..., in], in y's dtype, for a base output made elsewhere.
+
+    Out of place always: whoever made y may have kept it, and the in-place form would not read or write fewer bytes.
+    """
+    if is_plain():
+        return plain_accumulate(y, x, factors, training)
+    if not torch.is_grad_enabled():
+        return _infer(y, x, factors, training, own=False)
+    dtype = autocast_dtype(x) or x.dtype
+    same = dtype == y.dtype and y.shape[:-1] == x.shape[:-1]
+    known = _survey(factors, training, x, None) if same and fusable(x, y) else None
+    if known is None:
+        return _composite(x, None, None, y, factors, _seeds(x, factors, training), None, training)
+    out: Any = _LowRank.apply(
+        x, None, None, y.reshape(-1, y.shape[-1]), known.plan(factors, training, dtype, False), *known.tensors
+    )
+    return out.view(y.shape)
+
+
+def delta(x: Tensor, factors: Factors, training: bool = False) -> Tensor:
+    """The plain low-rank product of one adapter, in its own dtype."""
+    h = x.to(factors.A.dtype)
+    p = factors.dropout if training else 0.0
+    h = dropout(h, p, draw_seed() if p > 0.0 and seedable(h) else None)
+    return F.linear(F.linear(h, factors.A), factors.B) if _is_one(factors.scale) else _scaled(h, factors)
+
+
+def plain_accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: bool = False) -> Tensor:
+    """Reference: adapters added one after another in their own dtype; the result gets y's dtype."""
+    out = y
+    for f in factors:
+        out = out + delta(x, f, training)
+    return out.to(y.dtype)
+
+
+def _is_one(scale: float | Tensor) -> bool:
+    return not isinstance(scale, Tensor) and scale == 1.0
+
+
+def _scaled(h: Tensor, f: Factors) -> Tensor:
+    z = F.linear(h, f.A)
+    if isinstance(f.scale, Tensor) and f.scale.dim() > 0:
+        return F.linear(z * f.scale, f.B)
+    return F.linear(z, f.B) * f.scale
+
+
+def _seeds(x: Tensor, factors: tuple[Factors, ...], training: bool) -> Seeds:
+    """One seed for each adapter whose dropout acts now; None elsewhere, and where the built-in op must be used."""
+    if not training:
+        return (None,) * len(factors)
+    usable = any(f.dropout > 0.0 for f in factors) and seedable(x)
+    return tuple(draw_seed() if usable and f.dropout > 0.0 else None for f in factors)
+
+
+def _infer(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: bool, *, own: bool) -> Tensor:
+    """Without a graph: thin products, and addmm (into y itself if we own it) where the traffic matters."""
+    dtype = y.dtype
+    h = x if x.dtype == dtype else x.to(dtype)
+    flat = not torch.compiler.is_compiling() and x.numel() > _SMALL and fusable(x, y) and y.is_contiguous()
+    out = y.view(-1, y.shape[-1]) if flat else y
+    for A, B, s, p in factors:
+        hd = dropout(h, p, draw_seed() if seedable(h) else None) if training and p > 0.0 else h
+        if A.dtype != dtype or B.dtype != dtype:
+            A, B = A.to(dtype), B.to(dtype)
+        z = F.linear(hd, A)
+        if isinstance(s, Tensor):
+            z, s = z * s.to(dtype), 1.0
+        if not flat:
+            out = torch.add(out, F.linear(z, B), alpha=s)
+        else:
+            z = z.reshape(-1, z.shape[-1])
+            out = out.addmm_(z, B.t(), alpha=s) if own else torch.addmm(out, z, B.t(), alpha=s)
+            own = True
+    return out.view(y.shape) if flat else out
+
+
+def _composite(
+    x: Tensor, W: Tensor | None, b: Tensor | None, y: Tensor | None, factors: tuple[Factors, ...], seeds: Seeds,
+    dtype: torch.dtype | None, training: bool = True,
+) -> Tensor:  # fmt: skip
+    """The fused path's arithmetic by ordinary ops: for tracers, transforms, subclasses, and double backward.
+
+    `dtype` is given when a forward's choice must be repeated outside its autocast region.
+    """
+    if W is not None:
+        if dtype is not None:
+            x, b = x.to(dtype), None if b is None else b.to(dtype)
+        y = F.linear(x, W, b)
+    assert y is not None
+    compute = dtype or autocast_dtype(x) or x.dtype
+    h, out = x.to(compute), y
+    flat = compute == y.dtype and fusable(x, y)
+    for f, seed in zip(factors, seeds, strict=True):
+        hd = dropout(h, f.dropout, seed) if training else h
+        z, s = F.linear(hd, f.A.to(compute)), f.scale
+        if isinstance(s, Tensor):
+            z, s = z * s.to(compute), 1.0
+        if flat:  # in one pass; other tensors may not like being flattened
+            z, B = z.reshape(-1, z.shape[-1]), f.B.to(compute)
+            out = torch.addmm(out.reshape(-1, out.shape[-1]), z, B.t(), alpha=s).view(out.shape)
+        else:
+            out = out + F.linear(z if s == 1.0 else z * s, f.B.to(compute))
+    return out.to(y.dtype)
+
+
+class _Plan(NamedTuple):
+    """What the autograd function needs besides tensors."""
+
+    scales: tuple[float, ...]  # 1 where the scale is a tensor
+    drops: tuple[float, ...]
+    seeds: Seeds
+    dtype: torch.dtype
+    cast: bool  # autocast is on: cast the base weight too
+
+
+class _Survey:
+    """One walk over the factors: the autograd function's tensors A, B, S, A, B, S ... and its plan."""
+
+    __slots__ = ("tensors", "seeds")
+
+    def __init__(self, tensors: list[Tensor | None], seeds: Seeds) -> None:
+        self.tensors, self.seeds = tensors, seeds
+
+    def plan(self, factors: tuple[Factors, ...], training: bool, dtype: torch.dtype, cast: bool) -> _Plan:
+        scales = tuple([1.0 if isinstance(f.scale, Tensor) else float(f.scale) for f in factors])
+        drops = tuple([f.dropout if training else 0.0 for f in factors])
+        return _Plan(scales, drops, self.seeds, dtype, cast)
+
+
+def _survey(factors: tuple[Factors, ...], training: bool, x: Tensor, W: Tensor | None) -> _Survey | None:
+    """None where ordinary ops serve: exotic tensors, no seeded dropout, or neither W nor any A trains.
+
+    In the last case ordinary ops keep just as little (x is not kept) and stay twice differentiable.
+    """
+    tensors: list[Tensor | None] = []
+    trains, drops = W is not None and W.requires_grad, False
+    for A, B, s, p in factors:
+        if type(A) not in DENSE or type(B) not in DENSE:
+            return None
+        trains = trains or A.requires_grad
+        drops = drops or p > 0.0
+        tensors += (A, B, s if isinstance(s, Tensor) else None)
+    if not trains or not x.is_floating_point():
+        return None
+    if not (drops and training):
+        return _Survey(tensors, (None,) * len(factors))
+    return _Survey(tensors, _seeds(x, factors, training)) if seedable(x) else None
+
+
+class _LowRank(torch.autograd.Function):
+    """(x [..., in], W, b, y [N, out] instead of W and b, plan, A, B, S, A, B, S ...) -> [N, out].
+
+    The output is two-dimensional so that it is no view: the caller's view of it may then be modified in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor | None, b: Tensor | None, y: Tensor | None, plan: _Plan, *tensors: Any):
+        dtype, needs, kept = plan.dtype, ctx.needs_input_grad, []
+        h = x.reshape(-1, x.shape[-1]).to(dtype)
+        out = y
+        if W is not None:
+            Wc, bc = (W.to(dtype), None if b is None else b.to(dtype)) if plan.cast else (W, b)
+            out = torch.mm(h, Wc.t()) if bc is None else torch.addmm(bc, h, Wc.t())
+        for i, scale in enumerate(plan.scales):
+            A, B, S = tensors[3 * i : 3 * i + 3]
+            Ac, Bc = A.to(dtype), B.to(dtype)
+            z = torch.mm(dropped(h, plan.drops[i], plan.seeds[i]), Ac.t())
+            zs = z if S is None else gated(z, S, x.shape)
+            alpha = scale * rescale(plan.drops[i])
+            out = torch.addmm(y, zs, Bc.t(), alpha=alpha) if out is y else out.addmm_(zs, Bc.t(), alpha=alpha)  # type: ignore
+            need_A, need_B, need_S = needs[5 + 3 * i : 8 + 3 * i]
+            upstream = needs[0] or need_A or need_S
+            kept += [A, B, S, Ac if needs[0] else None, Bc if upstream else None, z if need_B or need_S else None]
+        ctx.save_for_backward(x, W if needs[0] or needs[1] else None, b, *kept)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        saved = ctx.saved_tensors  # read once: checkpointing does not allow a second time
+        step = _differentiable_backward if torch.is_grad_enabled() else _backward
+        if autocast_dtype(grads[0]) is None:
+            return step(ctx, grads[0], saved)
+        with torch.autocast(grads[0].device.type, enabled=False):  # the dtypes were settled in forward
+            return step(ctx, grads[0], saved)
+
+
+def dropped(h: Tensor, p: float, seed: int | None) -> Tensor:
+    """h times its 0/1 mask; the factor 1/(1-p) is left to a GEMM's alpha."""
+    return h if seed is None else keep_mask(seed, p, h).mul_(h)
+
+
+def gated(z: Tensor, S: Tensor, shape: torch.Size) -> Tensor:
+    """z [N, r] times a tensor scale, which broadcasts against [..., r]; `shape` is x's."""
+    if S.dim() < 2:
+        return z * S.to(z.dtype)
+    return (z.view(*shape[:-1], -1) * S.to(z.dtype)).view(z.shape)
+
+
+def gate_grad(pz: Tensor, S: Tensor, shape: torch.Size) -> Tensor:
+    return pz.view(*shape[:-1], -1).sum_to_size(S.shape).to(S.dtype)
+
+
+def _backward(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    plan, needs = ctx.plan, ctx.needs_input_grad
+    x, W, b, *rest = saved
+    kept: list[Any] = rest
+    h = x.reshape(-1, x.shape[-1]).to(plan.dtype)
+    dx: Any = None
+    dW: Any = None
+    db: Any = None
+    if W is not None and needs[0]:
+        dx = torch.mm(g, W.to(plan.dtype))
+    if needs[1]:
+        dW = torch.mm(g.t(), h).to(W.dtype)
+    if needs[2]:
+        db = g.sum(0).to(b.dtype)
+    out: list[Tensor | None] = []
+    for i, scale in enumerate(plan.scales):
+        A, B, S, Ac, Bc, z = kept[6 * i : 6 * i + 6]
+        need_A, need_B, need_S = needs[5 + 3 * i : 8 + 3 * i]
+        alpha = scale * rescale(plan.drops[i])
+        dA: Any = None
+        dB: Any = None
+        dS: Any = None
+        p: Any = None
+        if need_B:  # beta = 0: the first argument is never read, it only has the shape
+            zs = z if S is None else gated(z, S, x.shape)
+            dB = torch.addmm(B.to(plan.dtype) if Bc is None else Bc, g.t(), zs, beta=0, alpha=alpha).to(B.dtype)
+        if Bc is not None:
+            p = torch.addmm(Bc[:1], g, Bc, beta=0, alpha=alpha)
+            if need_S:
+                dS = gate_grad(p * z, S, x.shape)
+            if S is not None:
+                p = gated(p, S, x.shape)
+        if need_A:
+            dA = torch.mm(p.t(), dropped(h, plan.drops[i], plan.seeds[i])).to(A.dtype)
+        if needs[0]:
+            dx = add_input_grad(dx, p, Ac, plan.drops[i], plan.seeds[i])
+        out += [dA, dB, dS]
+    if dx is not None:
+        dx = dx.view(x.shape).to(x.dtype)
+    return dx, dW, db, (g if needs[3] else None), None, *out
+
+
+def add_input_grad(dx: Tensor | None, p: Tensor, A: Tensor, drop: float, seed: int | None) -> Tensor:
+    """dx + mask * (p A), in place; p already holds the scale and 1/(1-drop)."""
+    if seed is not None:
+        part = torch.mm(p, A)
+        mask = keep_mask(seed, drop, part)
+        return part.mul_(mask) if dx is None else dx.addcmul_(part, mask)
+    return torch.mm(p, A) if dx is None else dx.addmm_(p, A)
+
+
+def _differentiable_backward(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For create_graph=True: rebuild the output by ordinary ops from the inputs and differentiate that."""
+    plan, needs = ctx.plan, ctx.needs_input_grad
+    x, W, b, *kept = saved
+    groups = [kept[6 * i : 6 * i + 3] for i in range(len(plan.scales))]
+    factors = tuple(
+        Factors(A, B, s if S is None else S, p) for (A, B, S), s, p in zip(groups, plan.scales, plan.drops, strict=True)
+    )
+    base = W if W is None or not plan.cast else W.to(plan.dtype)
+    zero = g.new_zeros(()).expand(*x.shape[:-1], g.shape[-1]) if base is None else None
+    out = _composite(x, base, b, zero, factors, plan.seeds, plan.dtype)
+    inputs = [x, W, b, None, None, *(t for group in groups for t in group)]
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
+    got = iter(torch.autograd.grad(out, wanted, g.reshape(out.shape), create_graph=True, allow_unused=True))
+    result = [next(got) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
+    result[3] = g if needs[3] else None
+    return tuple(result)

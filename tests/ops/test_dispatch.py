@@ -1,0 +1,63 @@
+import threading
+
+import pytest
+import torch
+
+from peft.ops import dispatch, is_plain, plain, use_plain
+
+
+def test_context_is_per_thread_and_nests():
+    seen = {}
+    with plain():
+        assert is_plain()
+        with plain():
+            assert is_plain()
+        assert is_plain()
+        thread = threading.Thread(target=lambda: seen.setdefault("other", is_plain()))
+        thread.start()
+        thread.join()
+    assert not is_plain()
+    assert seen == {"other": False}
+    with pytest.raises(KeyError), plain():
+        raise KeyError
+    assert not is_plain()
+
+
+def test_process_wide():
+    seen = {}
+    use_plain()
+    use_plain()
+    try:
+        thread = threading.Thread(target=lambda: seen.setdefault("other", is_plain()))
+        thread.start()
+        thread.join()
+    finally:
+        use_plain(False)
+    assert seen == {"other": True}
+    assert not is_plain()
+
+
+def test_switch_is_compiled_and_guarded():
+    torch._dynamo.reset()
+    fun = torch.compile(lambda x: x + 1 if is_plain() else x - 1, fullgraph=True, backend="eager")
+    x = torch.zeros(1)
+    assert fun(x) == -1
+    with plain():
+        assert fun(x) == 1
+    assert fun(x) == -1
+
+
+def test_comparison_finds_a_wrong_value_and_a_wrong_gradient():
+    x = torch.randn(3, requires_grad=True)
+    dispatch.compare(lambda x: x * 2, (x,))
+    with pytest.raises(AssertionError):
+        dispatch.compare(lambda x: x * (2 if is_plain() else 3), (x,))
+    with pytest.raises(AssertionError):
+        dispatch.compare(lambda x: x * 2 if is_plain() else (x * 2).detach() + 0 * x, (x,))
+
+
+def test_registered_ops_pass_their_self_check():
+    name = "test_op"
+    op = dispatch.register(name, torch.sin, lambda: [(torch.randn(3, requires_grad=True),)])
+    assert op in dispatch.registered()
+    dispatch.self_check([name])
