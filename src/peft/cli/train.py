@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`peft train`: fine-tune a causal language model, measure, save, verify, report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from .errors import CliError
+
+# Chosen so that the built-in run trains for three to five minutes on two cores.
+DEMO_STEPS = 200
+DEMO_SECONDS = 285.0
+DEMO_HELD_OUT = 256
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="fine-tune a model (without options: a small one, on the docstrings of Python's standard library)",
+        description="Fine-tunes a causal language model and saves an adapter. Starts in several processes under "
+        "torchrun or accelerate launch: torchrun --nproc-per-node 2 -m peft.cli train ...",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--model", help="folder, hub id or .gguf file", default=None)
+    what.add_argument("--data", type=Path, help=".jsonl (text | prompt, completion | messages) or .txt", default=None)
+    what.add_argument("--method", default="lora", help="any name that `peft methods` lists")
+    what.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
+    what.add_argument("--output", type=Path, default=Path("peft-output"), help="folder for everything written")
+    how = parser.add_argument_group("how to train")
+    how.add_argument("--steps", type=_positive, default=None, help="optimizer steps")
+    how.add_argument("--epochs", type=float, default=None, help="passes over the data, 1 without --steps")
+    how.add_argument("--lr", type=float, default=None, help="learning rate, by default one that suits the method")
+    how.add_argument("--batch-size", type=_positive, default=16, help="sequences per process and step")
+    how.add_argument("--accumulate", type=_positive, default=1, help="batches per optimizer step")
+    how.add_argument("--max-length", type=_positive, default=None, help="tokens per sequence (demo 96, else 512)")
+    how.add_argument("--max-seconds", type=float, default=None, help="end training after this time")
+    how.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--eval-split", type=float, default=0.1, help="share of the data that is held out")
+    how.add_argument("--save-steps", type=_positive, default=None, help="write a checkpoint every so many steps")
+    how.add_argument("--resume", nargs="?", const="", default=None, metavar="CHECKPOINT", help="go on after a stop")
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    from . import models, options
+
+    started = time.perf_counter()
+    models.require_transformers()
+    _check(args)
+    config_cls = options.config_class(args.method)
+    chosen = options.parse_assignments(config_cls, args.set)
+    models.limit_threads()
+    _fill_defaults(args)
+    job = _prepare(args)
+    job.timings["load and prepare"] = time.perf_counter() - started
+    job.config = _build_config(config_cls, chosen, args, job)
+    _wrap_model(args, job)
+    finished = _train(args, job)
+    if not finished:
+        _say(job, f"\ninterrupted; go on with the same command and --resume (checkpoints are in {args.output})")
+        return 130
+    if not job.main:
+        return 0
+    _save_verify_report(args, job, started)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.steps is not None and args.epochs is not None:
+        raise CliError("give --steps or --epochs, not both")
+    if args.output.exists() and not args.output.is_dir():
+        raise CliError(f"--output {args.output}: is a file")
+    if args.data is not None and not args.data.is_file():
+        raise CliError(f"--data {args.data}: no such file")
+    if not 0 < args.eval_split < 1:
+        raise CliError(f"--eval-split {args.eval_split}: expected a share between 0 and 1")
+
+
+def _fill_defaults(args: argparse.Namespace) -> None:
+    """The built-in job is bounded in steps and time; the user's own runs one epoch unless told otherwise."""
+    demo = args.data is None
+    if demo and args.steps is None and args.epochs is None:
+        args.steps = DEMO_STEPS
+        if args.max_seconds is None:
+            args.max_seconds = DEMO_SECONDS
+    args.max_length = args.max_length or (96 if demo else 512)
+    if args.lr is None:
+        args.lr = _learning_rate(args.method.lower())
+
+
+def _learning_rate(method: str) -> float:
+    from peft.registry import method as record
+
+    return 5e-3 if record(method.upper()).is_prompt else 1e-3
+
+
+def _say(job: Any, *lines: str) -> None:
+    if job.main:
+        print(*lines, sep="\n", flush=True)
+
+
+def _prepare(args: argparse.Namespace) -> SimpleNamespace:
+    """Distributed state, tokenizer, data and base model."""
+    import torch
+    from transformers import set_seed
+
+    from . import models, training
+
+    arguments = training.training_arguments(args, args.output)
+    job = SimpleNamespace(arguments=arguments, main=arguments.process_index == 0, timings={})
+    job.resume = training.checkpoint_to_resume(args.resume, args.output)
+    set_seed(args.seed)
+    job.dtype = models.resolve_dtype(args.dtype)
+    if arguments.world_size > 1:  # timing decides, so the first process decides for all
+        choice = [job.dtype]
+        torch.distributed.broadcast_object_list(choice)
+        job.dtype = choice[0]
+    job.source = args.model or str(models.demo_gguf())
+    _say(job, f"model    {models.DEMO_NAME if args.model is None else args.model}, {str(job.dtype).split('.')[-1]}")
+    job.tokenizer = models.load_tokenizer(job.source)
+    _load_data(args, job)
+    _load_base(args, job)
+    return job
+
+
+def _load_data(args: argparse.Namespace, job: SimpleNamespace) -> None:
+    from . import data, harvest
+
+    if args.data is None:
+        pairs = harvest.harvest()
+        parts = harvest.split(pairs, args.eval_split)
+        names = [len({pair.module.split(".")[0] for pair in part}) for part in parts]
+        train, held_out = ([data.pair_example(pair.prompt, pair.completion) for pair in part] for part in parts)
+        held_out = held_out[:: max(1, len(held_out) // DEMO_HELD_OUT)][:DEMO_HELD_OUT]
+        about = (
+            f"{len(pairs):,} functions of the standard library: {len(train):,} of {names[0]} modules to train, "
+            f"{len(held_out)} of {names[1]} other modules held out"
+        )
+    else:
+        examples = data.load_examples(args.data, job.tokenizer, args.max_length)
+        train, held_out = data.split_examples(examples, args.eval_split, args.seed)
+        about = f"{args.data}: {len(train):,} examples to train, {len(held_out):,} held out"
+    job.train, left_out = data.encode_all(train, job.tokenizer, args.max_length)
+    job.held_out, _ = data.encode_all(held_out, job.tokenizer, args.max_length)
+    if not job.train or not job.held_out:
+        raise CliError(f"nothing to learn within --max-length {args.max_length} tokens: prompts are longer than that")
+    job.samples = [example.spans[0][0] for example in held_out if not example.spans[0][1]][
+        :: max(1, len(held_out) // 2)
+    ]
+    job.samples = job.samples[:2] or [held_out[0].spans[0][0][:80]]
+    job.data_text = about
+    _say(job, f"data     {about}")
+    if left_out:
+        _say(
+            job, f"         {left_out} examples have nothing to learn within {args.max_length} tokens and are left out"
+        )
+
+
+def _load_base(args: argparse.Namespace, job: SimpleNamespace) -> None:
+    """A GGUF model is kept as a folder, once, so that the adapter names a base that loads quickly."""
+    from . import models
+
+    base = args.output / "base"
+    if not job.source.endswith(".gguf"):
+        job.model = models.load_model(job.source, job.dtype)
+        return
+    if job.main and not (job.resume and (base / "config.json").is_file()):
+        models.keep_dense_copy(models.load_model(job.source, job.dtype), job.tokenizer, base)
+    job.arguments.distributed_state.wait_for_everyone()
+    job.source = str(base)
+    job.model = models.load_model(job.source, job.dtype)
+
+
+def _build_config(config_cls: type, chosen: dict[str, Any], args: argparse.Namespace, job: SimpleNamespace) -> Any:
+    """The method's config: the user's options over defaults that make every method start."""
+    from .options import settable_fields
+
+    fields = settable_fields(config_cls)
+    values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if args.method.lower() == "lora":
+        values |= {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    if "num_virtual_tokens" in fields:
+        values["num_virtual_tokens"] = 16
+    if "total_step" in fields:
+        values["total_step"] = args.steps or max(1, len(job.train) // (args.batch_size * args.accumulate))
+    try:
+        return config_cls(**(values | chosen))
+    except (ValueError, TypeError) as error:
+        raise CliError(f"{config_cls.__name__}: {error}") from error
+
+
+def _wrap_model(args: argparse.Namespace, job: SimpleNamespace) -> None:
+    from peft import get_peft_model
+
+    from .describe import describe_targets, parameter_line
+
+    try:
+        job.peft_model = get_peft_model(job.model, job.config)
+    except (ValueError, TypeError) as error:
+        raise CliError(f"{args.method}: {error}") from error
+    job.targets = describe_targets(job.peft_model)
+    job.parameters = parameter_line(job.peft_model)
+    _say(job, f"method   {args.method}", *job.targets.lines, job.parameters)
+
+
+def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
+    """Held-out loss and samples, training, both again; False if the user stopped it."""
+    from . import training
+    from .generate import sample
+
+    stop = training.GracefulStop(args.max_seconds)
+    trainer, job.recorder = training.build_trainer(
+        job.peft_model, job.arguments, job.tokenizer, job.train, job.held_out, stop
+    )
+    clock = time.perf_counter()
+    job.before = trainer.evaluate()["eval_loss"]
+    job.said_before = sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
+    job.timings["held-out loss before"] = time.perf_counter() - clock
+    _say(job, f"held-out loss before: {job.before:.4f}")
+    clock = time.perf_counter()
+    with stop.watching():
+        trainer.train(resume_from_checkpoint=job.resume)
+    job.timings["training"] = time.perf_counter() - clock
+    if stop.interrupted:
+        return False
+    if stop.out_of_time:
+        _say(job, f"stopped after {trainer.state.global_step} steps: --max-seconds {args.max_seconds:g} are over")
+    clock = time.perf_counter()
+    job.after = trainer.evaluate()["eval_loss"]
+    trainer.accelerator.wait_for_everyone()
+    job.steps = trainer.state.global_step
+    job.peft_model.eval()
+    job.said_after = sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
+    job.timings["held-out loss after"] = time.perf_counter() - clock
+    drop = 100 * (1 - job.after / job.before)
+    _say(job, f"held-out loss after:  {job.after:.4f} ({drop:+.1f} % lower)" if drop >= 0 else
+         f"held-out loss after:  {job.after:.4f} (it rose by {-drop:.1f} %)")  # fmt: skip
+    return True
+
+
+def _save_verify_report(args: argparse.Namespace, job: SimpleNamespace, started: float) -> None:
+    from . import report, verify
+
+    adapter = args.output / "adapter"
+    job.peft_model.save_pretrained(str(adapter))
+    job.tokenizer.save_pretrained(str(adapter))
+    clock = time.perf_counter()
+    job.checks = verify.verify(job.peft_model, adapter, job.source, job.dtype, job.held_out)
+    job.timings["reload, merge, verify"] = time.perf_counter() - clock
+    _say(job, *(f"verified {check.text}" for check in job.checks))
+    job.timings["whole command"] = time.perf_counter() - started
+    metrics = report.metrics(args, job)
+    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    picture = report.plot_loss(job, args.output / "loss.png")
+    (args.output / "report.md").write_text(report.markdown(args, job, picture), encoding="utf-8")
+    _say(job, "", report.samples_text(job), f"wrote    {args.output}: adapter/, metrics.json, report.md"
+         + (", loss.png" if picture else "") + f" ({metrics['seconds']['whole command']:.0f} s in all)")  # fmt: skip
+    failed = [check for check in job.checks if not check.ok]
+    if failed:
+        raise CliError("verification failed: " + "; ".join(check.text for check in failed))
