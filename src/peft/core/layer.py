@@ -20,6 +20,7 @@ from ..storage.base import resolve
 from . import kinds
 from .context import Switch
 from .forward import ForwardPaths
+from .kinds import LayerKind
 from .merge import Mergeable
 from .slots import Slot, read_slots
 
@@ -64,7 +65,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
                 cls._export(kind)
 
     @classmethod
-    def _export(cls, kind: type[kinds.LayerKind]) -> type["AdapterLayer"]:
+    def _export(cls, kind: type[LayerKind]) -> type["AdapterLayer"]:
         """The class for layers of one kind, importable from the method's module (`peft.tuners.lora.layer.Linear`)."""
         name = kind.class_name
         if name not in cls.by_kind:
@@ -80,7 +81,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         return kinds.pick(module, cls.kinds) is not None
 
     @classmethod
-    def wrap(cls, module: nn.Module, switch: Switch, kind: type[kinds.LayerKind] | None = None) -> "AdapterLayer":
+    def wrap(cls, module: nn.Module, switch: Switch, kind: type[LayerKind] | None = None) -> "AdapterLayer":
         """An adapter layer around `module`, without adapters yet."""
         kind = kind or kinds.pick(module.get_base_layer() if isinstance(module, AdapterLayer) else module, cls.kinds)
         if kind is None:
@@ -93,7 +94,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         adapter_name: str | None = None,
         config: Any = None,
         *,
-        kind: type[kinds.LayerKind] | None = None,
+        kind: type[LayerKind] | None = None,
         switch: Switch | None = None,
         **overrides: Any,
     ):
@@ -141,7 +142,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     def delta_weight(self, name: str) -> torch.Tensor:
         """Additive canonical weight [out, in, *kernel]."""
         A, B, scale, _ = self.factors(name)
-        return (B @ A) * scale
+        return (B * scale) @ A if isinstance(scale, torch.Tensor) else (B @ A) * scale
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
         return None

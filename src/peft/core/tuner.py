@@ -20,7 +20,7 @@ from .inject import Injection, InjectionReport, walk
 from .layer import AdapterLayer
 from .offload import onload_layer
 from .slots import BufferDict
-from .targets import default_targets
+from .targets import default_targets, table_of_method
 from .wrappers import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
@@ -31,7 +31,7 @@ class TunerModel(nn.Module):
 
     prefix: str
     layer_cls: ClassVar[type[AdapterLayer]]
-    target_table: ClassVar[str] = "lora"  # default targets by model type, see core/targets.py
+    target_table: ClassVar[str | None] = None  # default targets by model type if not the method's own, see core/targets.py
     uses_shared_state: ClassVar[bool] = False  # the tuner owns tensors, so injection without it is impossible
     supports_parameters: ClassVar[bool] = False  # target_parameters
     condense_targets: ClassVar[bool] = True
@@ -99,7 +99,7 @@ class TunerModel(nn.Module):
 
     def default_targets(self, cfg: Any, model: nn.Module) -> Any:
         model_type = self.get_model_config(model).get("model_type", "custom")
-        found = default_targets(self.target_table, model_type)
+        found = default_targets(self.target_table or table_of_method(cfg.peft_type) or "lora", model_type)
         if found is None:
             also = " or `target_parameters`" if self.supports_parameters else ""
             raise ValueError(
@@ -165,6 +165,14 @@ class TunerModel(nn.Module):
 
     def supported_kinds(self) -> list[str]:
         return [k.name or k.__name__ for k in self.layer_cls.kinds]
+
+    def target_shape(self, module: nn.Module) -> tuple[int, ...]:
+        """[out, in, *kernel] of a target, adapted already or not."""
+        base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+        kind = kinds.pick(base, self.layer_cls.kinds)
+        if kind is None:
+            raise TypeError(f"{self.method_label} cannot adapt a {type(base).__name__}")
+        return kind.shape(base)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -240,6 +248,17 @@ class TunerModel(nn.Module):
         self._note(self.targeted_module_names, injection.report.modules)
         self._note(self.targeted_parameter_names, injection.report.parameters)
         self._check_patterns(cfg, layers)
+
+    def add(self, name: str, cfg: PeftConfig, low_cpu_mem_usage: bool = False, state_dict: dict | None = None) -> None:
+        """Add one more adapter, inactive; a failure leaves no trace."""
+        if name in self.peft_config:
+            raise ValueError(f"Adapter with name {name} already exists.")
+        self.peft_config[name] = cfg
+        try:
+            self.inject_adapter(self.model, name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+        except BaseException:
+            self.peft_config.pop(name, None)
+            raise
 
     def convert_config(self, cfg: Any, model: nn.Module) -> None:
         """Rewrite a configuration made for another layout of the same architecture (LoRA on fused experts)."""

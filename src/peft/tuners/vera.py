@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VeRA: Vector-based Random Matrix Adaptation (arXiv 2310.11454).
+
+y = W x + b + diag(λ_b) B diag(λ_d) A dropout(x), with random frozen A, B shared by all layers and trained vectors λ_b, λ_d.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, option, saves, targets
+from ..core import kinds
+from ..core.layer import AdapterLayer, dropout, dropout_p
+from ..core.slots import Aux, BufferDict, Shared, Trainable
+from ..core.tuner import TunerModel
+from ..ops.low_rank import Factors
+from ..registry import register_method
+
+
+@dataclass
+class VeraConfig(PeftConfig):
+    """Options of VeRA."""
+
+    r: int = option(256, "Rank of the shared projections.")
+    target_modules: list[str] | set[str] | str | None = targets()
+    projection_prng_key: int = option(0, "Seed of the shared projections.")
+    save_projection: bool = option(True, "Store the projections in the file, which is then independent of the random generator.")
+    vera_dropout: float = option(0.0, "Dropout on the input of A.")
+    d_initial: float = option(0.1, "Initial value of λ_d.")
+    fan_in_fan_out: bool = fan_in_fan_out()
+    bias: str = biases("vera_only")
+    modules_to_save: list[str] | None = saves()
+    init_weights: bool = option(True, "Start at zero; False draws λ_d and sets λ_b to one.")
+    layers_to_transform: list[int] | int | None = layer_range()
+    layers_pattern: list[str] | str | None = layer_names()
+    _regex_with_layers = "warn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
+        if not self.save_projection:
+            warnings.warn(
+                "Specified to not save vera_A and vera_B within the state dictionary, instead they will be restored using the PRNG key "
+                "store in `config.projection_prng_key`. Consider setting `config.save_projection` to `True` to guarantee restoring the "
+                "checkpoint correctly on all system configurations.",
+                stacklevel=3,
+            )
+
+
+class VeraLayer(AdapterLayer):
+    """A whole method's maths: two trained vectors around two shared random matrices."""
+
+    vera_lambda_b: Trainable[nn.ParameterDict]  # [out]
+    vera_lambda_d: Trainable[nn.ParameterDict]  # [r]
+    vera_A: Shared[BufferDict]  # [r, max_in]
+    vera_B: Shared[BufferDict]  # [max_out, r]
+    vera_dropout: Aux[nn.ModuleDict]
+    r: Aux[dict]
+    kinds = (kinds.Linear, kinds.Conv1D)
+
+    def create(self, name: str, cfg: Any) -> None:
+        self.r[name], self.vera_dropout[name] = cfg.r, dropout(cfg.vera_dropout)
+        drawn = torch.randn(cfg.r)  # drawn in any case: the published library consumes it too
+        self.vera_lambda_b[name] = nn.Parameter(torch.zeros(self.out_features) if cfg.init_weights else torch.ones(self.out_features))
+        self.vera_lambda_d[name] = nn.Parameter(torch.full((cfg.r,), cfg.d_initial) if cfg.init_weights else drawn)
+
+    def factors(self, name: str) -> Factors:
+        d, b = self.vera_lambda_d[name], self.vera_lambda_b[name]
+        A = self.vera_A[name][:, : self.in_features].to(d.device)
+        B = self.vera_B[name][: self.out_features].to(b.device)
+        return Factors(A, b[:, None] * B, d, dropout_p(self.vera_dropout[name]))
+
+
+def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Kaiming-uniform draw, U(-c, c) with c = sqrt(6 / fan_in); part of the file format when the projections are not saved."""
+    bound = math.sqrt(6 / shape[1])
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+@register_method("vera", config=VeraConfig, prefix="vera_lambda_")
+class VeraModel(TunerModel):
+    layer_cls = VeraLayer
+    uses_shared_state = True
+    unsupported_error = TypeError
+
+    def shared(self, name: str, cfg: Any, targets: dict[str, nn.Module]) -> None:
+        """Draw A and B for the largest target in each dimension, A first, from one CPU generator."""
+        shapes = [self.target_shape(m) for m in targets.values()]
+        generator = torch.Generator(device="cpu").manual_seed(cfg.projection_prng_key)
+        for container, shape in (
+            (self.vera_A, (cfg.r, max(s[1] for s in shapes))),
+            (self.vera_B, (max(s[0] for s in shapes), cfg.r)),
+        ):
+            container.persistent = cfg.save_projection
+            container[name] = _uniform(shape, generator)
+
+    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Files without projections rely on the seed; files with them are taken at their word."""
+        stored, cfg = any(k.endswith((".vera_A", ".vera_B")) for k in state), self.peft_config[name]
+        if cfg.save_projection and not stored:
+            raise ValueError(
+                "Specified to load vera_A and vera_B from state dictionary however they were not present! "
+                "Set save_projection=False in adapter_config.json to draw them again from projection_prng_key."
+            )
+        if not cfg.save_projection:
+            warnings.warn("Specified to not load vera_A and vera_B from state dictionary. This means we will be relying on PRNG initialisation to restore these projections using `config.projection_prng_key`, which may not be accurate on all system configurations.", stacklevel=2)
+        return state
