@@ -36,7 +36,8 @@ class TunerModel(nn.Module):
     supports_parameters: ClassVar[bool] = False  # target_parameters
     condense_targets: ClassVar[bool] = True
     unsupported_error: ClassVar[type[Exception]] = ValueError
-    nested: ClassVar[bool] = True  # may wrap layers of another method
+    identity_at_init: ClassVar[bool] = True  # a new adapter with default options changes no output
+    example: ClassVar[dict[str, Any]] = {}  # options fit for layers of width 16 to 24; the contract tests use them
 
     def __init__(
         self,

@@ -89,6 +89,7 @@ class IA3Layer(AdapterLayer):
 @register_method("ia3", config=IA3Config, mixed=True)
 class IA3Model(TunerModel):
     layer_cls = IA3Layer
+    example = {"feedforward_modules": ["lin1"]}
     condense_targets = False  # feedforward_modules name the same suffixes
 
     def prepare(self, cfg: Any, model: nn.Module) -> None:

@@ -86,6 +86,7 @@ def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor
 class VeraModel(TunerModel):
     layer_cls = VeraLayer
     uses_shared_state = True
+    example = {"r": 4}
     unsupported_error = TypeError
 
     def shared(self, name: str, cfg: Any, targets: dict[str, nn.Module]) -> None:
