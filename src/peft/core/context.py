@@ -20,9 +20,10 @@ class Call:
     alora_offsets: Any = None
     gates: Any = None  # X-LoRA: per-token gates on the deltas
     rows: dict[str, torch.Tensor] | None = None  # adapter name -> row indices, built once per call
+    part: torch.Tensor | None = None  # in a mixed batch: the rows that the layer is computing now
 
     def clear(self) -> None:
-        self.adapter_names = self.task_ids = self.alora_offsets = self.gates = self.rows = None
+        self.adapter_names = self.task_ids = self.alora_offsets = self.gates = self.rows = self.part = None
 
     @property
     def routed(self) -> bool:

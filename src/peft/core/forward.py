@@ -75,7 +75,9 @@ class ForwardPaths:
         y = self.storage.guard(base(x, *args, **kwargs))
         return low_rank.accumulate(y, x, factors, self.training)
 
-    def _adapt_activations(self: Any, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _adapt_activations(
+        self: Any, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         hooks, h = self.hooks, x
         if "map_input" in hooks:
             for n in reversed(names):
@@ -84,7 +86,7 @@ class ForwardPaths:
         y = base = self.storage.guard(self.base_layer(h, *args, **kwargs))
         if hooks & {"delta", "delta_weight", "factors", "delta_bias"}:
             for n in names:
-                y = y + self.delta(n, self._cast_input(n, h), base)
+                y = self.advance(n, self._cast_input(n, h), y, base)
         if "map_output" in hooks:
             for n in names:
                 y = self.map_output(n, y, x)
@@ -119,7 +121,12 @@ class ForwardPaths:
 
     def _base_is_plain(self: Any, base: nn.Module) -> bool:
         """Exact type, unhooked, with ordinary parameters: then calling the module and using its weight are the same."""
-        if type(base) not in self.kind.plain_types or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        if (
+            type(base) not in self.kind.plain_types
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+        ):
             return False
         if base._backward_pre_hooks or "forward" in base.__dict__:
             return False
@@ -129,7 +136,11 @@ class ForwardPaths:
         """Rounding W + delta to half precision would lose small deltas, so only full precision takes the weight path."""
         base = self.base_layer
         full = self._base_is_plain(base) and self.kind.parameter(base).dtype in (torch.float32, torch.float64)
-        return full and not torch.is_autocast_enabled(self.kind.parameter(base).device.type) and self.weight_path_allowed(names)
+        return (
+            full
+            and not torch.is_autocast_enabled(self.kind.parameter(base).device.type)
+            and self.weight_path_allowed(names)
+        )
 
     def weight_path_allowed(self: Any, names: tuple[str, ...]) -> bool:
         """False while the method must see activations (dropout in training)."""
@@ -148,7 +159,9 @@ class ForwardPaths:
         """Mixed batch: rows of the batch use different adapters ("__base__" = none); base rows are computed once where possible."""
         call = self.switch.call
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if len(call.adapter_names or ()) != len(x):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(call.adapter_names or ())} and {len(x)} "
@@ -157,15 +170,21 @@ class ForwardPaths:
         rows = {n: i for n, i in call.row_index(x.device).items() if n in self._names}
         if not rows:
             return self.base_layer(x, *args, **kwargs)
-        if self._path == "factored" or (self._path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}):
+        if self._path == "factored" or (
+            self._path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}
+        ):
             y = self.storage.guard(self.base_layer(x, *args, **kwargs))
             for name, index in rows.items():
-                part = self.delta(name, self._cast_input(name, x[index]), y[index])
-                y = y.index_add(0, index, part.to(y.dtype))
+                call.part, base = index, y[index]
+                part = self.advance(name, self._cast_input(name, x[index]), base, base)
+                y = y.index_copy(0, index, part.to(y.dtype))
+            call.part = None
             return y
         y = self.base_layer(x, *args, **kwargs)
         if not isinstance(y, torch.Tensor):
-            raise TypeError(f"Mixed batches are not possible on {type(self.get_base_layer()).__name__} layers, whose output is not a tensor.")
+            raise TypeError(
+                f"Mixed batches are not possible on {type(self.get_base_layer()).__name__} layers, whose output is not a tensor."
+            )
         for name, index in rows.items():
             y = y.index_copy(0, index, self._adapt((name,), x[index], *args, **kwargs))
         return y

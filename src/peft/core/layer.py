@@ -30,7 +30,9 @@ HOOKS = (
 )  # fmt: skip
 # Adapter dtypes that `cast_adapter_dtype` turns into float32.
 UPCAST = {torch.float16, torch.bfloat16} | {
-    getattr(torch, n) for n in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu") if hasattr(torch, n)
+    getattr(torch, n)
+    for n in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, n)
 }
 
 
@@ -138,6 +140,10 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         if self.factored:
             return low_rank.delta(x, self.factors(name), self.training)
         return self.kind.call(self.get_base_layer(), x, self.delta_weight(name), self.delta_bias(name))
+
+    def advance(self, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """The running output `y` (base output and earlier adapters) after adapter `name`; for methods that rescale it (DoRA)."""
+        return y + self.delta(name, x, base)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         """Additive canonical weight [out, in, *kernel]."""
@@ -279,7 +285,10 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         if adapter_name in self.active_adapters:
             if not active and self._names:
                 active = sorted(self._names)[:1]
-                warnings.warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.", stacklevel=2)
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.",
+                    stacklevel=2,
+                )
             self.set_adapter(active)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -408,5 +417,3 @@ def dropout(p: float) -> nn.Module:
 
 def dropout_p(module: nn.Module) -> float:
     return getattr(module, "p", 0.0)
-
-

@@ -24,7 +24,10 @@ def check_adapters_to_merge(layer: "AdapterLayer", adapter_names: Iterable[str] 
         done = set(layer.merged_adapters)
         names = [n for n in names if n not in done]
         if names:
-            warnings.warn(f"Already following adapters were merged {','.join(done)}. You are now additionally merging {','.join(names)}.", stacklevel=3)
+            warnings.warn(
+                f"Already following adapters were merged {','.join(done)}. You are now additionally merging {','.join(names)}.",
+                stacklevel=3,
+            )
         else:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
     return names
@@ -33,22 +36,26 @@ def check_adapters_to_merge(layer: "AdapterLayer", adapter_names: Iterable[str] 
 class Mergeable:
     """The merging half of AdapterLayer."""
 
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None, *, keep: bool = True) -> None:
+    def merge(
+        self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None, *, keep: bool = True
+    ) -> None:
         """Write the adapters into the base layer.
 
         `safe_merge` refuses results that are not finite, before anything is written. `keep=False` saves the memory of the copy that
         `unmerge` needs.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self:
-                continue
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self]
+        forget = not keep and len(names) > 1  # later adapters may need the pristine weight
+        for name in names:
             if not self.mergeable:
                 raise TypeError(self._cannot_merge())
             if "replace" in self.hooks:
                 self._swap(name)
             else:
-                self._merge_one(name, safe_merge, keep)
+                self._merge_one(name, safe_merge, keep or forget)
             self.merged_adapters.append(name)
+        if forget:
+            self._saved_weights.clear()
         self._seen = None
 
     def _cannot_merge(self: Any) -> str:
@@ -61,7 +68,7 @@ class Mergeable:
         base, kind, storage = self.get_base_layer(), self.kind, self.storage
         self.check_merge(name)
         has_bias = self._merged_bias_changes(name)
-        additive = not self.hooks & {"map_weight", "map_bias"} and storage.label is None and not safe_merge
+        additive = self.additive(name) and storage.label is None and not safe_merge
         if additive:  # no full-size copies: deltas are added in place
             delta, delta_bias = self._weight_delta(name), self.delta_bias(name)
             self._check_bias(base, delta_bias)
@@ -84,6 +91,10 @@ class Mergeable:
     def check_merge(self: Any, name: str) -> None:
         """Raise when this layer's adapter has no weight form (grouped convolutions ...)."""
 
+    def additive(self: Any, name: str) -> bool:
+        """Whether merging adapter `name` only adds to the weight and bias."""
+        return not self.hooks & {"map_weight", "map_bias"}
+
     def _merged_bias_changes(self: Any, name: str) -> bool:
         return bool(self.hooks & {"delta_bias", "map_bias"})
 
@@ -92,9 +103,13 @@ class Mergeable:
 
     def _check_bias(self: Any, base: Any, delta_bias: torch.Tensor | None) -> None:
         if delta_bias is not None and self.kind.bias(base) is None:
-            raise RuntimeError(f"Impossible to merge a {self.method_name} adapter with a bias into a layer without one.")
+            raise RuntimeError(
+                f"Impossible to merge a {self.method_name} adapter with a bias into a layer without one."
+            )
 
-    def _applied(self: Any, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _applied(
+        self: Any, name: str, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Canonical weight and bias after adapter `name`."""
         delta = self._weight_delta(name)
         if delta is not None:
