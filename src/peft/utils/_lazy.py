@@ -21,8 +21,9 @@ def lazy_attributes(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` for a module whose names live elsewhere.
 
-    `homes` maps a name to the absolute module that owns it. A name that its owner lacks raises AttributeError, as any
-    missing name does, so `hasattr`, `from x import y` and introspection work. Resolved names are stored in the module.
+    `homes` maps a name to the absolute module that owns it, or to "module:name" where it is called differently there. A
+    name that its owner lacks raises AttributeError, as any missing name does, so `hasattr`, `from x import y` and
+    introspection work. Resolved names are stored in the module.
     """
     subs = frozenset(submodules)
 
@@ -32,8 +33,9 @@ def lazy_attributes(
         home = homes.get(name)
         if home is None:
             raise AttributeError(f"module {module_name!r} has no attribute {name!r}")
+        home, _, owned_name = home.partition(":")
         try:
-            value = getattr(importlib.import_module(home), name)
+            value = getattr(importlib.import_module(home), owned_name or name)
         except ModuleNotFoundError as error:
             if error.name is None or not home.startswith(error.name):
                 raise  # a dependency of the owner is missing: say which one

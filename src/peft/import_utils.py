@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which optional packages are there, and in which version. Packages are looked up, not imported."""
+
+import functools
+import importlib.util
+from importlib import metadata
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+GPTQMODEL_MINIMUM = "7.0.0"
+OPTIMUM_MINIMUM = "1.24.0"
+TORCHAO_MINIMUM = "0.16.0"
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # a broken parent package, or an entry of sys.modules without a spec
+        return False
+
+
+def _version(distribution: str) -> Version:
+    return Version(metadata.version(distribution))
+
+
+def _require(distribution: str, minimum: str) -> None:
+    version = _version(distribution)
+    if version < Version(minimum):
+        raise ImportError(
+            f"Found an incompatible version of {distribution}. Found version {version}, but only versions "
+            f">= {minimum} are supported. Please upgrade or uninstall it."
+        )
+
+
+@functools.lru_cache
+def is_bnb_available() -> bool:
+    return _is_there("bitsandbytes")
+
+
+@functools.lru_cache
+def is_bnb_4bit_available() -> bool:
+    if not is_bnb_available():
+        return False
+    import bitsandbytes as bnb  # type: ignore[import-not-found]
+
+    return hasattr(bnb.nn, "Linear4bit")
+
+
+@functools.lru_cache
+def is_gptqmodel_available() -> bool:
+    """Whether gptqmodel can be used; ImportError if it is too old or optimum is missing or too old."""
+    if not _is_there("gptqmodel"):
+        return False
+    _require("gptqmodel", GPTQMODEL_MINIMUM)
+    if not is_optimum_available():
+        raise ImportError(f"gptqmodel requires optimum version `{OPTIMUM_MINIMUM}` or higher to be installed.")
+    _require("optimum", OPTIMUM_MINIMUM)
+    return True
+
+
+@functools.lru_cache
+def is_optimum_available() -> bool:
+    return _is_there("optimum")
+
+
+@functools.lru_cache
+def is_torch_tpu_available(check_device: bool = True) -> bool:
+    """Whether torch_xla is there and, with `check_device`, a device of it."""
+    if not _is_there("torch_xla"):
+        return False
+    if not check_device:
+        return True
+    import torch_xla.core.xla_model as xm  # type: ignore[import-not-found]
+
+    try:
+        xm.xla_device()
+    except RuntimeError:
+        return False
+    return True
+
+
+@functools.lru_cache
+def is_aqlm_available() -> bool:
+    return _is_there("aqlm")
+
+
+@functools.lru_cache
+def is_eetq_available() -> bool:
+    return _is_there("eetq")
+
+
+@functools.lru_cache
+def is_hqq_available() -> bool:
+    return _is_there("hqq")
+
+
+@functools.lru_cache
+def is_inc_available() -> bool:
+    return _is_there("neural_compressor")
+
+
+@functools.lru_cache
+def is_torchao_available() -> bool:
+    """Whether torchao can be used; ImportError if it is too old."""
+    if not _is_there("torchao"):
+        return False
+    _require("torchao", TORCHAO_MINIMUM)
+    return True
+
+
+@functools.lru_cache
+def is_torchao_ge_v0_18_0() -> bool:
+    return _is_there("torchao") and _version("torchao") >= Version("0.18.0")
+
+
+@functools.lru_cache
+def is_xpu_available(check_device: bool = False) -> bool:
+    """Whether torch can use an Intel GPU; with `check_device`, whether a tensor can be put on one."""
+    if not torch.xpu.is_available():
+        return False
+    if check_device:
+        try:
+            torch.zeros(1, device="xpu")
+        except RuntimeError:
+            return False
+    return True
+
+
+@functools.lru_cache
+def is_diffusers_available() -> bool:
+    return _is_there("diffusers")
+
+
+@functools.lru_cache
+def is_te_available() -> bool:
+    return _is_there("transformer_engine")
+
+
+@functools.lru_cache
+def is_te_pytorch_available() -> bool:
+    return is_te_available() and _is_there("transformer_engine.pytorch")
+
+
+# ---- transformers, by the version of the installed distribution
+
+_TRANSFORMERS_FROM = {
+    "is_transformers_ge_v5": "5.0.0.dev0",
+    "is_transformers_ge_v5_1_0": "5.1.0.dev0",
+    "is_transformers_ge_v5_4_0": "5.4.0.dev0",
+    "is_transformers_ge_v5_6_0": "5.6.0.dev0",
+    "is_transformers_ge_v5_13_0": "5.13.0.dev0",
+    "is_transformers_ge_v5_17_0": "5.17.0.dev0",
+    "is_transformers_dtensor_tp": "5.17.0.dev0",
+}
+_LE_4_53 = "is_transformers_le_4_53"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRANSFORMERS_FROM and name != _LE_4_53:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        version = _version("transformers")
+    except metadata.PackageNotFoundError:
+        value = False
+    else:
+        value = version < Version("4.54.0.dev0") if name == _LE_4_53 else version >= Version(_TRANSFORMERS_FROM[name])
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRANSFORMERS_FROM, _LE_4_53})
