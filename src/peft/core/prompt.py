@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompt methods: the base class of their encoders, and the life of an encoder inside a PeftModel.
 
-An encoder owns the trainable parts of one adapter and turns them into prompt rows [1 or batch, n, d]. Rows are either put in front of the
-input embeddings (`produces = "embeds"`) or are the keys and values of virtual tokens of every layer (`produces = "kv"`). It never sees the
-base model; `prompt_inputs.py` turns its output and the arguments of a call into arguments of the base model.
+An encoder owns the trainable parts of one adapter and turns them into prompt rows [1 or batch, n, d]. Rows are either
+put in front of the input embeddings (`produces = "embeds"`) or are the keys and values of virtual tokens of every layer
+(`produces = "kv"`). It never sees the base model; `prompt_inputs.py` turns its output and the arguments of a call into
+arguments of the base model.
 """
 
 import sys
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -19,12 +20,37 @@ from ..utils.peft_types import TaskType
 PROMPT_KEY = "prompt_embeddings"
 
 
+class Sizes(NamedTuple):
+    """Sizes of a prompt, complete."""
+
+    tokens: int
+    width: int
+    layers: int
+    heads: int
+    submodules: int
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.submodules
+
+
+def sizes(config: PromptLearningConfig) -> Sizes:
+    names = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+    values = [getattr(config, name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if value is None:
+            raise ValueError(f"{type(config).__name__} needs {name}; it is None.")
+    return Sizes(*values)
+
+
 class BasePromptEncoder(nn.Module):
-    """Base of the encoders. A method overrides `forward`, and `export`/`load` if its file holds more than the prompt rows."""
+    """Base of the encoders. A method overrides `forward`, and `export`/`load` if its file holds more than the rows."""
+
+    embedding: Any  # nn.Embedding, or what looks like one
 
     produces: ClassVar[Literal["embeds", "kv"]] = "embeds"
     uses_word_embeddings: ClassVar[bool] = False
-    # Encoder-decoders: rows [nv:] go in front of the decoder inputs. Otherwise they are never used (but are part of the file).
+    # Encoder-decoders: rows [nv:] go in front of the decoder inputs. Otherwise they are in the file but never used.
     feeds_decoder: ClassVar[bool] = False
     # Arguments of the model call that `loss` takes. Only read when the method overrides `loss`.
     loss_arguments: ClassVar[tuple[str, ...]] = ()
@@ -47,7 +73,7 @@ class BasePromptEncoder(nn.Module):
         raise NotImplementedError
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """The method's own loss; `labels` and `logits` [b, T, vocab] are those of the text, prompt included in the logits only."""
+        """The method's own loss; `labels` [b, T] of the text, `logits` [b, n + T, vocab] with the prompt."""
         raise NotImplementedError
 
     @classmethod
@@ -57,7 +83,7 @@ class BasePromptEncoder(nn.Module):
     # ---- files
     @torch.no_grad()
     def export(self) -> dict[str, torch.Tensor]:
-        """What the file holds: the final rows, so that no re-parameterisation is needed after loading. On the CPU, detached."""
+        """What the file holds: the final rows, so that loading needs no re-parameterisation. On the CPU, detached."""
         training = self.training
         self.eval()  # a dropout mask must not end up in the file
         try:
@@ -101,11 +127,13 @@ PromptEncoder = BasePromptEncoder
 
 def prompt_rows(state_dict: dict[str, torch.Tensor]) -> torch.Tensor:
     if PROMPT_KEY not in state_dict:
-        raise KeyError(f"The adapter weights lack {PROMPT_KEY!r}, they hold {sorted(state_dict)[:5]}: not a file of a prompt method?")
+        raise KeyError(
+            f"The adapter weights lack {PROMPT_KEY!r}, they hold {sorted(state_dict)[:5]}: not a prompt method?"
+        )
     return state_dict[PROMPT_KEY]
 
 
-def word_vectors(word_embeddings: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def word_vectors(word_embeddings: Any, ids: torch.Tensor) -> torch.Tensor:
     """Rows `ids` of the word embeddings as new float32 data (gathered first under DeepSpeed ZeRO-3)."""
     weight = word_embeddings.weight
     if hasattr(weight, "ds_id"):
@@ -126,7 +154,9 @@ def prepare_prompt_config(config: PromptLearningConfig, model_config: Any) -> Pr
         values = _as_dict(values["text_config"])
     if config.num_layers is None:
         found = getattr(model_config, "num_hidden_layers", None)
-        config.num_layers = found if found is not None else _first(values, "num_layers", "num_hidden_layers num_layers n_layer")
+        config.num_layers = (
+            found if found is not None else _first(values, "num_layers", "num_hidden_layers num_layers n_layer")
+        )
     if config.token_dim is None:
         config.token_dim = _first(values, "token_dim", "hidden_size n_embd d_model")
     if config.num_attention_heads is None:
@@ -139,19 +169,25 @@ def prepare_prompt_config(config: PromptLearningConfig, model_config: Any) -> Pr
         head_dim, heads = _cache_shape(config, values)
         config.token_dim, config.num_attention_heads = head_dim * heads, heads
     if getattr(config, "encoder_hidden_size", None) is None:
-        config.encoder_hidden_size = config.token_dim
+        # Also on configurations without that field: other code reads it from any prompt configuration.
+        vars(config)["encoder_hidden_size"] = config.token_dim
     return config
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
-    return config if isinstance(config, dict) else config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
+    return (
+        config if isinstance(config, dict) else config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
+    )
 
 
 def _first(values: dict[str, Any], field: str, names: str) -> Any:
     for name in names.split():
         if values.get(name) is not None:
             return values[name]
-    raise ValueError(f"Please specify `{field}` in the prompt configuration: the model configuration has none of {', '.join(names.split())}.")
+    raise ValueError(
+        f"Please specify `{field}` in the prompt configuration: the model configuration has none of "
+        f"{', '.join(names.split())}."
+    )
 
 
 def _cache_shape(config: PromptLearningConfig, values: dict[str, Any]) -> tuple[int, int]:
@@ -160,7 +196,7 @@ def _cache_shape(config: PromptLearningConfig, values: dict[str, Any]) -> tuple[
     if values.get("global_head_dim") is not None:
         return values["global_head_dim"], values.get("num_global_key_value_heads") or heads
     head_dim = values.get("head_dim")
-    own = head_dim if head_dim is not None else config.token_dim // config.num_attention_heads
+    own = head_dim if head_dim is not None else sizes(config).width // sizes(config).heads
     overrides = values.get("per_layer_config")
     if overrides is not None:
         shapes = [(own, heads)]
@@ -186,25 +222,22 @@ def setup_prompt_encoder(peft_model: Any, adapter_name: str, config: PromptLearn
     prepare_prompt_config(config, base.config)
     encoder_class = _encoder_class(config)
     if encoder_class.produces == "kv" and any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):
-        raise ValueError(f"{_name(config)} does not work with gradient checkpointing: it drops the cache that holds the prefix.")
-    if config.num_virtual_tokens is None:
-        raise TypeError(f"{type(config).__name__} needs num_virtual_tokens, the length of the prompt.")
+        raise ValueError(
+            f"{_name(config)} does not work with gradient checkpointing: it drops the cache that holds the prefix."
+        )
     _find_backbone(peft_model)
-    words = find_word_embeddings(peft_model)
+    words: Any = find_word_embeddings(peft_model)
     encoder = encoder_class.create(config, words)
-    for parameter in base.parameters():
-        # Heads that an earlier adapter trains are no part of the base model.
-        if not getattr(parameter, "_is_aux", False):
-            parameter.requires_grad = False
     device = base.device if getattr(base, "device", None) is not None else words.weight.device
     if device.type != "meta":
         encoder = encoder.to(device)
     if "prompt_encoder" not in peft_model._modules:
+        # Once: later on the base model also holds the heads that earlier adapters train.
+        base.requires_grad_(False)
         peft_model.prompt_encoder = nn.ModuleDict()
         peft_model.prompt_tokens = {}
     peft_model.prompt_encoder[adapter_name] = encoder
-    tokens = torch.arange(config.num_virtual_tokens * config.num_transformer_submodules)
-    peft_model.prompt_tokens[adapter_name] = tokens.long()
+    peft_model.prompt_tokens[adapter_name] = torch.arange(sizes(config).rows)
     # An alias: kept out of the module tree, so that the weights do not appear twice in the state dict.
     vars(peft_model)["word_embeddings"] = words
 
@@ -239,7 +272,10 @@ def find_word_embeddings(peft_model: Any) -> nn.Module:
     for name, parameter in base.named_parameters():
         if vocab is not None and getattr(parameter, "ds_shape", parameter.shape)[0] == vocab:
             return base.get_submodule(name.rpartition(".")[0])
-    raise ValueError(f"Found no word embeddings in {type(base).__name__}: it has neither get_input_embeddings() nor a [{vocab}, d] parameter.")
+    raise ValueError(
+        f"Found no word embeddings in {type(base).__name__}: it has neither get_input_embeddings() nor a "
+        f"parameter with {vocab} rows, the vocab_size of its configuration."
+    )
 
 
 def export_prompt_state(peft_model: Any, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -266,7 +302,10 @@ def delete_prompt_adapter(peft_model: Any, adapter_name: str) -> None:
         return
     remaining = list(peft_model.peft_config)
     if remaining:
-        warnings.warn(f"Adapter {adapter_name!r} was active and is now deleted. Setting the active adapter to {remaining[0]!r}.", stacklevel=3)
+        warnings.warn(
+            f"Adapter {adapter_name!r} was active and is now deleted. Setting the active adapter to {remaining[0]!r}.",
+            stacklevel=3,
+        )
     peft_model.active_adapter = remaining[0] if remaining else []
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cartridges: Lightweight and general-purpose long context representations via self-study, arXiv 2506.06266.
 
-A trained key/value cache of nv tokens, rows as in prefix tuning: [layer][k|v][head][dim], [nv, 2 L d]. The first rows stay frozen (attention
-sink). It starts from the cache of real text, and saved cartridges can be concatenated.
+A trained key/value cache of nv tokens, rows as in prefix tuning: [layer][k|v][head][dim], [nv, 2 L d]. The first rows
+stay frozen (attention sink). It starts from the cache of real text, and saved cartridges can be concatenated.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig, PromptLearningConfig, option
-from ..core.prompt import PROMPT_KEY, BasePromptEncoder, prompt_rows
+from ..core.prompt import PROMPT_KEY, BasePromptEncoder, prompt_rows, sizes
 from ..registry import register_method
 from ..utils.peft_types import PeftType
 from .prefix_tuning import PrefixEncoder
@@ -51,9 +51,10 @@ class CartridgeEncoder(BasePromptEncoder):
     def __init__(self, config: CartridgeConfig):
         super().__init__()
         _check_frozen(config)
-        width = config.num_layers * 2 * config.token_dim
+        size = sizes(config)
+        width = 2 * size.layers * size.width
         self.num_frozen_tokens = config.num_frozen_tokens
-        self.num_trainable_tokens = config.num_virtual_tokens - config.num_frozen_tokens
+        self.num_trainable_tokens = size.tokens - config.num_frozen_tokens
         self.frozen_embedding: nn.Parameter | None = None
         if self.num_frozen_tokens:
             self.frozen_embedding = nn.Parameter(torch.randn(self.num_frozen_tokens, width), requires_grad=False)
@@ -77,7 +78,7 @@ class CartridgeEncoder(BasePromptEncoder):
         return torch.cat([self.frozen_embedding, self.trainable_embedding])
 
     @property
-    def embedding(self) -> Any:
+    def embedding(self) -> Any:  # type: ignore[override]
         """Looks like the embedding of a prefix encoder: an object with `weight`."""
         return SimpleNamespace(weight=self.weight)
 
@@ -92,7 +93,9 @@ class CartridgeEncoder(BasePromptEncoder):
         """Copy rows [nv, 2 L d] into the frozen and the trained part."""
         expected = (self.rows, self.trainable_embedding.shape[1])
         if tuple(prompt_embeddings.shape) != expected:
-            raise ValueError(f"The cartridge has shape {list(expected)}, prompt_embeddings has {list(prompt_embeddings.shape)}.")
+            raise ValueError(
+                f"The cartridge has shape {list(expected)}, prompt_embeddings has {list(prompt_embeddings.shape)}."
+            )
         with torch.no_grad():
             if self.frozen_embedding is not None:
                 self.frozen_embedding.copy_(prompt_embeddings[: self.num_frozen_tokens])
@@ -112,9 +115,12 @@ def _cached_layers(past_key_values: Any) -> list[tuple[torch.Tensor, torch.Tenso
         layers = [tuple(layer)[:2] for layer in past_key_values]
     except TypeError:
         layers = None
-    if layers is None or any(len(layer) != 2 or not all(isinstance(t, torch.Tensor) for t in layer) for layer in layers):
+    if layers is None or any(
+        len(layer) != 2 or not all(isinstance(t, torch.Tensor) for t in layer) for layer in layers
+    ):
         raise TypeError(
-            f"past_key_values of type {type(past_key_values).__name__} is not supported: give a transformers cache or a sequence of (key, value)."
+            f"past_key_values of type {type(past_key_values).__name__} is not supported: "
+            "give a transformers cache or a sequence of (key, value)."
         )
     return layers  # type: ignore[return-value]
 
@@ -129,13 +135,17 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     for index, layer in enumerate(layers):
         for tensor in layer:
             if tensor.ndim != 4:
-                raise ValueError(f"Layer {index}: expected keys and values [batch, heads, tokens, head_dim], got {list(tensor.shape)}.")
+                raise ValueError(f"Layer {index}: expected [batch, heads, tokens, head_dim], got {list(tensor.shape)}.")
             if tensor.shape[0] != 1:
                 raise ValueError(f"Layer {index}: expected one sample, got a batch of {tensor.shape[0]}.")
             if tensor.shape[2] < num_virtual_tokens:
-                raise ValueError(f"Layer {index}: {tensor.shape[2]} cached tokens are fewer than num_virtual_tokens={num_virtual_tokens}.")
+                raise ValueError(
+                    f"Layer {index}: num_virtual_tokens={num_virtual_tokens}, but only {tensor.shape[2]} cached tokens."
+                )
             if (tensor.shape[1], tensor.shape[3]) != (shape[1], shape[3]):
-                raise ValueError(f"Layer {index}: heads and head_dim differ from layer 0: {list(tensor.shape)}, {list(shape)}.")
+                raise ValueError(
+                    f"Layer {index}: heads and head_dim differ from layer 0: {list(tensor.shape)}, {list(shape)}."
+                )
             rows.append(tensor[0, :, :num_virtual_tokens].to(layers[0][0].device).transpose(0, 1).flatten(1))
     return torch.cat(rows, dim=1).contiguous()
 
@@ -147,7 +157,7 @@ def initialize_kv_prefix_from_past_key_values(
     """Start a cartridge or prefix (without projection) from a cache; returns the rows."""
     name = model.active_adapter if adapter_name is None else adapter_name
     config = _kv_config(model, name)
-    nv = config.num_virtual_tokens if num_virtual_tokens is None else num_virtual_tokens
+    nv = sizes(config).tokens if num_virtual_tokens is None else num_virtual_tokens
     rows = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=nv)
     model.prompt_encoder[name].load_prompt_embeddings(rows)
     return rows
@@ -158,10 +168,14 @@ def _kv_config(model: Any, name: str) -> PromptLearningConfig:
         raise ValueError(f"Adapter {name!r} does not exist. Known adapters: {sorted(model.peft_config)}.")
     config = model.peft_config[name]
     if config.peft_type not in (PeftType.CARTRIDGE, PeftType.PREFIX_TUNING):
-        raise ValueError(f"Adapter {name!r} is of type {config.peft_type}: only CARTRIDGE and PREFIX_TUNING start from a cache.")
+        raise ValueError(
+            f"Adapter {name!r} is of type {config.peft_type}: only CARTRIDGE and PREFIX_TUNING start from a cache."
+        )
     encoder = model.prompt_encoder[name]
     if isinstance(encoder, PrefixEncoder) and config.prefix_projection:
-        raise ValueError(f"Adapter {name!r} has prefix_projection=True: its rows are the output of an MLP and cannot be set.")
+        raise ValueError(
+            f"Adapter {name!r} has prefix_projection=True: its rows are the output of an MLP and cannot be set."
+        )
     return config
 
 
@@ -195,7 +209,8 @@ def initialize_kv_prefix_from_text(
 ) -> torch.Tensor:
     """Start a cartridge or prefix from the base model's cache of `text`; returns the rows."""
     name = model.active_adapter if adapter_name is None else adapter_name
-    nv = _kv_config(model, name).num_virtual_tokens if num_virtual_tokens is None else num_virtual_tokens
+    config = _kv_config(model, name)
+    nv = sizes(config).tokens if num_virtual_tokens is None else num_virtual_tokens
     ids = _text_ids(tokenizer, text, use_chat_template, max_length)
     if ids.shape[1] < nv:
         raise ValueError(f"The text has {ids.shape[1]} tokens, fewer than num_virtual_tokens={nv}: give a longer text.")
@@ -224,14 +239,15 @@ def compose_cartridge_adapters(
         raise ValueError(f"Composing needs at least two cartridges, got {len(adapter_paths)}.")
     from ..utils.save_and_load import load_peft_weights
 
-    configs = [PeftConfig.from_pretrained(str(path)) for path in adapter_paths]
+    configs: list[Any] = [PeftConfig.from_pretrained(str(path)) for path in adapter_paths]
     for path, config in zip(adapter_paths, configs, strict=True):
         if config.peft_type != PeftType.CARTRIDGE:
             raise ValueError(f"{path} is of type {config.peft_type}, not CARTRIDGE.")
         for field in ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"):
             if getattr(config, field) != getattr(configs[0], field):
                 raise ValueError(
-                    f"{path} does not fit {adapter_paths[0]}: {field} is {getattr(config, field)!r}, not {getattr(configs[0], field)!r}."
+                    f"{path} does not fit {adapter_paths[0]}: {field} is {getattr(config, field)!r}, "
+                    f"not {getattr(configs[0], field)!r}."
                 )
     rows = torch.cat([prompt_rows(load_peft_weights(str(path), device="cpu")) for path in adapter_paths])
     combined = configs[0]
@@ -241,6 +257,8 @@ def compose_cartridge_adapters(
     if safe_serialization:
         from safetensors.torch import save_file
 
-        save_file({PROMPT_KEY: rows.contiguous()}, Path(output_path, "adapter_model.safetensors"), metadata={"format": "pt"})
+        save_file(
+            {PROMPT_KEY: rows.contiguous()}, Path(output_path, "adapter_model.safetensors"), metadata={"format": "pt"}
+        )
     else:
         torch.save({PROMPT_KEY: rows}, Path(output_path, "adapter_model.bin"))

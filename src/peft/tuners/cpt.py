@@ -2,7 +2,8 @@
 """CPT: Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods, arXiv 2410.17222.
 
 Prompt = E(in-context examples) + delta, each row of delta kept within a ball: ||delta_i|| <= eps_i sqrt(d / 2048).
-A token's role is code mod 4: 1 input template, 2 input, 3 output template, 0 label (code > 0); code // 4 numbers the example; 0 none.
+A token's role is code mod 4: 1 input template, 2 input, 3 output template, 0 label (if code > 0); code // 4 numbers the
+example; code 0 is no role.
 """
 
 import math
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import PromptLearningConfig, option
-from ..core.prompt import BasePromptEncoder, word_vectors
+from ..core.prompt import BasePromptEncoder, sizes, word_vectors
 from ..registry import register_method
 from ..utils.peft_types import TaskType
 
@@ -26,12 +27,17 @@ class CPTConfig(PromptLearningConfig):
     cpt_token_ids: list[int] | None = option(None, "Token ids of the in-context examples; they become the prompt.")
     cpt_mask: list[int] | None = option(None, "Mask of these tokens (only its length is used).")
     cpt_tokens_type_mask: list[int] | None = option(
-        None, "Role of each token: code mod 4 is 1 input template, 2 input, 3 output template, 0 label; code // 4 is the example."
+        None,
+        "Role of each token: code mod 4 is 1 input template, 2 input, 3 output template, 0 label.",
     )
-    opt_weighted_loss_type: Literal["none", "decay"] | None = option("none", "'decay': labels of earlier examples count less in the loss.")
-    opt_loss_decay_factor: float | None = option(1.0, "Factor of the weight from one example to the one before it, with 'decay'.")
-    opt_projection_epsilon: float | None = option(0.1, "Radius of the ball for input tokens.")
-    opt_projection_format_epsilon: float | None = option(0.1, "Radius of the ball for template tokens.")
+    opt_weighted_loss_type: Literal["none", "decay"] | None = option(
+        "none", "'decay': labels of earlier examples count less in the loss."
+    )
+    opt_loss_decay_factor: float = option(
+        1.0, "Factor of the weight from one example to the one before it, with 'decay'."
+    )
+    opt_projection_epsilon: float = option(0.1, "Radius of the ball for input tokens.")
+    opt_projection_format_epsilon: float = option(0.1, "Radius of the ball for template tokens.")
     tokenizer_name_or_path: str | None = option(None, "Tokenizer of the examples (not used).")
 
     def __post_init__(self) -> None:
@@ -49,13 +55,15 @@ class CPTConfig(PromptLearningConfig):
             self.cpt_tokens_type_mask = [1] * n
         lengths = {name: len(getattr(self, name)) for name in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length, got {lengths}.")
+            raise ValueError(
+                f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length, got {lengths}."
+            )
 
 
 def label_weights(codes: torch.Tensor, factor: float) -> torch.Tensor:
     """Weight of each label position: 1 for the row's last example, times `factor` for each distinct example after it.
 
-    `codes` [b, T]: role code of label positions, 0 elsewhere. The weight is factor ** (number of distinct larger codes in the row).
+    `codes` [b, T]: role code of label positions, 0 elsewhere. Weight: factor ** (number of distinct larger codes).
     """
     ordered, place = codes.sort(dim=1, descending=True)
     new = torch.zeros_like(ordered)
@@ -66,7 +74,12 @@ def label_weights(codes: torch.Tensor, factor: float) -> torch.Tensor:
 
 @register_method("cpt", config=CPTConfig)
 class CPTEmbedding(BasePromptEncoder):
-    """`embedding` [nv, d] frozen, `delta_embedding` [nv, d] trained (labels and tokens without a role never move), float32."""
+    """`embedding` [nv, d] frozen, `delta_embedding` [nv, d] trained (not for labels or without a role), float32."""
+
+    type_codes: torch.Tensor
+    token_ids: torch.Tensor
+    moves: torch.Tensor
+    epsilon: torch.Tensor
 
     uses_word_embeddings = True
     loss_arguments = ("input_type_mask",)
@@ -74,9 +87,9 @@ class CPTEmbedding(BasePromptEncoder):
     def __init__(self, config: CPTConfig, word_embeddings: nn.Module):
         super().__init__()
         self.config = config
-        nv, d = config.num_virtual_tokens, config.token_dim
-        self.embedding = nn.Embedding(nv, d)
-        self.delta_embedding = nn.Embedding(nv, d)
+        size = sizes(config)
+        self.embedding = nn.Embedding(size.tokens, size.width)
+        self.delta_embedding = nn.Embedding(size.tokens, size.width)
         nn.init.zeros_(self.delta_embedding.weight)
         if not config.inference_mode:
             ids = torch.tensor(config.cpt_token_ids, dtype=torch.long)
@@ -86,10 +99,10 @@ class CPTEmbedding(BasePromptEncoder):
         self.register_buffer("type_codes", codes, persistent=False)  # [nv]
         self.register_buffer("token_ids", torch.tensor(config.cpt_token_ids, dtype=torch.long), persistent=False)
         self.register_buffer("moves", (codes % 4 != 0).unsqueeze(1), persistent=False)  # [nv, 1]
-        self.register_buffer("epsilon", self._radii(codes), persistent=False)  # [nv]
+        self.register_buffer("epsilon", self._radii(codes, math.sqrt(size.width / 2048)), persistent=False)  # [nv]
 
-    def _radii(self, codes: torch.Tensor) -> torch.Tensor:
-        config, scale = self.config, math.sqrt(self.config.token_dim / 2048)
+    def _radii(self, codes: torch.Tensor, scale: float) -> torch.Tensor:
+        config = self.config
         radii = torch.full(codes.shape, 1e-10)
         role = codes % 4
         radii[(role == 1) | (role == 3)] = config.opt_projection_format_epsilon * scale
@@ -123,7 +136,7 @@ class CPTEmbedding(BasePromptEncoder):
     def loss(
         self, logits: torch.Tensor, labels: torch.Tensor, input_type_mask: torch.Tensor | None = None, **arguments: Any
     ) -> torch.Tensor:
-        """Cross entropy over the label tokens of prompt and text; logits [b, nv + T, vocab], labels and input_type_mask [b, T]."""
+        """Cross entropy over the label tokens of prompt and text; labels and input_type_mask [b, T]."""
         batch, device = labels.shape[0], logits.device
         if input_type_mask is None:
             input_type_mask = torch.full_like(labels, 4)

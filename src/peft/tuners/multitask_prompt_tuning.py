@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import option
-from ..core.prompt import PROMPT_KEY
+from ..core.prompt import PROMPT_KEY, sizes
 from ..registry import register_method
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig
 
@@ -33,12 +33,13 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     prompt_tuning_init: MultitaskPromptTuningInit | str = option(
         MultitaskPromptTuningInit.RANDOM,
-        "How the prompt starts: RANDOM, TEXT, or from a source checkpoint: AVERAGE_SOURCE_TASKS, EXACT_SOURCE_TASK, ONLY_SOURCE_SHARED.",
+        "How the prompt starts: RANDOM, TEXT, or from a source checkpoint with AVERAGE_SOURCE_TASKS, "
+        "EXACT_SOURCE_TASK, ONLY_SOURCE_SHARED.",
     )
     prompt_tuning_init_state_dict_path: str | None = option(None, "Source checkpoint of the SOURCE initialisations.")
     prompt_tuning_init_task: int | None = option(0, "Task of the source checkpoint, with EXACT_SOURCE_TASK.")
-    num_ranks: int | None = option(1, "Rank of the task factors.")
-    num_tasks: int | None = option(1, "Number of tasks.")
+    num_ranks: int = option(1, "Rank of the task factors.")
+    num_tasks: int = option(1, "Number of tasks.")
 
 
 _SOURCE_INITS = (
@@ -60,7 +61,9 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         super().__init__(config, word_embeddings)
         self.num_tasks, self.num_ranks = config.num_tasks, config.num_ranks
         self.prefix_task_cols = nn.Parameter(torch.normal(0.0, 0.02, (self.num_tasks, self.rows, self.num_ranks)))
-        self.prefix_task_rows = nn.Parameter(torch.normal(0.0, 0.02, (self.num_tasks, self.num_ranks, config.token_dim)))
+        self.prefix_task_rows = nn.Parameter(
+            torch.normal(0.0, 0.02, (self.num_tasks, self.num_ranks, sizes(config).width))
+        )
         # A saved adapter is complete: its source need not exist any more.
         if config.prompt_tuning_init in _SOURCE_INITS and not config.inference_mode:
             self._start_from_source(config)
@@ -68,7 +71,9 @@ class MultitaskPromptEmbedding(PromptEmbedding):
     def _start_from_source(self, config: MultitaskPromptTuningConfig) -> None:
         path, init = config.prompt_tuning_init_state_dict_path, config.prompt_tuning_init
         if path is None:
-            raise ValueError(f"prompt_tuning_init={str(init)!r} needs prompt_tuning_init_state_dict_path, the source checkpoint.")
+            raise ValueError(
+                f"prompt_tuning_init={str(init)!r} needs prompt_tuning_init_state_dict_path, the source checkpoint."
+            )
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..config import PromptLearningConfig, nearest, option
-from ..core.prompt import BasePromptEncoder
+from ..core.prompt import BasePromptEncoder, sizes
 from ..registry import register_method
 
 
@@ -38,13 +38,14 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 @register_method("p_tuning", config=PromptEncoderConfig)
 class PromptEncoder(BasePromptEncoder):
-    """`embedding` [n, d], then `mlp_head` or `lstm_head` and `mlp_head`; in inference mode only `embedding`, holding P."""
+    """`embedding` [n, d], then `mlp_head` (after `lstm_head`); in inference mode only `embedding`, which holds P."""
 
     def __init__(self, config: PromptEncoderConfig):
         super().__init__()
-        self.token_dim = self.input_size = self.output_size = config.token_dim
-        self.hidden_size = config.encoder_hidden_size
-        self.total_virtual_tokens = config.num_virtual_tokens * config.num_transformer_submodules
+        size = sizes(config)
+        self.token_dim = self.input_size = self.output_size = size.width
+        self.hidden_size = config.encoder_hidden_size or size.width
+        self.total_virtual_tokens = size.rows
         self.encoder_type = config.encoder_reparameterization_type
         self.embedding = nn.Embedding(self.total_virtual_tokens, self.token_dim)
         if not config.inference_mode:
@@ -65,8 +66,8 @@ class PromptEncoder(BasePromptEncoder):
         elif self.encoder_type == PromptEncoderReparameterizationType.MLP:
             if config.encoder_num_layers != type(config).encoder_num_layers:
                 warnings.warn(
-                    f"encoder_num_layers={config.encoder_num_layers} has no effect with encoder_reparameterization_type='MLP': "
-                    "the MLP always has two hidden layers.",
+                    f"encoder_num_layers={config.encoder_num_layers} has no effect with "
+                    "encoder_reparameterization_type='MLP': the MLP always has two hidden layers.",
                     stacklevel=2,
                 )
             self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
@@ -86,8 +87,8 @@ class PromptEncoder(BasePromptEncoder):
     def load(self, state_dict: dict[str, torch.Tensor]) -> None:
         if "mlp_head" in self._modules:
             warnings.warn(
-                "The stored prompt is the output of the p-tuning network, which is not stored: loaded into the network's input. "
-                "Use inference_mode=True for the loaded prompt itself.",
+                "The stored prompt is the output of the p-tuning network, which is not stored: loaded into the input "
+                "of this adapter's network. Use inference_mode=True for the prompt itself.",
                 stacklevel=2,
             )
         super().load(state_dict)

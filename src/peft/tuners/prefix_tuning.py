@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefix tuning: Prefix-Tuning: Optimizing Continuous Prompts for Generation, arXiv 2101.00190.
 
-Keys and values of nv virtual tokens in every layer: row = [layer][k|v][head][dim], [nv, 2 L d]; optionally MLP(E') with E' [nv, d].
+Keys and values of nv virtual tokens in every layer: row = [layer][k|v][head][dim], [nv, 2 L d]; optionally they are
+MLP(E') with E' [nv, d].
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config import PromptLearningConfig, option
-from ..core.prompt import BasePromptEncoder, prompt_rows
+from ..core.prompt import BasePromptEncoder, prompt_rows, sizes
 from ..registry import register_method
 
 
@@ -33,13 +34,14 @@ class PrefixEncoder(BasePromptEncoder):
     def __init__(self, config: PrefixTuningConfig):
         super().__init__()
         self.prefix_projection = config.prefix_projection
-        d, h, width = config.token_dim, config.encoder_hidden_size, config.num_layers * 2 * config.token_dim
+        size = sizes(config)
+        d, h, width = size.width, config.encoder_hidden_size or size.width, 2 * size.layers * size.width
         if self.prefix_projection and not config.inference_mode:
-            self.embedding = nn.Embedding(config.num_virtual_tokens, d)
+            self.embedding = nn.Embedding(size.tokens, d)
             self.transform = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, width))
             start = self.transform[2]
         else:
-            self.embedding = start = nn.Embedding(config.num_virtual_tokens, width)
+            self.embedding = start = nn.Embedding(size.tokens, width)
         if config.init_weights == "zero":
             for parameter in start.parameters():
                 nn.init.zeros_(parameter)
@@ -51,10 +53,14 @@ class PrefixEncoder(BasePromptEncoder):
     def load_prompt_embeddings(self, prompt_embeddings: torch.Tensor) -> None:
         """Copy rows [nv, 2 L d] into the prefix."""
         if "transform" in self._modules:
-            raise ValueError("Can't load rows into a prefix with prefix_projection=True: they are the output of its MLP.")
+            raise ValueError(
+                "Can't load rows into a prefix with prefix_projection=True: they are the output of its MLP."
+            )
         weight = self.embedding.weight
         if prompt_embeddings.shape != weight.shape:
-            raise ValueError(f"The prefix has shape {list(weight.shape)}, prompt_embeddings has {list(prompt_embeddings.shape)}.")
+            raise ValueError(
+                f"The prefix has shape {list(weight.shape)}, prompt_embeddings has {list(prompt_embeddings.shape)}."
+            )
         with torch.no_grad():
             weight.copy_(prompt_embeddings)
 

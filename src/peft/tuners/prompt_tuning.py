@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..config import PromptLearningConfig, option
-from ..core.prompt import BasePromptEncoder, word_vectors
+from ..core.prompt import BasePromptEncoder, sizes, word_vectors
 from ..registry import register_method
 
 
@@ -30,7 +30,8 @@ class PromptTuningConfig(PromptLearningConfig):
     """Options of prompt tuning."""
 
     prompt_tuning_init: PromptTuningInit | str = option(
-        PromptTuningInit.RANDOM, "How the prompt starts: RANDOM, SAMPLE_VOCAB (random tokens) or TEXT (prompt_tuning_init_text)."
+        PromptTuningInit.RANDOM,
+        "How the prompt starts: RANDOM, SAMPLE_VOCAB (random tokens) or TEXT (prompt_tuning_init_text).",
     )
     prompt_tuning_init_text: str | None = option(None, "Text whose embeddings the prompt starts from, with TEXT.")
     tokenizer_name_or_path: str | None = option(None, "Tokenizer of that text.")
@@ -44,7 +45,9 @@ class PromptTuningConfig(PromptLearningConfig):
         if is_text and self.prompt_tuning_init_text is None:
             raise ValueError("With prompt_tuning_init='TEXT', prompt_tuning_init_text can't be None.")
         if self.tokenizer_kwargs and not is_text:
-            raise ValueError(f"tokenizer_kwargs only applies to prompt_tuning_init='TEXT', not to {self.prompt_tuning_init!r}.")
+            raise ValueError(
+                f"tokenizer_kwargs only applies to prompt_tuning_init='TEXT', not to {self.prompt_tuning_init!r}."
+            )
 
 
 def text_token_ids(config: PromptTuningConfig, n: int) -> torch.Tensor:
@@ -56,7 +59,9 @@ def text_token_ids(config: PromptTuningConfig, n: int) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **kwargs)
     ids: list[int] = list(tokenizer(config.prompt_tuning_init_text)["input_ids"])
     if not ids:
-        raise ValueError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens: give a longer text.")
+        raise ValueError(
+            f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens: give a longer text."
+        )
     return torch.tensor((ids * math.ceil(n / len(ids)))[:n], dtype=torch.long)
 
 
@@ -66,14 +71,14 @@ class PromptEmbedding(BasePromptEncoder):
 
     uses_word_embeddings = True
 
-    def __init__(self, config: PromptTuningConfig, word_embeddings: nn.Module):
+    def __init__(self, config: PromptTuningConfig, word_embeddings: Any):
         super().__init__()
-        n = config.num_virtual_tokens * config.num_transformer_submodules
-        self.embedding = nn.Embedding(n, config.token_dim)
+        n, width = sizes(config).rows, sizes(config).width
+        self.embedding = nn.Embedding(n, width)
         if config.inference_mode:  # the file's rows follow
             return
         if config.prompt_tuning_init == PromptTuningInit.SAMPLE_VOCAB:
-            ids = torch.randint(0, word_embeddings.num_embeddings, (n,))
+            ids = torch.randint(0, word_embeddings.weight.shape[0], (n,))
         elif config.prompt_tuning_init == PromptTuningInit.TEXT:
             ids = text_token_ids(config, n)
         else:

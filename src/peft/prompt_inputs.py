@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt inputs: the only place that turns a prompt and the arguments of a call into arguments of the base model.
+
+Order of the parts: embeddings, attention mask, labels, token types, positions, key/value cache. Used for the forward of
+every task and for each step of generation. Virtual tokens come first: [prompt, pads, text].
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .core.prompt import BasePromptEncoder, active_encoder, find_word_embeddings
+from .prompt_cache import cache_length, new_cache, with_room, write_prefix
+from .utils.peft_types import PeftType
+
+Call = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InputRule:
+    """What a task's inputs look like to a prompt."""
+
+    token_labels: bool = False  # `labels` has one entry per token: -100 for virtual tokens
+    token_types: bool = False  # token_type_ids are kept, 0 for virtual tokens; otherwise dropped with a warning
+    encoder_decoder: bool = False
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _accepts(method: Callable[..., Any], name: str) -> bool:
+    return name in _parameters(getattr(method, "__func__", method))
+
+
+def _batch_size(call: Call) -> int:
+    for name in ("input_ids", "inputs_embeds"):
+        if call.get(name) is not None:
+            return call[name].shape[0]
+    raise ValueError("You have to provide either input_ids or inputs_embeds.")
+
+
+# ---- the prompt itself
+
+
+def get_prompt(
+    peft_model: Any, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+) -> Any:
+    """The active prompt for a batch: embeddings [b, n, d], or a cache filled with the prefix."""
+    encoder = peft_model.prompt_encoder[peft_model.active_adapter]
+    if encoder.produces == "embeds":
+        return _embeds(peft_model, encoder, batch_size, task_ids)
+    cache = new_cache(peft_model.base_model, _config(peft_model), max_cache_len)
+    return _fill(peft_model, encoder, cache, batch_size)
+
+
+def _config(peft_model: Any) -> Any:
+    return peft_model.peft_config[peft_model.active_adapter]
+
+
+def _tokens(peft_model: Any, encoder: BasePromptEncoder) -> torch.Tensor:
+    """Indices [1, n] on the encoder's device (moved once)."""
+    name = peft_model.active_adapter
+    tokens = peft_model.prompt_tokens[name]
+    if tokens.device != encoder.device:
+        tokens = peft_model.prompt_tokens[name] = tokens.to(encoder.device)
+    return tokens.unsqueeze(0)
+
+
+def _embeds(peft_model: Any, encoder: BasePromptEncoder, batch: int, task_ids: torch.Tensor | None) -> torch.Tensor:
+    rows = encoder(_tokens(peft_model, encoder), task_ids)
+    if rows.shape[0] not in (1, batch):
+        raise ValueError(
+            f"task_ids has {rows.shape[0]} entries for a batch of {batch}: give one for all, or one for each sample."
+        )
+    return rows.expand(batch, -1, -1)
+
+
+def _fill(peft_model: Any, encoder: BasePromptEncoder, cache: Any, batch: int) -> Any:
+    """Write the prefix into an empty cache."""
+    config = _config(peft_model)
+    rows = encoder(_tokens(peft_model, encoder)[:, : config.num_virtual_tokens])
+    dtype = getattr(peft_model.base_model, "dtype", None)
+    return write_prefix(cache, rows.to(dtype or rows.dtype), config, peft_model.base_model, batch)
+
+
+# ---- parts of the inputs
+
+
+def _extend(values: torch.Tensor, n: int, fill: int) -> torch.Tensor:
+    """n columns of `fill` in front, in the dtype of `values`."""
+    return torch.cat([values.new_full((*values.shape[:-1], n), fill), values], dim=-1)
+
+
+def _extend_mask(call: Call, name: str, n: int, embeds: bool) -> None:
+    """Let every token see the n virtual ones. A 4-D mask only works with a cache: embeddings need new query rows."""
+    mask = call.get(name)
+    if mask is None:
+        return
+    if mask.ndim == 2:
+        call[name] = _extend(mask, n, 1)
+    elif embeds:
+        raise ValueError(f"{name} has shape {list(mask.shape)}: this method needs a 2-D mask [batch, tokens].")
+    else:  # boolean: True is visible; float: added to the scores
+        call[name] = _extend(mask, n, 1 if mask.dtype == torch.bool else 0)
+
+
+def _drop_token_types(call: Call) -> None:
+    if call.pop("token_type_ids", None) is not None:
+        warnings.warn(
+            "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids.", stacklevel=4
+        )
+
+
+def _drop_positions(call: Call) -> None:
+    if call.pop("position_ids", None) is not None:
+        warnings.warn(
+            "Position ids are not supported for parameter efficient tuning. Ignoring position ids.", stacklevel=4
+        )
+
+
+def _input_embeds(peft_model: Any, call: Call, name: str = "") -> torch.Tensor:
+    """Take the (decoder) embeddings out of the call, made from the ids if need be."""
+    ids, embeds = call.pop(f"{name}input_ids", None), call.pop(f"{name}inputs_embeds", None)
+    return find_word_embeddings(peft_model)(ids) if embeds is None else embeds
+
+
+def _join(prompt: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    return torch.cat([prompt.to(device=embeds.device, dtype=embeds.dtype), embeds], dim=1)
+
+
+def _is_continued(call: Call) -> bool:
+    return cache_length(call.get("past_key_values")) > 0
+
+
+# ---- forward
+
+
+def prepare_forward(peft_model: Any, rule: InputRule, call: Call) -> Call:
+    """Arguments of the base model for a forward with the active prompt. `call` holds what was given, without None."""
+    encoder = peft_model.prompt_encoder[peft_model.active_adapter]
+    call = dict(call)
+    task_ids = call.pop("task_ids", None)
+    if rule.encoder_decoder or not rule.token_types:
+        _drop_token_types(call)
+    if encoder.produces == "kv":
+        return _kv_inputs(peft_model, encoder, rule, call)
+    if rule.encoder_decoder:
+        return _seq2seq_embeds(peft_model, encoder, call, task_ids)
+    return _embed_inputs(peft_model, encoder, rule, call, task_ids)
+
+
+def _kv_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, call: Call) -> Call:
+    base, nv = peft_model.base_model, _config(peft_model).num_virtual_tokens
+    if peft_model.training and getattr(base, "is_gradient_checkpointing", False):
+        raise RuntimeError(
+            "Gradient checkpointing is enabled, which drops the cache that holds the prefix: disable it."
+        )
+    batch = _batch_size(call)
+    _extend_mask(call, "decoder_attention_mask" if rule.encoder_decoder else "attention_mask", nv, embeds=False)
+    if call.get("position_ids") is not None:
+        call["position_ids"] = call["position_ids"] + nv
+    if not _is_continued(call):  # a cache with content comes from an earlier call and holds the prefix
+        cache = call.get("past_key_values")
+        cache = new_cache(base, _config(peft_model)) if cache is None else cache
+        call["past_key_values"] = _fill(peft_model, encoder, cache, batch)
+    return call
+
+
+def _embed_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, call: Call, task_ids: Any) -> Call:
+    nv, batch = _config(peft_model).num_virtual_tokens, _batch_size(call)
+    _extend_mask(call, "attention_mask", nv, embeds=True)
+    _drop_positions(call)
+    if _is_continued(call):
+        return call
+    if rule.token_labels and call.get("labels") is not None:
+        call["labels"] = _extend(call["labels"], nv, -100)
+    if call.get("token_type_ids") is not None:
+        call["token_type_ids"] = _extend(call["token_type_ids"], nv, 0).long()
+    embeds = _input_embeds(peft_model, call)
+    call["inputs_embeds"] = _join(_embeds(peft_model, encoder, batch, task_ids), embeds)
+    return call
+
+
+def _seq2seq_embeds(peft_model: Any, encoder: BasePromptEncoder, call: Call, task_ids: Any) -> Call:
+    config = _config(peft_model)
+    nv, batch = config.num_virtual_tokens, _batch_size(call)
+    prompt = _embeds(peft_model, encoder, batch, task_ids)
+    _extend_mask(call, "attention_mask", nv, embeds=True)
+    _drop_positions(call)
+    call["inputs_embeds"] = _join(prompt[:, :nv], _input_embeds(peft_model, call))
+    if not encoder.feeds_decoder or config.num_transformer_submodules != 2:
+        return call
+    if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
+        if call.get("labels") is None:
+            raise ValueError("You have to provide decoder_input_ids, decoder_inputs_embeds or labels.")
+        from .utils.other import shift_tokens_right
+
+        model_config = peft_model.base_model.config
+        call["decoder_input_ids"] = shift_tokens_right(
+            call["labels"], model_config.pad_token_id, model_config.decoder_start_token_id
+        )
+    _extend_mask(call, "decoder_attention_mask", nv, embeds=True)
+    if call.get("labels") is not None:
+        call["labels"] = _extend(call["labels"], nv, -100)
+    call["decoder_inputs_embeds"] = _join(prompt[:, nv:], _input_embeds(peft_model, call, "decoder_"))
+    return call
+
+
+def prompt_forward(peft_model: Any, rule: InputRule, call: Call) -> Any:
+    """Run the base model with the active prompt; the method's own loss replaces the model's where it has one."""
+    encoder = peft_model.prompt_encoder[peft_model.active_adapter]
+    arguments = {name: call.pop(name, None) for name in encoder.loss_arguments}
+    labels = call.pop("labels", None) if encoder.has_loss() else None
+    inputs = prepare_forward(peft_model, rule, call)
+    base = peft_model.base_model
+    if encoder.produces == "kv" and not _accepts(base.forward, "past_key_values"):
+        with _cache_for_backbone(peft_model, inputs.pop("past_key_values")):
+            return base(**inputs)
+    output = base(**inputs)
+    if labels is None:
+        return output
+    logits = output[0]
+    loss = encoder.loss(logits, labels, **arguments)
+    if isinstance(output, tuple):
+        return (loss, *output)
+    output["loss"] = loss
+    return output
+
+
+@contextmanager
+def _cache_for_backbone(peft_model: Any, cache: Any) -> Iterator[None]:
+    """Hand the cache to the backbone inside a task model whose own forward takes none: head and loss stay its own.
+
+    The forward is shadowed on the instance: local to a replica under data parallelism, unlike hooks.
+    """
+    base = peft_model.base_model
+    name = vars(peft_model).get("transformer_backbone_name")
+    backbone = base if name is None else getattr(base, name)
+    if backbone is base or not _accepts(backbone.forward, "past_key_values"):
+        raise ValueError(
+            f"{type(base).__name__} does not work with this method: neither it nor its backbone ({name or 'none'}) "
+            "takes past_key_values. Use a method that works on embeddings, e.g. prompt tuning."
+        )
+    with shadowed(backbone, "forward", functools.partial(backbone.forward, past_key_values=cache)):
+        yield
+
+
+@contextmanager
+def shadowed(module: torch.nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Set an instance attribute of a module for a while."""
+    own = vars(module)
+    missing = object()
+    before = own.get(name, missing)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            own.pop(name, None)
+        else:
+            own[name] = before
+
+
+# ---- generation
+
+
+def prepare_generation(peft_model: Any, args: tuple[Any, ...], kwargs: Call, task_ids: Any = None) -> Call:
+    """One step of generation: the base model prepares its inputs from a mask, positions and cache with the prompt."""
+    prepare = peft_model.base_model_prepare_inputs_for_generation
+    encoder = active_encoder(peft_model)
+    if encoder is None:
+        inputs = prepare(*args, **kwargs)
+        if peft_model._is_prompt_learning is False and _config(peft_model).peft_type == PeftType.POLY:
+            inputs["task_ids"] = task_ids
+        inputs.pop("cache_position", None)
+        return inputs
+    kwargs = dict(kwargs)
+    input_ids = args[0] if args else kwargs.pop("input_ids")
+    nv, base = _config(peft_model).num_virtual_tokens, peft_model.base_model
+    is_encoder_decoder = bool(getattr(base.config, "is_encoder_decoder", False))
+    cache = kwargs.get("past_key_values")
+    fresh = cache_length(cache) == 0
+    if fresh and cache is not None:
+        kwargs["past_key_values"] = cache = with_room(cache, nv, base)
+    _extend_mask(kwargs, "decoder_attention_mask" if is_encoder_decoder else "attention_mask", nv, embeds=False)
+    if encoder.produces == "kv":
+        return _kv_step(peft_model, encoder, prepare, input_ids, kwargs, fresh)
+    kwargs.pop("position_ids", None)  # made by generate from the mask of the text
+    kwargs.pop("token_type_ids", None)
+    embeds = kwargs.pop("inputs_embeds", None)
+    if not fresh:
+        return _without_positions(prepare(input_ids, **kwargs))
+    embeds = find_word_embeddings(peft_model)(input_ids) if embeds is None else embeds
+    embeds = _join(_embeds(peft_model, encoder, embeds.shape[0], task_ids), embeds)
+    kwargs.pop("next_sequence_length", None)  # counts text tokens
+    if _accepts(prepare, "is_first_iteration"):
+        kwargs["is_first_iteration"] = True  # else the embeddings are ignored; without a cache each step is a first one
+    inputs = _without_positions(prepare(input_ids, inputs_embeds=embeds, **kwargs))
+    inputs["input_ids"], inputs["inputs_embeds"] = None, embeds
+    return inputs
+
+
+def _without_positions(inputs: Call) -> Call:
+    inputs.pop("position_ids", None)
+    inputs.pop("cache_position", None)
+    return inputs
+
+
+def _kv_step(
+    peft_model: Any,
+    encoder: BasePromptEncoder,
+    prepare: Callable[..., Call],
+    input_ids: torch.Tensor,
+    kwargs: Call,
+    fresh: bool,
+) -> Call:
+    config, cache = _config(peft_model), kwargs.get("past_key_values")
+    if kwargs.get("position_ids") is not None:
+        kwargs["position_ids"] = kwargs["position_ids"] + config.num_virtual_tokens
+    if fresh:
+        batch = input_ids.shape[0]
+        cache = new_cache(peft_model.base_model, config) if cache is None else cache
+        kwargs["past_key_values"] = _fill(peft_model, encoder, cache, batch)
+    inputs = prepare(input_ids, **kwargs)
+    position = inputs.get("cache_position")
+    if position is not None and fresh:
+        inputs["cache_position"] = position + config.num_virtual_tokens
+    return inputs
+
+
+@contextmanager
+def generation_inputs(peft_model: Any) -> Iterator[None]:
+    """Let `generate` of the base model build its inputs here; undone on success and on error."""
+    with shadowed(peft_model.base_model, "prepare_inputs_for_generation", peft_model.prepare_inputs_for_generation):
+        yield
+
+
+def prepare_seq2seq_generation(peft_model: Any, encoder: BasePromptEncoder, kwargs: Call) -> Call:
+    """Arguments of `generate` of an encoder-decoder with a prompt in front of the encoder inputs."""
+    kwargs = dict(kwargs)
+    task_ids = kwargs.pop("task_ids", None)
+    nv, batch = _config(peft_model).num_virtual_tokens, _batch_size(kwargs)
+    if kwargs.pop("encoder_outputs", None) is not None:
+        warnings.warn(
+            "`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.", stacklevel=3
+        )
+    _extend_mask(kwargs, "attention_mask", nv, embeds=True)
+    _drop_token_types(kwargs)
+    _drop_positions(kwargs)
+    prompt = _embeds(peft_model, encoder, batch, task_ids)[:, :nv]
+    kwargs["inputs_embeds"] = _join(prompt, _input_embeds(peft_model, kwargs))
+    return kwargs
