@@ -259,10 +259,9 @@ def gate_grad(pz: Tensor, S: Tensor, shape: torch.Size) -> Tensor:
     return pz.view(*shape[:-1], -1).sum_to_size(S.shape).to(S.dtype)
 
 
-def _backward(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+def _backward(ctx: Any, g: Tensor, saved: Any) -> tuple[Any, ...]:
     plan, needs = ctx.plan, ctx.needs_input_grad
-    x, W, b, *rest = saved
-    kept: list[Any] = rest
+    x, W, b, *kept = saved
     h = x.reshape(-1, x.shape[-1]).to(plan.dtype)
     dx: Any = None
     dW: Any = None
@@ -270,7 +269,7 @@ def _backward(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
     if W is not None and needs[0]:
         dx = torch.mm(g, W.to(plan.dtype))
     if needs[1]:
-        dW = torch.mm(g.t(), h).to(W.dtype)
+        dW = torch.mm(g.t(), h).to(g.dtype if W is None else W.dtype)
     if needs[2]:
         db = g.sum(0).to(b.dtype)
     out: list[Tensor | None] = []
@@ -288,7 +287,7 @@ def _backward(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
         if Bc is not None:
             p = torch.addmm(Bc[:1], g, Bc, beta=0, alpha=alpha)
             if need_S:
-                dS = gate_grad(p * z, S, x.shape)
+                dS = gate_grad(p * z, S, x.shape)  # type: ignore[arg-type]
             if S is not None:
                 p = gated(p, S, x.shape)
         if need_A:

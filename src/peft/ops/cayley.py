@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Rotations: skew matrices, the Cayley map and its Neumann series, block-diagonal and butterfly products.
+
+Conventions. A rotation acts on row vectors, y_k = x_k R_k for each block k of the last dimension, so the layer
+y = W (x R)ᵀ has the weight W Rᵀ (`rotate_weight`). Exact: R = (I - Q)(I + Q)⁻¹. The series approximates the *inverse*,
+(I + Q)(I - Q)⁻¹: the two parametrisations have opposite sign, and a checkpoint is only valid with its own.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import fusable, is_plain
+
+
+def skew(v: Tensor, size: int, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
+    """v [..., size(size-1)/2], the upper triangle in row-major order -> Q [..., size, size] with Qᵀ = -Q.
+
+    `rows`, `cols` are `torch.triu_indices(size, size, 1)` if the caller keeps them.
+    """
+    if rows is None or cols is None:
+        rows, cols = torch.triu_indices(size, size, 1, device=v.device)
+    flat = v.new_zeros(*v.shape[:-1], size * size).index_copy(-1, rows * size + cols, v)
+    upper = flat.unflatten(-1, (size, size))
+    return upper - upper.transpose(-2, -1)
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """(I - Q)(I + Q)⁻¹ for Q [..., n, n], orthogonal if Q is skew; in float32 at least, returned in Q's dtype."""
+    work = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q
+    identity = torch.eye(Q.shape[-1], dtype=work.dtype, device=Q.device)
+    # the factors commute, so solving from the left is the same and needs no transposition
+    return torch.linalg.solve(identity + work, identity - work).to(Q.dtype)
+
+
+def cayley_series(Q: Tensor, terms: int) -> Tensor:
+    """The truncated series of (I + Q)(I - Q)⁻¹: I + 2Q + ... + 2Q^(terms-2) + Q^(terms-1), with about 2·sqrt(terms)
+    products (2 for five terms). terms = 3 means the same as terms = 4, as published.
+    """
+    if terms < 1:
+        raise ValueError(f"the Cayley-Neumann series needs at least 1 term, got {terms}")
+    degree = 3 if terms == 3 else terms - 1
+    weights = [1.0] + [2.0] * (degree - 1) + [1.0] if degree > 1 else [1.0] + [2.0] * degree
+    identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    if is_plain():
+        total, power = identity.expand_as(Q), Q
+        for k in range(1, degree + 1):
+            total, power = total + weights[k] * power, power @ Q
+        return total
+    return _polynomial(Q, identity, weights)
+
+
+def _polynomial(Q: Tensor, identity: Tensor, weights: list[float]) -> Tensor:
+    """Paterson-Stockmeyer: powers up to s ~ sqrt(degree), then Horner's rule in Q^s."""
+    degree = len(weights) - 1
+    if degree == 0:
+        return identity.expand_as(Q).clone()
+    step = max(1, isqrt(degree))
+    powers = [identity, Q]
+    while len(powers) <= step:
+        powers.append(powers[-1] @ Q)
+
+    def block(j: int) -> Tensor:  # weights[j·s] I + ... + weights[j·s + s - 1] Q^(s-1)
+        total = weights[j * step] * identity
+        for k in range(1, min(step, degree - j * step + 1)):
+            total = torch.add(total, powers[k], alpha=weights[j * step + k])
+        return total
+
+    last = degree // step
+    if last * step == degree:  # the leading block is a multiple of the identity: no product for it
+        total = torch.add(block(last - 1), powers[step], alpha=weights[degree])
+        last -= 1
+    else:
+        total = block(last)
+    for j in range(last - 1, -1, -1):
+        total = block(j) + powers[step] @ total
+    return total
+
+
+def project(v: Tensor, radius: float) -> Tensor:
+    """Scale each block's v [..., size(size-1)/2] so that its skew matrix has a Frobenius norm of at most `radius`."""
+    norm = v.norm(dim=-1, keepdim=True) * 2**0.5
+    return v * (radius / norm.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1.0)
+
+
+def bound(Q: Tensor, radius: float) -> Tensor:
+    """The same for the skew matrices Q [..., n, n] themselves."""
+    norm = torch.linalg.matrix_norm(Q, keepdim=True)
+    return Q * (radius / norm.clamp(min=torch.finfo(Q.dtype).tiny)).clamp(max=1.0)
+
+
+def block_diagonal(R: Tensor, size: int) -> Tensor:
+    """R [blocks or 1, B, B] -> the dense [size, size] matrix."""
+    B = R.shape[-1]
+    R = R.expand(size // B, B, B)
+    out = R.new_zeros(size // B, B, size // B, B)
+    return torch.diagonal_scatter(out, R.permute(1, 2, 0), dim1=0, dim2=2).reshape(size, size)
+
+
+def inverse(R: Tensor, exact: bool) -> Tensor:
+    """R⁻¹ by blocks: the transpose of an exact rotation, a batched float32 (at least) inverse otherwise."""
+    if exact:
+        return R.transpose(-2, -1)
+    work = R.float() if R.dtype in (torch.float16, torch.bfloat16) else R
+    return torch.linalg.inv(work).to(R.dtype)
+
+
+def rotate(x: Tensor, R: Tensor) -> Tensor:
+    """x [..., k·B], R [k, B, B] or one shared block [1, B, B] -> [..., k·B], each block x_k R_k; in x's dtype.
+
+    Plain: in R's dtype, cast back. Fused: one batched product in x's dtype, written in place of a transposed copy. A
+    half-precision x is multiplied by R - I and added to the product, so that a rotation near the identity keeps its
+    small entries; x and R are all that is kept for backward.
+    """
+    if is_plain():
+        return _rotate_plain(x, R)
+    shared = R.shape[0] == 1
+    if not fusable(x, R) or not x.is_floating_point():
+        return _rotate_plain(x, R)
+    if shared:
+        h = x.reshape(-1, R.shape[-1])
+        D = _minus_identity(R, x.dtype)
+        return (torch.mm(h, R[0].to(x.dtype)) if D is None else torch.addmm(h, h, D[0])).view(x.shape)
+    blocks, B = R.shape[0], R.shape[-1]
+    if torch.is_grad_enabled() and (x.requires_grad or R.requires_grad):
+        out: Any = _Rotate.apply(x, R)
+    else:
+        out = _rotate_blocks(x.reshape(-1, blocks, B), R)
+    return out.view(x.shape)
+
+
+def rotate_weight(W: Tensor, R: Tensor) -> Tensor:
+    """W [out, in] -> W Rᵀ, the weight of the layer that `rotate`s its input first. Out·in·B multiplications."""
+    return rotate(W, R.transpose(-2, -1))
+
+
+def _rotate_plain(x: Tensor, R: Tensor) -> Tensor:
+    B = R.shape[-1]
+    h = x.to(R.dtype).unflatten(-1, (-1, B)).unsqueeze(-2)
+    return (h @ R).squeeze(-2).flatten(-2).to(x.dtype)
+
+
+def _minus_identity(R: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """R - I rounded to a half dtype, None for wider ones, whose rounding of R itself does no harm."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return (R - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).to(dtype)
+
+
+def _rotate_blocks(h: Tensor, R: Tensor) -> Tensor:
+    """h [T, k, B], R [k, B, B] -> contiguous [T, k, B]."""
+    out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    ht, D = h.transpose(0, 1), _minus_identity(R, h.dtype)
+    if D is None:
+        torch.bmm(ht, R.to(h.dtype), out=out.transpose(0, 1))
+    else:
+        torch.baddbmm(ht, ht, D, out=out.transpose(0, 1))
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """(x [..., k·B], R [k, B, B]) -> [T, k, B]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, R)
+        ctx.shape = x.shape
+        return _rotate_blocks(x.reshape(-1, R.shape[0], R.shape[-1]), R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        (g,) = grads
+        x, R = ctx.saved_tensors
+        dx = dR = None
+        if ctx.needs_input_grad[0]:
+            Rt = R.transpose(-2, -1)
+            # with create_graph the differentiable form, which gives the same numbers
+            dx = rotate(g.flatten(-2), Rt) if torch.is_grad_enabled() else _rotate_blocks(g, Rt)
+            dx = dx.view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            h = x.reshape(-1, R.shape[0], R.shape[-1])
+            dR = torch.bmm(h.permute(1, 2, 0), g.transpose(0, 1)).to(R.dtype)
+        return dx, dR
+
+
+def butterfly(x: Tensor, O: Tensor, transpose: bool = False) -> Tensor:  # noqa: E741 - the paper's name
+    """x [..., n], O [N, n/B, B, B] -> x R (x Rᵀ if `transpose`), R = F_{N-1} ... F_0 as row operators of BOFT.
+
+    F_i = P_i blockdiag(O_i) P_iᵀ, where P_i shuffles half blocks of B/2 columns over a distance of 2^i: a view and a
+    transposition instead of a permutation matrix.
+    """
+    count, half = O.shape[0], O.shape[-1] // 2
+    order = range(count) if transpose else range(count - 1, -1, -1)
+    for i in order:
+        factor = O[i].transpose(-2, -1) if transpose else O[i]
+        z = _shuffle(x, 2, 2**i, half) if i else x  # P_0 is the identity
+        z = rotate(z, factor)
+        x = _shuffle(z, 2**i, 2, half) if i else z
+    return x
+
+
+def _shuffle(x: Tensor, first: int, second: int, half: int) -> Tensor:
+    return x.unflatten(-1, (-1, first, second, half)).transpose(-3, -2).flatten(-4)
