@@ -121,7 +121,9 @@ class PeftConfigMixin:
         with open(path_json_file, encoding="utf-8") as file:
             values = json.load(file)
         if values.pop("runtime_config", None) is not None:
-            warnings.warn("runtime_config in the configuration file is ignored: it only makes sense at run time.", stacklevel=2)
+            warnings.warn(
+                "runtime_config in the configuration file is ignored: it only makes sense at run time.", stacklevel=2
+            )
         return values
 
     @classmethod
@@ -149,7 +151,9 @@ class PeftConfigMixin:
 
     # ---- files and hub
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ):
         """Load from a local folder or a hub repository. The class returned is the one of the file's `peft_type`."""
         hub_kwargs, class_kwargs, _ = cls._split_kwargs(kwargs)
         path = cls._find_config(pretrained_model_name_or_path, subfolder, hub_kwargs)
@@ -166,7 +170,9 @@ class PeftConfigMixin:
 
             return hf_hub_download(str(name), CONFIG_NAME, subfolder=subfolder, **hub_kwargs)
         except Exception as exc:
-            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{Path(name, subfolder or '')}' ({type(exc).__name__}: {exc})") from exc
+            raise ValueError(
+                f"Can't find '{CONFIG_NAME}' at '{Path(name, subfolder or '')}' ({type(exc).__name__}: {exc})"
+            ) from exc
 
     @classmethod
     def _get_peft_type(cls, model_id: str, **hf_hub_download_kwargs: Any) -> str:

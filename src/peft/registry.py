@@ -47,7 +47,9 @@ _records: dict[PeftType, Method] = {}
 _NOT_METHODS = {"tuners_utils", "lycoris_utils", "_buffer_dict", "mixed"}
 
 
-def register_method(name: str, *, config: type[PeftConfig], prefix: str | None = None, mixed: bool = False) -> Callable[[C], C]:
+def register_method(
+    name: str, *, config: type[PeftConfig], prefix: str | None = None, mixed: bool = False
+) -> Callable[[C], C]:
     """Class decorator for the tuner (or prompt encoder) of a method; `name.upper()` must be a PeftType.
 
     `prefix` starts the names of the method's parameters (default `name + "_"`). `mixed`: listed in the published mapping of methods for
@@ -62,13 +64,17 @@ def register_method(name: str, *, config: type[PeftConfig], prefix: str | None =
     return register
 
 
-def add_record(*, name: str, config: type[PeftConfig], tuner: type, prefix: str | None = None, mixed: bool = False) -> None:
+def add_record(
+    *, name: str, config: type[PeftConfig], tuner: type, prefix: str | None = None, mixed: bool = False
+) -> None:
     if name.endswith("_"):
         raise ValueError(f"Please pass the name of the method without the underscore at the end: {name!r}.")
     if not name.islower():
         raise ValueError(f"The name of the method must be in lower case, got {name!r}.")
     if name.upper() not in list(PeftType):
-        raise ValueError(f"Unknown method {name!r}: add it to the PeftType enum first.{nearest(name.upper(), list(PeftType.__members__))}")
+        raise ValueError(
+            f"Unknown method {name!r}: add it to the PeftType enum first.{nearest(name.upper(), list(PeftType.__members__))}"
+        )
     peft_type = PeftType[name.upper()]
     if peft_type in _records:
         raise KeyError(f"The method {name!r} is already registered, by {_records[peft_type].tuner.__name__}.")
@@ -86,7 +92,9 @@ def add_record(*, name: str, config: type[PeftConfig], tuner: type, prefix: str 
     _records[peft_type] = Method(peft_type, config, tuner, prefix, mixed)
 
 
-def register_peft_method(*, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False) -> None:
+def register_peft_method(
+    *, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False
+) -> None:
     """Register a method from outside the library (the published function form of `register_method`)."""
     add_record(name=name, config=config_cls, tuner=model_cls, prefix=prefix, mixed=is_mixed_compatible)
 
@@ -100,7 +108,9 @@ def _name_unknown_options(config: type[PeftConfig]) -> None:
     def checked(self, *args: Any, **kwargs: Any) -> None:
         for key in kwargs:
             if key not in valid:
-                raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {key!r}.{nearest(key, valid)}")
+                raise TypeError(
+                    f"{type(self).__name__}.__init__() got an unexpected keyword argument {key!r}.{nearest(key, valid)}"
+                )
         init(self, *args, **kwargs)
 
     config.__init__ = checked
@@ -192,5 +202,16 @@ def _filled(name: str) -> Callable[..., Any]:
     return call
 
 
-for _name in ("__getitem__", "__contains__", "__iter__", "__len__", "get", "items", "keys", "values", "__repr__", "__eq__"):
+for _name in (
+    "__getitem__",
+    "__contains__",
+    "__iter__",
+    "__len__",
+    "get",
+    "items",
+    "keys",
+    "values",
+    "__repr__",
+    "__eq__",
+):
     setattr(RecordView, _name, _filled(_name))

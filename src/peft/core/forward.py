@@ -34,7 +34,7 @@ class ForwardPaths:
         if self.kind.substituted:
             return "substitution"
         activation_hooks = {"delta", "map_input", "map_output"}
-        if "map_weight" in self.hooks and not self.hooks & activation_hooks:
+        if "map_weight" in self.hooks and (not self.hooks & activation_hooks or (self.conv_by_weight and self.kind.is_conv)):
             return "weight"
         if self.factored and not self.hooks & activation_hooks:
             return "factored"
@@ -150,7 +150,7 @@ class ForwardPaths:
         return next((p.dtype for p in self.parameters_of(name)), None)
 
     def _cast_input(self: Any, name: str, x: torch.Tensor) -> torch.Tensor:
-        if not (self.cast_input_dtype_enabled and self.kind.float_input):
+        if not (self.casts_input and self.cast_input_dtype_enabled and self.kind.float_input):
             return x
         dtype = self.adapter_dtype(name)
         return x if dtype is None or x.dtype == dtype else x.to(dtype)

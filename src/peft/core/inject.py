@@ -74,7 +74,9 @@ def walk(model: nn.Module) -> Iterator[Node]:
 class Injection:
     """One run of injecting adapter `name` of configuration `cfg` into the model of `tuner`."""
 
-    def __init__(self, tuner: "TunerModel", model: nn.Module, name: str, cfg: Any, low_cpu: bool, state_dict: dict | None):
+    def __init__(
+        self, tuner: "TunerModel", model: nn.Module, name: str, cfg: Any, low_cpu: bool, state_dict: dict | None
+    ):
         self.tuner, self.model, self.name, self.cfg = tuner, model, name, cfg
         self.low_cpu, self.state_dict = low_cpu, state_dict
         self.nodes = list(walk(model))
@@ -188,7 +190,9 @@ class Injection:
         self.parameter_names = wanted
         for name in self.model._parameters:
             if wanted.match(name):
-                raise ValueError(f"Parameter {name!r} belongs to the top-level module, which cannot be replaced; wrap the model in another module.")
+                raise ValueError(
+                    f"Parameter {name!r} belongs to the top-level module, which cannot be replaced; wrap the model in another module."
+                )
         for node in self.nodes:
             module = node.module
             base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
@@ -209,21 +213,36 @@ class Injection:
         if not modules and not parameters:
             raise NoMatchingPeftModuleError(self._nothing_matched())
         if getattr(cfg, "exclude_modules", None) and not report.excluded:
-            warnings.warn(f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. Please check that it is set correctly.", stacklevel=6)
+            warnings.warn(
+                f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. Please check that it is set correctly.",
+                stacklevel=6,
+            )
         elif cfg.target_modules and not modules:
-            warnings.warn(f"target_modules={cfg.target_modules} were set but no module was matched.", RuntimeWarning, stacklevel=6)
+            warnings.warn(
+                f"target_modules={cfg.target_modules} were set but no module was matched.", RuntimeWarning, stacklevel=6
+            )
         elif getattr(cfg, "target_parameters", None) and not parameters:
-            warnings.warn(f"target_parameters={cfg.target_parameters} were set but no parameter was matched.", RuntimeWarning, stacklevel=6)
+            warnings.warn(
+                f"target_parameters={cfg.target_parameters} were set but no parameter was matched.",
+                RuntimeWarning,
+                stacklevel=6,
+            )
         report.unmatched = matcher.targets.unmatched if self.state_dict is None else []
         if report.unmatched and modules and self.tuner.user_targets:
             hint = match.suggestions(report.unmatched, [n.key for n in self.nodes])
             layers = " within layers_to_transform" if getattr(cfg, "layers_to_transform", None) is not None else ""
-            warnings.warn(f"target_modules entries {report.unmatched} matched no module{layers}. {hint}".strip(), stacklevel=6)
+            warnings.warn(
+                f"target_modules entries {report.unmatched} matched no module{layers}. {hint}".strip(), stacklevel=6
+            )
 
     def _nothing_matched(self) -> str:
         cfg, keys = self.cfg, [n.key for n in self.nodes]
         layers = getattr(cfg, "layers_to_transform", None)
-        notes = "" if layers is None else f" Note: You specified 'layers_to_transform': {layers}, only those layers were looked at."
+        notes = (
+            ""
+            if layers is None
+            else f" Note: You specified 'layers_to_transform': {layers}, only those layers were looked at."
+        )
         if getattr(cfg, "layers_pattern", None):
             notes += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
         if self.report.excluded and len(self.report.excluded) == len(keys):
@@ -243,12 +262,16 @@ class Injection:
         module, tuner = target.node.module, self.tuner
         if target.parameter is not None:
             if isinstance(module, AdapterLayer) and not issubclass(module.kind, kinds.Parameter):
-                raise ValueError(f"Parameter {target.key!r} belongs to a module that is adapted as a whole: target either the module or its parameters.")
+                raise ValueError(
+                    f"Parameter {target.key!r} belongs to a module that is adapted as a whole: target either the module or its parameters."
+                )
             tuner.check_target(self.cfg, target.key, module)
             return
         base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
         if isinstance(module, AuxiliaryTrainingWrapper):
-            raise ValueError(f"Target module {target.key!r} is trained in full or has trainable tokens already; take it out of target_modules or out of modules_to_save.")
+            raise ValueError(
+                f"Target module {target.key!r} is trained in full or has trainable tokens already; take it out of target_modules or out of modules_to_save."
+            )
         if not tuner.accepts(base, self.cfg):
             raise tuner.unsupported_error(
                 f"Target module {target.key} ({base}) is not supported by {tuner.method_label}. Currently, only the following kinds of modules are supported: "
@@ -295,5 +318,3 @@ class Injection:
         for step in reversed(self.undo):
             step()
         self.tuner.forget_layers()
-
-

@@ -284,7 +284,9 @@ class Parameter(LayerKind):
         """[out, in] or [E, out, in]."""
         shape = tuple(getattr(m, cls.weight_name).shape)
         if len(shape) not in (2, 3):
-            raise ValueError(f"Parameter {cls.weight_name!r} of {type(m).__name__} is {len(shape)}-d; only 2-d and 3-d ones can be adapted.")
+            raise ValueError(
+                f"Parameter {cls.weight_name!r} of {type(m).__name__} is {len(shape)}-d; only 2-d and 3-d ones can be adapted."
+            )
         return (shape[0], shape[2], shape[1]) if len(shape) == 3 and cls.swapped(m) else shape
 
     @classmethod

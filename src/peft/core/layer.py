@@ -16,7 +16,7 @@ from torch import nn
 
 from ..ops import low_rank
 from ..ops.low_rank import Factors
-from ..storage.base import resolve
+from ..storage.base import WeightStorage, resolve
 from . import kinds
 from .context import Switch
 from .forward import ForwardPaths
@@ -46,11 +46,21 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     method_name: ClassVar[str] = ""
     kinds: ClassVar[tuple[type, ...]] = (kinds.Linear,)
     prefer_weight_path: ClassVar[bool] = False  # dense deltas: one product with W + delta instead of two
+    conv_by_weight: ClassVar[bool] = False  # input maps are defined on the matrix view: convolutions map their weight
+    casts_input: ClassVar[bool] = True  # hooks get x in the adapter's dtype; False: they handle any floating dtype themselves
     one_active: ClassVar[bool] = False  # the method cannot combine several active adapters
     standalone_delta: ClassVar[bool] = True  # delta_weight does not depend on the base weight (so it can become a LoRA)
 
     slots: ClassVar[dict[str, Slot]] = {}
     hooks: ClassVar[frozenset[str]] = frozenset()
+    kind: type[LayerKind]
+    storage: WeightStorage
+    switch: Switch
+    merged_adapters: list[str]
+    _names: dict[str, None]
+    _local: tuple[tuple[str, ...], bool] | None
+    _saved_weights: dict[str, Any]
+    _holders: dict[str, tuple]
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
     by_kind: ClassVar[dict[str, type["AdapterLayer"]]] = {}
@@ -101,28 +111,33 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         **overrides: Any,
     ):
         super().__init__()
-        self.base_layer = base_layer
+        self._modules["base_layer"] = base_layer
         innermost = self.get_base_layer()
         kind = kind or kinds.pick(innermost, type(self).kinds)
         if kind is None:
             raise TypeError(f"{type(self).__name__} of {self.method_name} cannot adapt a {type(innermost).__name__}")
-        self.kind = kind
-        self.storage = resolve(innermost)
-        self.switch = switch or Switch((adapter_name,) if adapter_name else ())
         shape = kind.shape(innermost)
-        self.out_features, self.in_features = shape[-2:] if issubclass(kind, kinds.Parameter) else shape[:2]
-        self.fan_in_fan_out = kind.transposed and kind.is_linear
-        self.merged_adapters: list[str] = []
-        self.cast_input_dtype_enabled = True
-        self._names: dict[str, None] = {}
-        self._local: tuple[tuple[str, ...], bool] | None = None
-        self._seen: Any = None
-        self._plan: tuple[str, ...] = ()
-        self._path = "activation"
-        self._saved_weights: dict[str, Any] = {}
-        self._holders: dict[str, tuple] = {}
+        n_out, n_in = shape[-2:] if issubclass(kind, kinds.Parameter) else shape[:2]
+        # straight into __dict__: nn.Module's __setattr__ costs more than everything else here
+        self.__dict__.update(
+            kind=kind,
+            storage=resolve(innermost),
+            switch=switch or Switch((adapter_name,) if adapter_name else ()),
+            out_features=n_out,
+            in_features=n_in,
+            fan_in_fan_out=kind.transposed and kind.is_linear,
+            merged_adapters=[],
+            cast_input_dtype_enabled=True,
+            _names={},  # adapters of this layer, in order
+            _local=None,  # this layer's own setting of the switch, if it differs from the model's
+            _seen=None,  # the setting that `_plan` was made for
+            _plan=(),  # active adapters present here
+            _path="activation",
+            _saved_weights={},  # copies of the base tensors while adapters are merged
+            _holders={},
+        )
         for slot in self.slots.values():
-            setattr(self, slot.name, slot.container())
+            (self._modules if slot.is_module else self.__dict__)[slot.name] = slot.container()
         if adapter_name is not None:
             self.update_layer(adapter_name, config, **overrides)
 
@@ -333,7 +348,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
             for slot_name in self.adapter_layer_names:
                 container = getattr(self, slot_name)
                 if name in container:
-                    modules = container[name].modules() if isinstance(container, nn.ModuleDict) else ()
+                    modules = tree(container[name]) if isinstance(container, nn.ModuleDict) else ()
                     found += [(m._parameters, None) for m in modules] or [(container._parameters, name)]
             self._holders[name] = tuple(found)
         return self._holders[name]
@@ -346,11 +361,11 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     def _own_tensors(self, name: str) -> Iterator[tuple[Any, str, torch.Tensor]]:
         """(owner, attribute, tensor) of everything that adapter `name` holds here, shared containers included."""
         for slot in self.slots.values():
-            container = getattr(self, slot.name)
-            if not slot.is_module or name not in container:
+            container: Any = self._modules[slot.name] if slot.is_module else None
+            if container is None or name not in container:
                 continue
             if isinstance(container, nn.ModuleDict):
-                for module in container[name].modules():
+                for module in tree(container[name]):
                     yield from ((module, k, p) for k, p in module._parameters.items() if p is not None)
                     yield from ((module, k, b) for k, b in module._buffers.items() if b is not None)
             else:
@@ -396,6 +411,11 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     def extra_repr(self) -> str:
         label = self.storage.label
         return "" if label is None else f"quantization_backend={label!r}"
+
+
+def tree(module: nn.Module) -> Iterator[nn.Module]:
+    """`module.modules()` without its cost for the usual module that has no children."""
+    return module.modules() if module._modules else iter((module,))
 
 
 def replace_tensor(owner: Any, attr: str, old: torch.Tensor, new: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ EXCLUDED = ExcludedModule()
 
 
 def suffixes(key: str) -> Iterator[str]:
-    """"a.b.c" -> "a.b.c", "b.c", "c"."""
+    """ "a.b.c" -> "a.b.c", "b.c", "c"."""
     yield key
     start = key.find(".")
     while start >= 0:

@@ -100,10 +100,7 @@ class Slot:
     role: str  # "trainable" | "aux" | "shared"
     bare: bool = False
     saved: bool = False
-
-    @property
-    def is_module(self) -> bool:
-        return issubclass(self.container, nn.Module)
+    is_module: bool = True
 
 
 def read_slots(cls: type) -> dict[str, Slot]:
@@ -127,4 +124,4 @@ def _read(name: str, annotation: Any, owner: type) -> Slot | None:
     container, role, *rest = get_args(annotation)
     container = get_origin(container) or container
     saved = role == "trainable" or "saved" in rest
-    return Slot(name, container, role, bare="bare" in rest, saved=saved)
+    return Slot(name, container, role, bare="bare" in rest, saved=saved, is_module=issubclass(container, nn.Module))

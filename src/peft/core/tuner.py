@@ -31,7 +31,9 @@ class TunerModel(nn.Module):
 
     prefix: str
     layer_cls: ClassVar[type[AdapterLayer]]
-    target_table: ClassVar[str | None] = None  # default targets by model type if not the method's own, see core/targets.py
+    target_table: ClassVar[str | None] = (
+        None  # default targets by model type if not the method's own, see core/targets.py
+    )
     uses_shared_state: ClassVar[bool] = False  # the tuner owns tensors, so injection without it is impossible
     supports_parameters: ClassVar[bool] = False  # target_parameters
     condense_targets: ClassVar[bool] = True
@@ -223,7 +225,9 @@ class TunerModel(nn.Module):
         """Add adapter `adapter_name` (its configuration is in `peft_config`) to `model`; a failure changes nothing."""
         cfg = self.peft_config[adapter_name]
         if not adapter_name or "." in adapter_name:
-            raise KeyError(f"Adapter name {adapter_name!r} can't be empty or contain a dot: it becomes part of parameter names.")
+            raise KeyError(
+                f"Adapter name {adapter_name!r} can't be empty or contain a dot: it becomes part of parameter names."
+            )
         if adapter_name == "__base__":
             raise ValueError("The adapter name '__base__' is reserved: in `adapter_names` it means the base model.")
         self.check_config(adapter_name, cfg)
@@ -239,7 +243,12 @@ class TunerModel(nn.Module):
             trainable.mark_trainable(model, self, adapter_name, cfg, first)
             self._activate(adapter_name, cfg, layers)
             set_additional_trainable_modules(
-                model, cfg, self.get_model_config(model), adapter_name, adapter_name in self.switch.active, switch=self.switch
+                model,
+                cfg,
+                self.get_model_config(model),
+                adapter_name,
+                adapter_name in self.switch.active,
+                switch=self.switch,
             )
         except BaseException:
             injection.roll_back()
@@ -282,7 +291,11 @@ class TunerModel(nn.Module):
         for field in ("rank_pattern", "alpha_pattern"):
             if lost := match.unmatched_patterns(getattr(cfg, field, None), layers):
                 hint = match.suggestions(lost, list(layers))
-                warnings.warn(f"Keys {lost} of `{field}` did not match any targeted module. {hint}".strip(), RuntimeWarning, stacklevel=5)
+                warnings.warn(
+                    f"Keys {lost} of `{field}` did not match any targeted module. {hint}".strip(),
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
 
     def _make_shared(self) -> None:
         for slot in self.layer_cls.slots.values() if hasattr(type(self), "layer_cls") else ():
@@ -324,7 +337,11 @@ class TunerModel(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         """Turn all adapters off, until `enable_adapter_layers`. Their parameters are frozen meanwhile."""
-        if any(getattr(self.peft_config[n], "bias", "none") != "none" for n in self.active_adapters if n in self.peft_config):
+        if any(
+            getattr(self.peft_config[n], "bias", "none") != "none"
+            for n in self.active_adapters
+            if n in self.peft_config
+        ):
             warnings.warn(
                 "Careful, disabling adapter layers with bias configured does not produce the same output as the base model would without "
                 "adaption.",
@@ -374,7 +391,9 @@ class TunerModel(nn.Module):
             with onload_layer(layer):
                 layer.unmerge()
 
-    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
         """Merge and take all adapter layers away; returns the base model (the same object, changed in place)."""
         return self._unload(True, progressbar, safe_merge, adapter_names)
 
@@ -382,7 +401,9 @@ class TunerModel(nn.Module):
         """Take all adapter layers away without merging; returns the base model."""
         return self._unload(False)
 
-    def _unload(self, merge: bool, progressbar: bool = False, safe_merge: bool = False, names: list[str] | None = None) -> nn.Module:
+    def _unload(
+        self, merge: bool, progressbar: bool = False, safe_merge: bool = False, names: list[str] | None = None
+    ) -> nn.Module:
         if isinstance(names, str):
             raise TypeError(f"adapter_names should be a list of strings, got the str {names!r}.")
         if merge:
@@ -397,7 +418,9 @@ class TunerModel(nn.Module):
         self.model.__dict__.pop("peft_config", None)
         return self.model
 
-    def _unload_node(self, parent: nn.Module, leaf: str, module: nn.Module, merge: bool, names: list[str] | None) -> None:
+    def _unload_node(
+        self, parent: nn.Module, leaf: str, module: nn.Module, merge: bool, names: list[str] | None
+    ) -> None:
         if isinstance(module, AuxiliaryTrainingWrapper):
             setattr(parent, leaf, module.unload(merge))
             return
@@ -440,7 +463,10 @@ class TunerModel(nn.Module):
         active = [n for n in self.active_adapters if n != adapter_name]
         if adapter_name in self.active_adapters and not active and self.peft_config:
             active = sorted(self.peft_config)[:1]
-            warnings.warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.", stacklevel=2)
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.",
+                stacklevel=2,
+            )
         if active != self.active_adapters:
             frozen = all(self.peft_config[n].inference_mode for n in active) if active else True
             self.set_adapter(active[0] if len(active) == 1 else active, inference_mode=frozen)

@@ -79,7 +79,9 @@ class DenseStorage:
     def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
         weight = getattr(module, name).data
         if weight.dtype.itemsize == 1:  # float8 has no arithmetic
-            weight.copy_((weight.to(delta.dtype) + delta).clamp(torch.finfo(weight.dtype).min, torch.finfo(weight.dtype).max))
+            weight.copy_(
+                (weight.to(delta.dtype) + delta).clamp(torch.finfo(weight.dtype).min, torch.finfo(weight.dtype).max)
+            )
         else:
             weight.add_(delta)
         return module
@@ -98,13 +100,23 @@ class DenseStorage:
 
 
 DENSE = DenseStorage()
-_dense_types: set[type] = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.MultiheadAttention}
+_dense_types: set[type] = {
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.MultiheadAttention,
+}
 
 
 def resolve(module: nn.Module) -> WeightStorage:
     """The storage of a base module's weight."""
     weight = module._parameters.get("weight")
-    if type(module) in _dense_types and (weight is None or type(weight) is nn.Parameter and type(weight.data) is torch.Tensor):
+    if type(module) in _dense_types and (
+        weight is None or type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
+    ):
         return DENSE
     for package, home in _PACKAGES.items():
         if package in sys.modules:

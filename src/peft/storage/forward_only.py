@@ -26,7 +26,9 @@ class ForwardOnlyStorage:
         self.label: str | None = label
 
     def _refuse(self, what: str) -> TypeError:
-        return TypeError(f"Cannot {what} a {self.label} weight: only its own kernel can use it. Load the base model unquantised to merge.")
+        return TypeError(
+            f"Cannot {what} a {self.label} weight: only its own kernel can use it. Load the base model unquantised to merge."
+        )
 
     def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
         raise self._refuse("read")
@@ -57,6 +59,8 @@ def detect(module: nn.Module) -> ForwardOnlyStorage | None:
     if isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__module__.startswith("torch."):
         return None
     for label, (package, names) in DETECTORS.items():
-        if package in sys.modules and any(c.__name__ in names and c.__module__.split(".")[0] == package for c in type(module).__mro__):
+        if package in sys.modules and any(
+            c.__name__ in names and c.__module__.split(".")[0] == package for c in type(module).__mro__
+        ):
             return _STORAGES[label]
     return None

@@ -28,7 +28,9 @@ class IA3Config(PeftConfig):
 
     target_modules: list[str] | set[str] | str | None = targets()
     exclude_modules: list[str] | set[str] | str | None = excludes()
-    feedforward_modules: list[str] | set[str] | str | None = option(None, "The targets whose input is scaled instead of the output.")
+    feedforward_modules: list[str] | set[str] | str | None = option(
+        None, "The targets whose input is scaled instead of the output."
+    )
     fan_in_fan_out: bool = fan_in_fan_out()
     modules_to_save: list[str] | None = saves()
     init_ia3_weights: bool = option(True, "Start with ones; False keeps a normal draw.")
@@ -38,7 +40,9 @@ class IA3Config(PeftConfig):
         super().__post_init__()
         given, inner = self.target_modules, self.feedforward_modules
         if isinstance(given, set) and isinstance(inner, set) and not inner <= given:
-            raise ValueError(f"`feedforward_modules` should be a subset of `target_modules`; {sorted(inner - given)} are not in it.")
+            raise ValueError(
+                f"`feedforward_modules` should be a subset of `target_modules`; {sorted(inner - given)} are not in it."
+            )
 
 
 class IA3Layer(AdapterLayer):
@@ -71,7 +75,11 @@ class IA3Layer(AdapterLayer):
         if not self.is_feedforward[name]:
             return scale.view(-1, *(1,) * (w.dim() - 1))
         groups = getattr(self.get_base_layer(), "groups", 1)  # each group of outputs sees its own slice of the inputs
-        return scale.view(groups, 1, -1).expand(groups, w.shape[0] // groups, -1).reshape(w.shape[0], w.shape[1], *(1,) * (w.dim() - 2))
+        return (
+            scale.view(groups, 1, -1)
+            .expand(groups, w.shape[0] // groups, -1)
+            .reshape(w.shape[0], w.shape[1], *(1,) * (w.dim() - 2))
+        )
 
     def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
         return w * self._weight_scale(name, w)
@@ -98,7 +106,9 @@ class IA3Model(TunerModel):
             model_type = self.get_model_config(model).get("model_type", "custom")
             found = default_targets("ia3_feedforward", model_type)
             if found is None:
-                raise ValueError(f"Please specify `feedforward_modules` in `peft_config` ([] for none): no defaults for model type {model_type!r}.")
+                raise ValueError(
+                    f"Please specify `feedforward_modules` in `peft_config` ([] for none): no defaults for model type {model_type!r}."
+                )
             cfg.feedforward_modules = set(found)
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
@@ -107,7 +117,10 @@ class IA3Model(TunerModel):
         dotted = bool(Names(inner).match(key))
         plain = dotted if isinstance(inner, str) else any(key.endswith(entry) for entry in inner)
         if plain and not dotted:
-            warnings.warn(f"{key!r} counts as feed-forward because its name ends like an entry of feedforward_modules={sorted(inner)}.", stacklevel=2)
+            warnings.warn(
+                f"{key!r} counts as feed-forward because its name ends like an entry of feedforward_modules={sorted(inner)}.",
+                stacklevel=2,
+            )
         return cfg.with_values(is_feedforward=plain)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:

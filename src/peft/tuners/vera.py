@@ -28,7 +28,9 @@ class VeraConfig(PeftConfig):
     r: int = option(256, "Rank of the shared projections.")
     target_modules: list[str] | set[str] | str | None = targets()
     projection_prng_key: int = option(0, "Seed of the shared projections.")
-    save_projection: bool = option(True, "Store the projections in the file, which is then independent of the random generator.")
+    save_projection: bool = option(
+        True, "Store the projections in the file, which is then independent of the random generator."
+    )
     vera_dropout: float = option(0.0, "Dropout on the input of A.")
     d_initial: float = option(0.1, "Initial value of λ_d.")
     fan_in_fan_out: bool = fan_in_fan_out()
@@ -66,7 +68,9 @@ class VeraLayer(AdapterLayer):
     def create(self, name: str, cfg: Any) -> None:
         self.r[name], self.vera_dropout[name] = cfg.r, dropout(cfg.vera_dropout)
         drawn = torch.randn(cfg.r)  # drawn in any case: the published library consumes it too
-        self.vera_lambda_b[name] = nn.Parameter(torch.zeros(self.out_features) if cfg.init_weights else torch.ones(self.out_features))
+        self.vera_lambda_b[name] = nn.Parameter(
+            torch.zeros(self.out_features) if cfg.init_weights else torch.ones(self.out_features)
+        )
         self.vera_lambda_d[name] = nn.Parameter(torch.full((cfg.r,), cfg.d_initial) if cfg.init_weights else drawn)
 
     def factors(self, name: str) -> Factors:
@@ -109,5 +113,8 @@ class VeraModel(TunerModel):
                 "Set save_projection=False in adapter_config.json to draw them again from projection_prng_key."
             )
         if not cfg.save_projection:
-            warnings.warn("Specified to not load vera_A and vera_B from state dictionary. This means we will be relying on PRNG initialisation to restore these projections using `config.projection_prng_key`, which may not be accurate on all system configurations.", stacklevel=2)
+            warnings.warn(
+                "Specified to not load vera_A and vera_B from state dictionary. This means we will be relying on PRNG initialisation to restore these projections using `config.projection_prng_key`, which may not be accurate on all system configurations.",
+                stacklevel=2,
+            )
         return state
