@@ -148,7 +148,6 @@ def svg_spectra(layers: list[LayerStrength]) -> str:
             x, y = points.split(",")
             mark = f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>'
         out.append(f"<g><title>{html.escape(module)}: {values[0]:.4g} to {values[-1]:.4g}</title>{mark}</g>")
-    out.append(
-        f'<text x="{left + width / 2}" y="{height + 2 * pad + 4}" text-anchor="middle">index (1 to {longest})</text>'
-    )
+    below = f'x="{left + width / 2}" y="{height + 2 * pad + 4}" text-anchor="middle"'
+    out.append(f"<text {below}>index (1 to {longest})</text>")
     return "".join(out) + "</svg>"

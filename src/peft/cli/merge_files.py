@@ -25,7 +25,7 @@ from .tensor_files import DTYPES, INDEX, SINGLE, Entry, Output, Pieces, Shard, m
 _BLOCK_ELEMENTS = 1 << 20  # of a row block; with float32 copies a few times 4 MiB
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Initialisations that leave the base weights as they are; others store a residual that the file does not have.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _VARIANTS = (
     "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "use_bdlora",
     "arrow_config", "kasa_config", "target_parameters",
@@ -77,8 +77,8 @@ def check_mergeable(adapter: Adapter) -> None:
     init = config.get("init_lora_weights", True)
     if init not in _PLAIN_INITS and not (isinstance(init, str) and init.lower() in _PLAIN_INITS):
         raise CliError(
-            f"{adapter.folder}: init_lora_weights='{init}' changes the base weights when the adapter is loaded; save it "
-            "with path_initial_model_for_weight_conversion first, or load the model and use `merge_and_unload`"
+            f"{adapter.folder}: init_lora_weights='{init}' changes the base weights when the adapter is loaded; save "
+            "it with path_initial_model_for_weight_conversion first, or load the model and use `merge_and_unload`"
         )
     bad = next((name for name, t in adapter.tensors.items() if not bool(t.isfinite().all())), None)
     if bad:
@@ -279,7 +279,7 @@ def _constant(value: torch.Tensor) -> Pieces:
     return lambda: [value]
 
 
-def merge_into_folder(adapter: Adapter, base: Base, out: Path, report: Callable[[str], None]) -> Plan:
+def merge_into_folder(adapter: Adapter, base: Base, out: Path, report: Callable[[str], object]) -> Plan:
     """Write the merged model to `out`, which appears only when it is complete."""
     plan = make_plan(adapter, base)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -304,7 +304,7 @@ def _umask() -> int:
     return mask
 
 
-def _write_all(room: Path, plan: Plan, base: Base, adapter: Adapter, report: Callable[[str], None]) -> None:
+def _write_all(room: Path, plan: Plan, base: Base, adapter: Adapter, report: Callable[[str], object]) -> None:
     total, weight_map = 0, {}
     for shard in base.shards:
         outputs = _outputs(shard, plan, base, adapter)

@@ -34,7 +34,9 @@ def metrics(args: argparse.Namespace, job: SimpleNamespace) -> dict[str, Any]:
         "held_out_loss_before": job.before,
         "held_out_loss_after": job.after,
         "held_out_loss_drop_percent": 100 * (1 - job.after / job.before),
-        "checks": [{"what": c.what, "relative_difference": c.difference, "ok": c.ok, "note": c.skipped} for c in job.checks],
+        "checks": [
+            {"what": c.what, "relative_difference": c.difference, "ok": c.ok, "note": c.skipped} for c in job.checks
+        ],
         "samples": [
             {"prompt": p, "before": b, "after": a}
             for p, b, a in zip(job.samples, job.said_before, job.said_after, strict=True)

@@ -108,7 +108,7 @@ class Output:
         return count * DTYPES[self.code].itemsize
 
 
-def write_shard(path: Path, outputs: list[Output], metadata: dict[str, str], report: Callable[[str], None]) -> int:
+def write_shard(path: Path, outputs: list[Output], metadata: dict[str, str], report: Callable[[str], object]) -> int:
     """Write a safetensors file; returns the bytes of tensor data."""
     header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
     place = 0
@@ -129,7 +129,7 @@ def write_shard(path: Path, outputs: list[Output], metadata: dict[str, str], rep
                 _copy(output, file)
             else:
                 for piece in output.pieces():
-                    file.write(memoryview(piece.contiguous().view(torch.uint8).reshape(-1).numpy()))
+                    file.write(piece.contiguous().view(torch.uint8).reshape(-1).numpy().data)
             if file.tell() - before != output.nbytes:
                 raise CliError(
                     f"{path.name}: {output.name}: {file.tell() - before} bytes written, {output.nbytes} meant"

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     config_cls = options.config_class(args.method)
     chosen = options.parse_assignments(config_cls, args.set)
     models.limit_threads()
-    _fill_defaults(args)
+    _fill_defaults(args, config_cls)
     job = _prepare(args)
     job.timings["load and prepare"] = time.perf_counter() - started
     job.config = _build_config(config_cls, chosen, args, job)
@@ -90,8 +90,10 @@ def _check(args: argparse.Namespace) -> None:
         raise CliError(f"--eval-split {args.eval_split}: expected a share between 0 and 1")
 
 
-def _fill_defaults(args: argparse.Namespace) -> None:
+def _fill_defaults(args: argparse.Namespace, config_cls: type) -> None:
     """The built-in job is bounded in steps and time; the user's own runs one epoch unless told otherwise."""
+    from peft import PromptLearningConfig
+
     demo = args.data is None
     if demo and args.steps is None and args.epochs is None:
         args.steps = DEMO_STEPS
@@ -99,13 +101,7 @@ def _fill_defaults(args: argparse.Namespace) -> None:
             args.max_seconds = DEMO_SECONDS
     args.max_length = args.max_length or (96 if demo else 512)
     if args.lr is None:
-        args.lr = _learning_rate(args.method.lower())
-
-
-def _learning_rate(method: str) -> float:
-    from peft.registry import method as record
-
-    return 5e-3 if record(method.upper()).is_prompt else 1e-3
+        args.lr = 5e-3 if issubclass(config_cls, PromptLearningConfig) else 1e-3
 
 
 def _say(job: Any, *lines: str) -> None:

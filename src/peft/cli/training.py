@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect as pyinspect
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def training_arguments(args: Any, output: Path) -> TrainingArguments:
         "dataloader_pin_memory": not cpu,
         "include_num_input_tokens_seen": "non_padding",
     }
-    if cpu:
+    if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         values["ddp_backend"] = "gloo"
     if "train_sampling_strategy" in known:
         values["train_sampling_strategy"] = "group_by_length"
