@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Old address of the state-dict and file functions of `peft.io`."""
+
+from ._lazy import lazy_attributes, owners
+
+_HOMES = owners(
+    {
+        "peft.io.state_dict": (
+            "get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict set_peft_model_state_dict "
+            "_insert_adapter_name_into_state_dict _maybe_shard_state_dict_for_tp get_embedding_layer_name "
+            "has_valid_embedding_base_layer"
+        ),
+        "peft.io.files": "load_peft_weights torch_load",
+        "peft.core.wrappers": "AuxiliaryTrainingWrapper",
+        "peft.mapping": "PEFT_TYPE_TO_TUNER_MAPPING",
+        "peft.utils.constants": (
+            "EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"
+        ),
+        "peft.utils.integrations": "TpInfo dtensor_from_local_like",
+        "peft.utils.other": "check_file_exists_on_hf_hub infer_device match_target_against_key",
+        "peft.utils.peft_types": "PeftType",
+        "peft.utils.warning": "PeftWarning",
+    }
+)
+
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
