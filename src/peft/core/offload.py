@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules whose weights accelerate keeps elsewhere (CPU, disk) between calls: bring them in, let them be changed, put them back."""
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def _hook_types() -> tuple[Any, ...]:
+    hooks = sys.modules.get("accelerate.hooks")
+    return () if hooks is None else (hooks.AlignDevicesHook, hooks.SequentialHook)
+
+
+def _offloading(module: nn.Module) -> Any:
+    """The hook that offloads the own weights of a module, or None."""
+    hook, types = module.__dict__.get("_hf_hook"), _hook_types()
+    if hook is None or not isinstance(hook, types):
+        return None
+    parts = getattr(hook, "hooks", (hook,))
+    return next((h for h in parts if isinstance(h, types[0]) and h.offload), None)
+
+
+@contextlib.contextmanager
+def onload_layer(layer: nn.Module) -> Iterator[None]:
+    """The weights of `layer` and its sub-modules are real inside the block; what was changed there is what comes back on the next call."""
+    if "accelerate.hooks" not in sys.modules:
+        yield
+        return
+    loaded = [(m, hook) for m in layer.modules() if (hook := _offloading(m)) is not None]
+    for module, hook in loaded:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in loaded:
+            _store(module, hook)
+            hook.post_forward(module, torch.empty(0))
+
+
+def _store(module: nn.Module, hook: Any) -> None:
+    """Write the present weights into the map that the hook loads from."""
+    weights = hook.weights_map
+    prefix = getattr(weights, "prefix", "")
+    store = getattr(weights, "dataset", weights)
+    own = [
+        *module.named_parameters(recurse=hook.place_submodules),
+        *module.named_buffers(recurse=hook.place_submodules),
+    ]
+    for name, tensor in own:
+        key = prefix + name
+        if tensor.device.type == "meta" or key not in store:
+            continue
+        if isinstance(store, dict):
+            store[key] = tensor.detach().to("cpu")
+        elif isinstance(getattr(store, "state_dict", None), dict):  # OffloadedWeightsLoader: memory goes before disk
+            store.state_dict[key] = tensor.detach().to("cpu")
+
+
+def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy with real weights and with device hooks of its own (a plain copy would run the hooks of the original)."""
+    hooked = [m for m in module.modules() if "_hf_hook" in m.__dict__]
+    with onload_layer(module), _gathered(module):
+        if not hooked:
+            return copy.deepcopy(module, memo)
+        memo = {} if memo is None else memo
+        for m in hooked:
+            memo[id(m._hf_hook)] = m._hf_hook  # weights maps are not copied
+        copied = copy.deepcopy(module, memo)
+    for old, new in zip(module.modules(), copied.modules(), strict=True):
+        if "_hf_hook" in old.__dict__:
+            _rehook(old, new)
+    return copied
+
+
+def _rehook(old: nn.Module, new: nn.Module) -> None:
+    from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+
+    for name in ("_hf_hook", "_old_forward", "forward"):
+        new.__dict__.pop(name, None)
+    hook: Any = old._hf_hook
+    parts = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    for part in parts:
+        if isinstance(part, AlignDevicesHook):  # trained weights stay on the device
+            part = AlignDevicesHook(part.execution_device, io_same_device=part.io_same_device, skip_keys=part.skip_keys)
+        add_hook_to_module(new, part, append=True)
+
+
+@contextlib.contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """The whole parameters of a module that DeepSpeed ZeRO-3 partitions."""
+    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not parameters:
+        yield
+        return
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield

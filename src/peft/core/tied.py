@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tied weights: which modules share the input embedding, what an adapter on one of them means, and `ensure_weight_tying`."""
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .layer import AdapterLayer
+
+if TYPE_CHECKING:
+    from .tuner import TunerModel
+
+# Last parts of names that mean an input or output embedding.
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+_UNTIE = (
+    "untie the weights before adapting the model: load it with `tie_word_embeddings=False` in its configuration and give the output "
+    "embedding its own copy, `head.weight = torch.nn.Parameter(head.weight.detach().clone())`"
+)
+
+
+def _option(config: Any, name: str, default: Any) -> Any:
+    return config.get(name, default) if isinstance(config, dict) else getattr(config, name, default)
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that the model calls its input embedding, None when it names none."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        found = getter() if getter is not None else None
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def embedding_name(model: nn.Module, default: str | None = "embed_tokens") -> str | None:
+    """Dotted name of the input embedding (the place, also when it is wrapped by now)."""
+    found = input_embeddings(model)
+    if found is None:
+        return default
+    return next((name for name, module in model.named_modules() if module is found), default)
+
+
+def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
+    """Sorted names of the modules whose weight is tied to the input embedding, e.g. ["lm_head"]; [] when nothing is tied."""
+    if not _option(getattr(model, "config", None), "tie_word_embeddings", True):
+        return []
+    groups = [(n, getattr(m, "_tied_weights_keys", None)) for n, m in model.named_modules()]
+    groups = [(n, keys) for n, keys in groups if keys]
+    if not groups:
+        return []
+    names: set[str] = set()
+    embedding: str | None = None
+    for prefix, keys in groups:
+        prefix = prefix + "." if prefix else ""
+        if not isinstance(keys, dict):
+            names.update(prefix + key.rpartition(".")[0] for key in keys)
+            continue
+        if embedding is None:
+            embedding = embedding_name(model, None)
+            if embedding is None:
+                raise ValueError(
+                    f"{type(model).__name__} has tied weights but no `get_input_embeddings`, so what they are tied to is unknown."
+                )
+        names.update(
+            prefix + source.rpartition(".")[0] for source, target in keys.items() if _is_at(prefix, target, embedding)
+        )
+    present = {name for name, _ in model.named_modules()}
+    return sorted((names & present) - {embedding})
+
+
+def _is_at(prefix: str, target: str, embedding: str) -> bool:
+    module = target.rpartition(".")[0]
+    return prefix + module == embedding or (
+        embedding.startswith(prefix) and re.fullmatch(module, embedding[len(prefix) :]) is not None
+    )
+
+
+def _embedding_entries(entries: Any) -> list[str]:
+    """Entries of target_modules or modules_to_save that mean an input or output embedding."""
+    if not entries:
+        return []
+    if isinstance(entries, str):
+        try:
+            return [name for name in EMBEDDING_LAYER_NAMES if re.fullmatch(entries, name)]
+        except re.error:
+            return []
+    return [entry for entry in entries if entry.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+
+
+def check(tuner: "TunerModel", cfg: Any, model: nn.Module) -> None:
+    """Before targets are matched: warn about adapters on tied layers, or let the tuner tie them (`ensure_weight_tying`)."""
+    targeted = _embedding_entries(getattr(cfg, "target_modules", None))
+    saved = _embedding_entries(getattr(cfg, "modules_to_save", None))
+    ensure = getattr(cfg, "ensure_weight_tying", None)
+    if not (targeted or saved or ensure) or getattr(tuner, "ties_weights", False):
+        return
+    names = _get_module_names_tied_with_embedding(model)
+    if not ensure:
+        if names and (targeted or saved):
+            how = (
+                "but no implementation exists to tie the adapters"
+                if ensure is None
+                else "but `ensure_weight_tying` is not set to True"
+            )
+            warnings.warn(
+                f"The model ties {', '.join(names)} to its input embedding, and a tied layer is part of the adapter ({', '.join(targeted + saved)}), "
+                f"{how}. The layers get different weights, which can go wrong when merging or when exporting to other formats.",
+                stacklevel=4,
+            )
+        return
+    if not names:
+        warnings.warn(
+            "You have requested `ensure_weight_tying`, but no tied modules were found in the model.", stacklevel=4
+        )
+    elif not (targeted or saved):
+        if not getattr(cfg, "trainable_token_indices", None):
+            warnings.warn(
+                "You have requested `ensure_weight_tying`, but no tied modules are part of the adapter.", stacklevel=4
+            )
+    elif saved:
+        tuner._add_modules_to_save_to_tie(cfg, names)  # type: ignore[attr-defined]
+    else:
+        tuner._add_targets_to_tie(cfg, names)  # type: ignore[attr-defined]
+
+
+def add_modules_to_save_to_tie(cfg: Any, names: Iterable[str], model: nn.Module) -> None:
+    """Train the input embedding in full and let the modules `names` share its copy (`cfg.modules_to_tie`)."""
+    names = set(names)
+    embedding = embedding_name(model)
+    saved = [entry for entry in cfg.modules_to_save if not _means_any(entry, names)]
+    if embedding not in saved:
+        saved.append(embedding)
+    cfg.modules_to_save = saved
+    cfg.modules_to_tie = names
+
+
+def add_targets_to_tie(cfg: Any, names: Iterable[str], model: nn.Module) -> None:
+    """Adapt the input embedding; the modules `names` are left to the tuner, in `cfg.target_modules_to_tie`."""
+    names = set(names)
+    embedding = embedding_name(model)
+    assert embedding is not None
+    if isinstance(cfg.target_modules, str):
+        cfg.target_modules = f"(?:{cfg.target_modules}|^{re.escape(embedding)}$)"
+        cfg.exclude_modules_to_tie = names
+    else:
+        cfg.target_modules = {e for e in cfg.target_modules if not _means_any(e, names)} | {embedding}
+    cfg.target_modules_to_tie = names
+
+
+def _means_any(entry: str, names: Iterable[str]) -> bool:
+    return any(name == entry or name.endswith("." + entry) for name in names)
+
+
+# ---- merging
+def _adapts_tied(model: nn.Module) -> list[str]:
+    """Adapted modules among the input embedding and those tied to it, token layers (which keep the tie) left out."""
+    names = _get_module_names_tied_with_embedding(model)
+    if not names:
+        return []
+    found = []
+    for name in [embedding_name(model, None), *names]:
+        module = model.get_submodule(name) if name else None
+        if isinstance(module, AdapterLayer) and module.method_name != "trainable_tokens":
+            found.append(name)
+    return found
+
+
+def warn_on_merge(tuner: "TunerModel") -> None:
+    """Merging into a tied weight changes the modules that share it."""
+    if adapted := _adapts_tied(tuner.model):
+        warnings.warn(
+            f"The model has tied weights and {', '.join(adapted)} is adapted: merging changes the weight of every module that shares it. To "
+            f"avoid this, {_UNTIE}.",
+            stacklevel=4,
+        )
+
+
+def after_unload(model: nn.Module) -> None:
+    """Correct `config.tie_word_embeddings` when the embeddings no longer share their weight."""
+    config = getattr(model, "config", None)
+    if not _option(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    source, head = input_embeddings(model), model.get_output_embeddings()  # type: ignore[operator]
+    first, second = getattr(source, "weight", None), getattr(head, "weight", None)
+    if first is None or second is None or first.device.type == "meta" or first is second:
+        return
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        warnings.warn(
+            "The input and output embeddings of the merged model differ, so `tie_word_embeddings` was set to False in its configuration.",
+            stacklevel=4,
+        )
+        if isinstance(config, dict):
+            config["tie_word_embeddings"] = False
+        else:
+            config.tie_word_embeddings = False  # type: ignore[union-attr]

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters get gradients: freezing of the base, bias modes, switching and dtype casting over a whole (plain) model."""
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .aux_modules import AuxiliaryTrainingWrapper, as_names
+from .context import Switch
+from .layer import AdapterLayer
+from .wrappers import _set_adapter
+
+if TYPE_CHECKING:
+    from .tuner import TunerModel
+
+Part = AdapterLayer | AuxiliaryTrainingWrapper
+
+
+# ---- injection
+def check_bias(cfg: Any) -> None:
+    """Refuse an unknown `bias` option before the model is touched."""
+    mode = getattr(cfg, "bias", "none")
+    if mode not in ("none", "all") and not str(mode).endswith("_only"):
+        raise NotImplementedError(
+            f"Requested bias: {mode!r}, is not implemented. Use 'none', 'all' or '<method>_only'."
+        )
+
+
+def mark_trainable(model: nn.Module, tuner: "TunerModel", name: str, cfg: Any, first: bool | None = None) -> None:
+    """Freeze the base model and train the biases that `cfg.bias` selects.
+
+    Only the `first` adapter does so: adding an adapter never changes the trainability of what was there.
+    """
+    if first is None:
+        first = all(n == name for layer in tuner.layers() for n in layer.adapter_names)
+    if not first:
+        return
+    keep = {id(p) for p in adapter_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in keep:
+            parameter.requires_grad_(False)
+    train_biases(model, getattr(cfg, "bias", "none"), [m for m in tuner.layers() if isinstance(m, tuner.layer_cls)])
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that belong to adapter layers (their base layers left out) or lie under auxiliary wrappers."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield from module.parameters()
+        elif isinstance(module, AdapterLayer):
+            yield from module._parameters.values()  # type: ignore[misc]
+            for leaf, child in module._modules.items():
+                if leaf != "base_layer" and child is not None:
+                    yield from child.parameters()
+
+
+def train_biases(model: nn.Module, mode: str, layers: Iterable[AdapterLayer]) -> None:
+    """`mode`: "none", "all" (every parameter called bias), or "<method>_only" (biases of the adapted layers)."""
+    if mode == "none":
+        return
+    if mode == "all":
+        found = (p for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias"))
+    else:
+        found = (getattr(layer.get_base_layer(), "bias", None) for layer in layers)
+    for bias in found:
+        if isinstance(bias, nn.Parameter):
+            bias.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def keep_flags(model: nn.Module) -> Iterator[None]:
+    """requires_grad of the parameters present now is the same after the block."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag and parameter.is_leaf:
+                parameter.requires_grad_(flag)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Float32 for the half and quarter precision weights of one adapter. Base weights, saved modules and shared state stay as they are."""
+    if not autocast_adapter_dtype:
+        return
+    for layer in model.modules():
+        if isinstance(layer, AdapterLayer) and adapter_name in layer:
+            layer.cast_adapter(adapter_name)
+
+
+# ---- whole plain models (injected without PeftModel)
+def _parts(model: nn.Module, layer_cls: type[nn.Module] = AdapterLayer) -> list[Part]:
+    return [m for m in model.modules() if isinstance(m, (layer_cls, AuxiliaryTrainingWrapper))]  # type: ignore[misc]
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Turn gradients of named adapters on or off; unknown names are ignored."""
+    for part in _parts(model):
+        part.set_requires_grad(adapter_names, requires_grad)
+
+
+def set_adapter(
+    model: nn.Module,
+    adapter_name: str | Sequence[str],
+    inference_mode: bool = False,
+    layer_cls: type[nn.Module] = AdapterLayer,
+) -> None:
+    """Activate adapters on all layers of `layer_cls` and on the auxiliary wrappers of a model."""
+    names = as_names(adapter_name)
+    parts = _parts(model, layer_cls)
+    _set_adapter(model, names, inference_mode)
+    for part in parts:
+        if isinstance(part, AdapterLayer):
+            part.set_adapter(names, inference_mode)
+    if layer_cls is AdapterLayer:
+        _settle(parts)
+
+
+def _settle(parts: list[Part]) -> None:
+    """Turn an override that all parts of a switch agree on into the setting of the switch."""
+    switches: dict[int, tuple[Switch, list[Part]]] = {}
+    for part in parts:
+        switches.setdefault(id(part.switch), (part.switch, []))[1].append(part)
+    for switch, members in switches.values():
+        keys = {m._key for m in members}
+        if len(keys) == 1:
+            switch.key = keys.pop()
+            for member in members:
+                member._local = None
+
+
+def delete_adapter(
+    model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: type[nn.Module] = AdapterLayer
+) -> list[str] | None:
+    """Delete an adapter from all layers and auxiliary wrappers of a model; `model.peft_config` is left to the caller.
+
+    Returns the adapters that are active afterwards (None if the model has no adapter layers). If the deleted one was the only active one, the
+    first remaining one becomes active, on all layers. `prefix` is not needed: layers are known by their type.
+    """
+    layers = [m for m in model.modules() if isinstance(m, layer_cls) and isinstance(m, AdapterLayer)]
+    wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    was_active = any(
+        adapter_name in part.active_adapters for part in [*layers, *wrappers] if adapter_name in part.adapter_names
+    )
+    names = list(dict.fromkeys(n for part in [*layers, *wrappers] for n in part.active_adapters if n != adapter_name))
+    for part in [*layers, *wrappers]:
+        part.drop(adapter_name)
+    remaining = sorted({n for part in [*layers, *wrappers] for n in part.adapter_names})
+    if was_active or any(adapter_name in layer.active_adapters for layer in layers):
+        if not names and remaining:
+            names = remaining[:1]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {names[0]}.",
+                stacklevel=2,
+            )
+        _activate_all([*layers, *wrappers], names)
+    return names if layers else None
+
+
+def _activate_all(parts: Sequence[Part], names: list[str]) -> None:
+    for part in parts:
+        part.set_adapter(names)
+    _settle(list(parts))
