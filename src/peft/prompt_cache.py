@@ -4,7 +4,6 @@
 Row of the prefix: [layer][k|v][head][dim], [nv, 2 L d].
 """
 
-import re
 import warnings
 from typing import Any
 
@@ -87,11 +86,13 @@ def write_prefix(cache: Any, rows: torch.Tensor, config: Any, base: Any, batch: 
     if model_type in own_formats:
         return own_formats[model_type](tuple(kv.expand(-1, batch, -1, -1, -1) for kv in layers))
     target = getattr(cache, "self_attention_cache", cache)
-    text, devices, skipped = _text_config(base), layer_devices(base), []
+    text, devices, skipped = _text_config(base), _devices(base), []
+    per_layer, shape = _is_per_layer(text), (config.num_attention_heads, rows.shape[-1])
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        shape = (1, shape[1])  # one head for all queries: the first of the file's
     for index, kv in enumerate(layers):
-        shape = (
-            _layer_shape(text, index, kv.shape[2], kv.shape[4]) if _is_per_layer(text) else (kv.shape[2], kv.shape[4])
-        )
+        if per_layer:
+            shape = _layer_shape(text, index, kv.shape[2], kv.shape[4])
         if shape is None or not _holds_keys(target, index):
             skipped.append(index)
             continue
@@ -112,9 +113,9 @@ def write_prefix(cache: Any, rows: torch.Tensor, config: Any, base: Any, batch: 
 
 
 def _holds_keys(cache: Any, index: int) -> bool:
-    """False for layers of hybrid models that keep a state instead of keys and values."""
-    linear = getattr(cache, "is_linear", None)
-    return not linear or index >= len(linear) or not linear[index]
+    """False for layers that keep a state instead of keys and values, or share those of another layer."""
+    layers = getattr(cache, "layers", ())
+    return index >= len(layers) or hasattr(layers[index], "get_seq_length")
 
 
 def _layer_shape(text: Any, index: int, heads: int, head_dim: int) -> tuple[int, int] | None:
@@ -145,16 +146,11 @@ def _value(layer: Any, name: str) -> int | None:
     return layer.get(name) if isinstance(layer, dict) else getattr(layer, name, None)
 
 
-def layer_devices(base: Any) -> dict[int, Any]:
-    """Device of each decoder layer of a model spread by `hf_device_map`; empty when there is one device."""
+def _devices(base: Any) -> dict[int, Any]:
+    """Device of each decoder layer of a model spread over devices; empty for one device."""
     device_map = getattr(base, "hf_device_map", None)
     if not device_map or len(set(device_map.values())) < 2:
         return {}
-    runs_on = [d for d in device_map.values() if d not in ("cpu", "disk")] or ["cpu"]
-    has_decoder = any(re.search(r"(?:^|\.)decoder\.", name) for name in device_map)
-    devices: dict[int, Any] = {}
-    for name, device in device_map.items():
-        found = re.search(r"(?:^|\.)(?:layers|layer|h|blocks?)\.(\d+)(?:\.|$)", name)
-        if found and not (has_decoder and re.search(r"(?:^|\.)encoder\.", name)):
-            devices.setdefault(int(found[1]), runs_on[0] if device in ("cpu", "disk") else device)
-    return devices
+    from .utils.integrations import get_layer_device_map
+
+    return get_layer_device_map(base)

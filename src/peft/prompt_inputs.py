@@ -286,6 +286,8 @@ def prepare_generation(peft_model: Any, args: tuple[Any, ...], kwargs: Call, tas
     input_ids = args[0] if args else kwargs.pop("input_ids")
     nv, base = _config(peft_model).num_virtual_tokens, peft_model.base_model
     is_encoder_decoder = bool(getattr(base.config, "is_encoder_decoder", False))
+    if kwargs.get("use_cache") is False:  # some models return a cache all the same
+        kwargs["past_key_values"] = None
     cache = kwargs.get("past_key_values")
     fresh = cache_length(cache) == 0
     if fresh and cache is not None:

@@ -56,12 +56,12 @@ class TaskModel(PeftModel):
         """Forward with the arguments that were given: with the prompt, or through the layers of the other methods."""
         call = {name: value for name, value in named.items() if value is not None}
         call.update(kwargs)
-        if active_encoder(self) is not None:
-            return prompt_forward(self, self.rule, call)
-        if self._is_prompt_learning:
-            return self.base_model(**_without_prompt_arguments(self, call))
-        with self._adapter_call((), call) as (args, kwargs):
-            return self.base_model(*args, **kwargs)
+        with self._adapter_call((), call) as (_, call):
+            if active_encoder(self) is not None:
+                return prompt_forward(self, self.rule, call)
+            if self._is_prompt_learning:
+                call = _without_prompt_arguments(self, call)
+            return self.base_model(**call)
 
 
 def _without_prompt_arguments(model: Any, call: dict[str, Any]) -> dict[str, Any]:

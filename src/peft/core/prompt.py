@@ -155,12 +155,14 @@ def prepare_prompt_config(config: PromptLearningConfig, model_config: Any) -> Pr
     if config.num_layers is None:
         found = getattr(model_config, "num_hidden_layers", None)
         config.num_layers = (
-            found if found is not None else _first(values, "num_layers", "num_hidden_layers num_layers n_layer")
+            found
+            if found is not None
+            else _first(values, "num_layers", "num_hidden_layers num_layers n_layer n_layers")
         )
     if config.token_dim is None:
-        config.token_dim = _first(values, "token_dim", "hidden_size n_embd d_model")
+        config.token_dim = _first(values, "token_dim", "hidden_size n_embd d_model dim")
     if config.num_attention_heads is None:
-        names = "num_attention_heads n_head num_heads encoder_attention_heads"
+        names = "num_attention_heads n_head num_heads encoder_attention_heads n_heads"
         config.num_attention_heads = _first(values, "num_attention_heads", names)
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
