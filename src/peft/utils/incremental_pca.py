@@ -163,5 +163,7 @@ class IncrementalPCA:
 
     def transform(self, X: torch.Tensor) -> torch.Tensor:
         """Coordinates [n, components] of the rows of X."""
+        if self.mean_ is None:
+            raise RuntimeError("This PCA has seen no data yet: call fit or partial_fit first.")
         X = X - self.mean_
         return torch.mm(X.double(), self.components_.T.double()).to(X.dtype)
