@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainable tokens (no paper): some rows of an embedding are trained, W' = W with rows `token_indices` replaced by delta.
+
+Delta holds replacement values, not differences. The matrix W' is never built for a forward: looked-up rows and output columns are patched.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import PeftConfig, option
+from ..core import kinds, tied
+from ..core.layer import AdapterLayer
+from ..core.slots import Aux, BufferDict, Trainable
+from ..core.tuner import TunerModel
+from ..registry import register_method
+
+_SLOT = "trainable_tokens_delta"
+
+
+@dataclass
+class TrainableTokensConfig(PeftConfig):
+    """Options of trainable tokens."""
+
+    token_indices: list[int] = option(help="Rows (token ids) to train.", factory=list)
+    target_modules: list[str] | str | None = option(None, "Embeddings to adapt; default: the model's input embedding.")
+    init_weights: bool = option(True, "Start from the base rows; False: from standard normal values.")
+    _set_fields = ()  # the published configuration keeps lists
+
+
+class TrainableTokensLayer(AdapterLayer):
+    """Replaces rows of an embedding, or of the weight of an output head that is tied to one."""
+
+    trainable_tokens_delta: Trainable[nn.ParameterDict]  # [k, dim]
+    token_indices: Aux[dict]  # k ints
+    trainable_tokens_original: Aux[BufferDict]  # [k, dim], the base rows
+
+    kinds = (kinds.Embedding, kinds.Linear)
+    method_name = "trainable_tokens"
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str | None = None, config: Any = None, **kwargs: Any):
+        self._tied: dict[str, TrainableTokensLayer] = {}  # adapter -> layer that holds its rows
+        # adapter -> (sorted distinct token ids, their rows in delta or None for 0..k-1)
+        self._rows: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+
+    # ---- state
+    def create(self, name: str, cfg: Any) -> None:
+        rows = self._register(name, list(cfg.token_indices))
+        if torch.empty(0).device.type == "meta":  # low_cpu_mem_usage: the file brings the values
+            delta = torch.empty_like(rows, device="meta")
+        else:
+            delta = rows.clone() if cfg.init_weights else torch.randn_like(rows)
+        self.trainable_tokens_delta[name] = nn.Parameter(delta)
+
+    def tie(self, name: str, source: "TrainableTokensLayer") -> None:
+        """Use the rows that `source` holds for adapter `name`; nothing is trained or saved here."""
+        if name in self:
+            self.drop(name)
+        self._register(name, source.token_indices[name])
+        self._tied[name] = source
+        self._names[name] = None
+        self._seen = None
+
+    def _register(self, name: str, indices: list[int]) -> torch.Tensor:
+        """Note the indices and the present base rows of an adapter; returns the rows. [k, dim]"""
+        weight = self.base_weight()
+        rows_first = weight.T if self.kind is kinds.Embedding else weight
+        size = rows_first.shape[0]
+        if wrong := [i for i in indices if not 0 <= i < size]:
+            raise IndexError(f"Token indices {wrong} are out of range for an embedding with {size} rows (0 to {size - 1}).")
+        rows = rows_first.detach()[torch.tensor(indices, dtype=torch.long, device=weight.device)].contiguous()
+        self.token_indices[name] = list(indices)
+        self.trainable_tokens_original[name] = rows.clone()
+        last = {token: row for row, token in enumerate(indices)}
+        tokens = sorted(last)
+        order = None if tokens == indices else torch.tensor([last[t] for t in tokens], dtype=torch.long, device="cpu")
+        self._rows[name] = (torch.tensor(tokens, dtype=torch.long, device="cpu"), order)
+        return rows
+
+    def drop(self, name: str) -> None:
+        super().drop(name)
+        self._tied.pop(name, None)
+        self._rows.pop(name, None)
+
+    def delta_rows(self, name: str) -> torch.Tensor:
+        """The trained rows of an adapter, also when another layer holds them. [k, dim]"""
+        return self._tied.get(name, self).trainable_tokens_delta[name]
+
+    def _patch(self, name: str, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(distinct token ids in ascending order, their rows of `values`), on one device."""
+        tokens, order = self._rows[name]
+        if tokens.device != values.device:
+            tokens, order = tokens.to(values.device), None if order is None else order.to(values.device)
+            self._rows[name] = (tokens, order)
+        return tokens, values if order is None else values[order]
+
+    def check_overlap(self, names: list[str] | tuple[str, ...]) -> None:
+        """Adapters that are active or merged together must train different tokens."""
+        owner: dict[int, str] = {}
+        for name in names if len(names) > 1 else ():
+            for token in set(self.token_indices.get(name, ())):
+                if token in owner:
+                    raise ValueError(
+                        f"Adapters {owner[token]!r} and {name!r} both train token {token}: adapters with common token indices cannot be "
+                        "active or merged together."
+                    )
+                owner[token] = name
+
+    def _replan(self, key: tuple[tuple[str, ...], bool]) -> None:
+        super()._replan(key)
+        self.check_overlap(self._plan)
+
+    # ---- maths
+    def map_output(self, name: str, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        delta = self.delta_rows(name)
+        delta = delta if delta.device == y.device else delta.to(y.device)
+        tokens, delta = self._patch(name, delta)
+        if not len(tokens):
+            return y
+        base = self.get_base_layer()
+        return self._patch_rows(base, tokens, delta, y, x) if self.kind is kinds.Embedding else self._patch_columns(base, tokens, delta, y, x)
+
+    def _patch_rows(self, base: Any, tokens: torch.Tensor, delta: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Exchange the looked-up rows of the trained tokens. x [...], y [..., dim]"""
+        if base.max_norm is not None:  # the lookup limits norms without a gradient
+            delta = delta + (torch.renorm(delta.detach(), base.norm_type, 0, base.max_norm) - delta.detach())
+        row = torch.searchsorted(tokens, x).clamp(max=len(tokens) - 1)
+        hit = tokens[row] == x
+        found = F.embedding(row, delta.to(y.dtype))
+        if base.padding_idx is not None:  # has no gradient
+            found = torch.where((x == base.padding_idx).unsqueeze(-1), found.detach(), found)
+        scale = kinds.Embedding.scale(base)
+        if scale is not None:
+            found = found * (scale.to(found) if isinstance(scale, torch.Tensor) else scale)
+        return torch.where(hit.unsqueeze(-1), found, y)
+
+    def _patch_columns(self, base: Any, tokens: torch.Tensor, delta: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Exchange the logits of the trained tokens. x [..., dim], y [..., vocab]"""
+        bias = kinds.Linear.bias(base)
+        columns = F.linear(x, delta.to(x.dtype), None if bias is None else bias[tokens].to(x.dtype)).to(y.dtype)
+        if self._base_is_plain(self.base_layer):  # a fresh tensor that nothing else needs
+            return y.index_copy_(-1, tokens, columns)
+        return y.index_copy(-1, tokens, columns)
+
+    def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        return self._with_rows(name, w, self.delta_rows(name))
+
+    def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        return self._with_rows(name, w, self.trainable_tokens_original[name])
+
+    def _with_rows(self, name: str, w: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        tokens, rows = self._patch(name, rows.to(w.device, w.dtype))
+        return w.index_copy(1, tokens, rows.T) if self.kind is kinds.Embedding else w.index_copy(0, tokens, rows)
+
+    # ---- merging
+    def check_merge(self, name: str) -> None:
+        self.check_overlap([*self.merged_adapters, name])
+
+    def _take_copy(self, base: nn.Module) -> None:
+        """The base rows are kept anyway; a copy of the matrix would also go wrong where tied layers share it."""
+
+    def base_weight(self) -> torch.Tensor:
+        weight = super().base_weight()
+        for name in reversed(self.merged_adapters):
+            weight = self.unmap_weight(name, weight)
+        return weight
+
+    def get_merged_weights(self, active_adapters: list[str]) -> torch.Tensor:
+        """The weight with the rows of `active_adapters` in place. [vocab, dim]"""
+        names = [n for n in active_adapters if n in self and n not in self.merged_adapters]
+        self.check_overlap([*self.merged_adapters, *names])
+        weight = self._current_weight()
+        for name in names:
+            weight = self.map_weight(name, weight)
+        return self._to_storage(weight)
+
+    def _get_name(self) -> str:
+        return "TrainableTokensLayer"
+
+
+@register_method("trainable_tokens", config=TrainableTokensConfig)
+class TrainableTokensModel(TunerModel):
+    """Trains tokens of the targeted embeddings, and of every module tied to the input embedding."""
+
+    layer_cls = TrainableTokensLayer
+    ties_weights = True
+
+    def prepare(self, cfg: Any, model: nn.Module) -> None:
+        self.user_targets = cfg.target_modules is not None
+        if cfg.target_modules is None:
+            cfg.target_modules = tied.embedding_name(model)
+
+    def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+        source = layers.get(str(tied.embedding_name(self.model)))
+        if not isinstance(source, TrainableTokensLayer):
+            return
+        for key in tied._get_module_names_tied_with_embedding(self.model):
+            layer = self.model.get_submodule(key)
+            if layer is source:
+                continue
+            if not isinstance(layer, TrainableTokensLayer):
+                parent, _, leaf = key.rpartition(".")
+                layer = self.layer_cls.wrap(layer, self.switch)
+                setattr(self.model.get_submodule(parent), leaf, layer)
+            layer.tie(name, source)
+
+    # ---- files: a tied layer has its own key there
+    def _tied_keys(self, name: str) -> dict[str, str]:
+        """File key of a tied layer -> file key of the layer that holds its rows, both relative to the model."""
+        layers = {k: m for k, m in self.named_layers().items() if isinstance(m, TrainableTokensLayer)}
+        keys = {id(m): k for k, m in layers.items()}
+        return {
+            f"{k}.{_SLOT}": f"{keys[id(m._tied[name])]}.{_SLOT}"
+            for k, m in layers.items()
+            if name in m._tied and not k.endswith(".token_adapter")
+        }
+
+    def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for key, source in self._tied_keys(name).items():
+            found = next((k for k in state if k == source or k.endswith("." + source)), None)
+            if found is not None:
+                state[found.removesuffix(source) + key] = state[found]
+        return state
+
+    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Files with or without the keys of tied layers; "base_layer" is found in files of models adapted twice."""
+        for key, source in self._tied_keys(name).items():
+            for variant in (key, key.replace(_SLOT, f"base_layer.{_SLOT}")):
+                found = next((k for k in state if k == variant or k.endswith("." + variant)), None)
+                if found is not None:
+                    value = state.pop(found)
+                    state.setdefault(found.removesuffix(variant) + source, value)
+        return state
