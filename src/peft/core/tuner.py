@@ -50,7 +50,6 @@ class TunerModel(nn.Module):
         state_dict: dict[str, torch.Tensor] | None = None,
     ):
         super().__init__()
-        self.model = model
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
         existing = model.__dict__.get("peft_config")
         if isinstance(existing, dict) and existing is not configs:
@@ -59,18 +58,10 @@ class TunerModel(nn.Module):
                 "Make sure to know what you are doing!",
                 stacklevel=3,
             )
-        self.peft_config: dict[str, PeftConfig] = existing if isinstance(existing, dict) else {}
+        self._surround(model, existing if isinstance(existing, dict) else {})
         before = dict(self.peft_config)
         self.peft_config.update(configs)
-        self.targeted_module_names: list[str] = []
-        self.targeted_parameter_names: list[str] = []
-        self.reports: dict[str, InjectionReport] = {}
-        self._layers: list[AdapterLayer] | None = None
-        self._wrappers: list[AuxiliaryTrainingWrapper] | None = None
-        self._was_trainable: list[nn.Parameter] = []
-        self.switch = self._found_switch(model)
-        self.active_adapter: str | list[str] = adapter_name
-        self._make_shared()
+        self.active_adapter = adapter_name
         key = self.switch.key
         self.switch.set_active((adapter_name,))
         try:
@@ -82,6 +73,20 @@ class TunerModel(nn.Module):
             raise
         model.peft_config = self.peft_config  # type: ignore[assignment]
 
+    def _surround(self, model: nn.Module, configs: dict[str, PeftConfig], switch: Switch | None = None) -> None:
+        """Set up the state of a tuner around `model` as it is; nothing is injected."""
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = configs
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        self.reports: dict[str, InjectionReport] = {}
+        self._layers: list[AdapterLayer] | None = None
+        self._wrappers: list[AuxiliaryTrainingWrapper] | None = None
+        self._was_trainable: list[nn.Parameter] = []
+        self.switch = switch or self._found_switch(model)
+        self.active_adapter: str | list[str] = self.active_adapters
+        self._make_shared()
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -91,7 +96,7 @@ class TunerModel(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.forward(*args, **kwargs)
+        return self.after_forward(self.model.forward(*args, **kwargs))
 
     # ---- hooks -----------------------------------------------------------------------------------------------------------------
     def prepare(self, cfg: Any, model: nn.Module) -> None:
