@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import fusable, is_plain
+from .dispatch import fusable, is_plain, reshaped
 
 
 def skew(v: Tensor, size: int, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
@@ -127,10 +127,8 @@ def rotate(x: Tensor, R: Tensor) -> Tensor:
         return (torch.mm(h, R[0].to(x.dtype)) if D is None else torch.addmm(h, h, D[0])).view(x.shape)
     blocks, B = R.shape[0], R.shape[-1]
     if torch.is_grad_enabled() and (x.requires_grad or R.requires_grad):
-        out: Any = _Rotate.apply(x, R)
-    else:
-        out = _rotate_blocks(x.reshape(-1, blocks, B), R)
-    return out.view(x.shape)
+        return _Rotate.apply(x, R)  # type: ignore[return-value]
+    return _rotate_blocks(x.reshape(-1, blocks, B), R).view(x.shape)
 
 
 def rotate_weight(W: Tensor, R: Tensor) -> Tensor:
@@ -163,27 +161,23 @@ def _rotate_blocks(h: Tensor, R: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """(x [..., k·B], R [k, B, B]) -> [T, k, B]."""
+    """(x [..., k·B], R [k, B, B]) -> [..., k·B]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, R: Tensor):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, R)
-        ctx.shape = x.shape
-        return _rotate_blocks(x.reshape(-1, R.shape[0], R.shape[-1]), R)
+        return reshaped(_rotate_blocks(x.reshape(-1, R.shape[0], R.shape[-1]), R), x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
         (g,) = grads
         x, R = ctx.saved_tensors
+        blocks = (-1, R.shape[0], R.shape[-1])
         dx = dR = None
-        if ctx.needs_input_grad[0]:
-            Rt = R.transpose(-2, -1)
-            # with create_graph the differentiable form, which gives the same numbers
-            dx = rotate(g.flatten(-2), Rt) if torch.is_grad_enabled() else _rotate_blocks(g, Rt)
-            dx = dx.view(ctx.shape)
+        if ctx.needs_input_grad[0]:  # differentiable itself, for create_graph
+            dx = rotate(g, R.transpose(-2, -1))
         if ctx.needs_input_grad[1]:
-            h = x.reshape(-1, R.shape[0], R.shape[-1])
-            dR = torch.bmm(h.permute(1, 2, 0), g.transpose(0, 1)).to(R.dtype)
+            dR = torch.bmm(x.reshape(blocks).permute(1, 2, 0), g.reshape(blocks).transpose(0, 1)).to(R.dtype)
         return dx, dR
 
 

@@ -91,6 +91,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """A fresh contiguous `t` in another shape, for the output of an autograd function.
+
+    It is no view for autograd, so whoever gets it may modify it in place as cheaply as a linear layer's output.
+    """
+    return t if t.shape == torch.Size(shape) else torch.ops.aten._unsafe_view.default(t, shape)
+
+
 @dataclass(frozen=True)
 class Op:
     """A public op with the means to check it: `cases()` yields argument tuples, floating tensors are differentiated."""

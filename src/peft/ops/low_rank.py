@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import DENSE, autocast_dtype, fusable, is_plain
+from .dispatch import DENSE, autocast_dtype, fusable, is_plain, reshaped
 from .dropout import draw_seed, dropout, keep_mask, rescale, seedable
 
 
@@ -49,10 +49,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, factors: tuple[Factors, ...],
     known = _survey(factors, training, x, W) if own_dtype and fusable(x, W, b) else None
     if known is None:
         return _composite(x, W, b, None, factors, _seeds(x, factors, training), None, training)
-    out: Any = _LowRank.apply(
-        x, W, b, None, known.plan(factors, training, low or x.dtype, low is not None), *known.tensors
-    )
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return _LowRank.apply(x, W, b, None, known.plan(factors, training, low or x.dtype, low is not None), *known.tensors)
 
 
 def accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: bool = False) -> Tensor:
@@ -69,10 +66,9 @@ def accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: boo
     known = _survey(factors, training, x, None) if same and fusable(x, y) else None
     if known is None:
         return _composite(x, None, None, y, factors, _seeds(x, factors, training), None, training)
-    out: Any = _LowRank.apply(
+    return _LowRank.apply(
         x, None, None, y.reshape(-1, y.shape[-1]), known.plan(factors, training, dtype, False), *known.tensors
     )
-    return out.view(y.shape)
 
 
 def delta(x: Tensor, factors: Factors, training: bool = False) -> Tensor:
@@ -206,10 +202,7 @@ def _survey(factors: tuple[Factors, ...], training: bool, x: Tensor, W: Tensor |
 
 
 class _LowRank(torch.autograd.Function):
-    """(x [..., in], W, b, y [N, out] instead of W and b, plan, A, B, S, A, B, S ...) -> [N, out].
-
-    The output is two-dimensional so that it is no view: the caller's view of it may then be modified in place.
-    """
+    """(x [..., in], W, b, y [N, out] instead of W and b, plan, A, B, S, A, B, S ...) -> [..., out]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor | None, b: Tensor | None, y: Tensor | None, plan: _Plan, *tensors: Any):
@@ -231,7 +224,7 @@ class _LowRank(torch.autograd.Function):
             kept += [A, B, S, Ac if needs[0] else None, Bc if upstream else None, z if need_B or need_S else None]
         ctx.save_for_backward(x, W if needs[0] or needs[1] else None, b, *kept)
         ctx.plan = plan
-        return out
+        return reshaped(out, (*x.shape[:-1], out.shape[-1]))  # type: ignore[union-attr]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
@@ -252,16 +245,17 @@ def gated(z: Tensor, S: Tensor, shape: torch.Size) -> Tensor:
     """z [N, r] times a tensor scale, which broadcasts against [..., r]; `shape` is x's."""
     if S.dim() < 2:
         return z * S.to(z.dtype)
-    return (z.view(*shape[:-1], -1) * S.to(z.dtype)).view(z.shape)
+    return (z.view(*shape[:-1], z.shape[-1]) * S.to(z.dtype)).view(z.shape)
 
 
 def gate_grad(pz: Tensor, S: Tensor, shape: torch.Size) -> Tensor:
-    return pz.view(*shape[:-1], -1).sum_to_size(S.shape).to(S.dtype)
+    return pz.view(*shape[:-1], pz.shape[-1]).sum_to_size(S.shape).to(S.dtype)
 
 
 def _backward(ctx: Any, g: Tensor, saved: Any) -> tuple[Any, ...]:
     plan, needs = ctx.plan, ctx.needs_input_grad
     x, W, b, *kept = saved
+    g = g.reshape(-1, g.shape[-1])
     h = x.reshape(-1, x.shape[-1]).to(plan.dtype)
     dx: Any = None
     dW: Any = None
@@ -324,5 +318,5 @@ def _differentiable_backward(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tup
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
     got = iter(torch.autograd.grad(out, wanted, g.reshape(out.shape), create_graph=True, allow_unused=True))
     result = [next(got) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
-    result[3] = g if needs[3] else None
+    result[3] = g.reshape(-1, g.shape[-1]) if needs[3] else None
     return tuple(result)
