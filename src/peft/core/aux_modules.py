@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrappers of modules trained besides the adapter layers: a full copy for each adapter (`modules_to_save`), or single rows of an embedding
-(`trainable_token_indices`). They read the same `Switch` as adapter layers. `core/wrappers.py` puts them in place.
+"""Wrappers of modules trained besides the adapter layers: a full copy for each adapter (`modules_to_save`), or single
+rows of an embedding (`trainable_token_indices`). They read the same `Switch` as adapter layers. `core/wrappers.py`
+puts them in place.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +126,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         self._local = None if key == self.switch.key else key
 
     def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
-        """The adapter that is active here when `adapter_name` is set on the model; None when this module has no part in it."""
+        """The adapter that is active here when `adapter_name` is set on the model, None when this module holds none."""
         present = [n for n in as_names(adapter_name) if n in self._names]
         if len(present) > 1:
             raise ValueError(
@@ -268,12 +269,13 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Mixed batch: rows use the copy of their adapter; without one ("__base__") the original."""
         if not isinstance(self.original_module, ROW_WISE):
             raise TypeError(
-                f"Mixed batching is not supported for {type(self.original_module).__name__} in modules_to_save, only for "
-                f"{', '.join(c.__name__ for c in ROW_WISE)}."
+                f"Mixed batching is not supported for {type(self.original_module).__name__} in modules_to_save, "
+                f"only for {', '.join(c.__name__ for c in ROW_WISE)}."
             )
         if len(names) != len(x):
             raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {len(x)} respectively."
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and "
+                f"{len(x)} respectively."
             )
         groups: dict[str | None, list[int]] = {}
         for i, name in enumerate(names):
@@ -287,7 +289,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
-    """An embedding (or output head) some rows of which are trained; `token_adapter` is an adapter layer that does all the work."""
+    """An embedding (or output head) with trained rows; `token_adapter` is an adapter layer that does all the work."""
 
     option = "trainable_token_indices"
     adapter_layer_names = ("token_adapter.trainable_tokens_delta",)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules whose weights accelerate keeps elsewhere (CPU, disk) between calls: bring them in, let them be changed, put them back."""
+"""Modules whose weights accelerate keeps elsewhere (CPU, disk) between calls: bring them in, let them be changed, put
+them back.
+"""
 
 import contextlib
 import copy
@@ -27,7 +29,7 @@ def _offloading(module: nn.Module) -> Any:
 
 @contextlib.contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
-    """The weights of `layer` and its sub-modules are real inside the block; what was changed there is what comes back on the next call."""
+    """The weights of `layer` and its sub-modules are real inside the block; what is changed there is kept."""
     if "accelerate.hooks" not in sys.modules:
         yield
         return
@@ -62,7 +64,7 @@ def _store(module: nn.Module, hook: Any) -> None:
 
 
 def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy with real weights and with device hooks of its own (a plain copy would run the hooks of the original)."""
+    """A deep copy with real weights and device hooks of its own (a plain copy would run those of the original)."""
     hooked = [m for m in module.modules() if "_hf_hook" in m.__dict__]
     with onload_layer(module), _gathered(module):
         if not hooked:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tied weights: which modules share the input embedding, what an adapter on one of them means, and `ensure_weight_tying`."""
+"""Tied weights: which modules share the input embedding, what an adapter on one means, `ensure_weight_tying`."""
 
 import re
 import warnings
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 # Last parts of names that mean an input or output embedding.
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 _UNTIE = (
-    "untie the weights before adapting the model: load it with `tie_word_embeddings=False` in its configuration and give the output "
-    "embedding its own copy, `head.weight = torch.nn.Parameter(head.weight.detach().clone())`"
+    "untie the weights before adapting the model: load it with `tie_word_embeddings=False` in its configuration and "
+    "give the output embedding its own copy, `head.weight = torch.nn.Parameter(head.weight.detach().clone())`"
 )
 
 
@@ -44,7 +44,7 @@ def embedding_name(model: nn.Module, default: str | None = "embed_tokens") -> st
 
 
 def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
-    """Sorted names of the modules whose weight is tied to the input embedding, e.g. ["lm_head"]; [] when nothing is tied."""
+    """Sorted names of the modules whose weight is tied to the input embedding, e.g. ["lm_head"]."""
     if not _option(getattr(model, "config", None), "tie_word_embeddings", True):
         return []
     groups = [(n, getattr(m, "_tied_weights_keys", None)) for n, m in model.named_modules()]
@@ -62,7 +62,8 @@ def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
             embedding = embedding_name(model, None)
             if embedding is None:
                 raise ValueError(
-                    f"{type(model).__name__} has tied weights but no `get_input_embeddings`, so what they are tied to is unknown."
+                    f"{type(model).__name__} has tied weights but no `get_input_embeddings`, so what they are tied to "
+                    "is unknown."
                 )
         names.update(
             prefix + source.rpartition(".")[0] for source, target in keys.items() if _is_at(prefix, target, embedding)
@@ -91,7 +92,7 @@ def _embedding_entries(entries: Any) -> list[str]:
 
 
 def check(tuner: "TunerModel", cfg: Any, model: nn.Module) -> None:
-    """Before targets are matched: warn about adapters on tied layers, or let the tuner tie them (`ensure_weight_tying`)."""
+    """Before targets are matched: warn about adapters on tied layers, or have them tied (`ensure_weight_tying`)."""
     targeted = _embedding_entries(getattr(cfg, "target_modules", None))
     saved = _embedding_entries(getattr(cfg, "modules_to_save", None))
     ensure = getattr(cfg, "ensure_weight_tying", None)
@@ -106,8 +107,9 @@ def check(tuner: "TunerModel", cfg: Any, model: nn.Module) -> None:
                 else "but `ensure_weight_tying` is not set to True"
             )
             warnings.warn(
-                f"The model ties {', '.join(names)} to its input embedding, and a tied layer is part of the adapter ({', '.join(targeted + saved)}), "
-                f"{how}. The layers get different weights, which can go wrong when merging or when exporting to other formats.",
+                f"The model ties {', '.join(names)} to its input embedding, and a tied layer is part of the adapter "
+                f"({', '.join(targeted + saved)}), {how}. The layers get different weights, which can go wrong when "
+                "merging or when exporting to other formats.",
                 stacklevel=4,
             )
         return
@@ -172,8 +174,8 @@ def warn_on_merge(tuner: "TunerModel") -> None:
     """Merging into a tied weight changes the modules that share it."""
     if adapted := _adapts_tied(tuner.model):
         warnings.warn(
-            f"The model has tied weights and {', '.join(adapted)} is adapted: merging changes the weight of every module that shares it. To "
-            f"avoid this, {_UNTIE}.",
+            f"The model has tied weights and {', '.join(adapted)} is adapted: merging changes the weight of every "
+            f"module that shares it. To avoid this, {_UNTIE}.",
             stacklevel=4,
         )
 
@@ -189,7 +191,8 @@ def after_unload(model: nn.Module) -> None:
         return
     if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
         warnings.warn(
-            "The input and output embeddings of the merged model differ, so `tie_word_embeddings` was set to False in its configuration.",
+            "The input and output embeddings of the merged model differ, so `tie_word_embeddings` was set to False in "
+            "its configuration.",
             stacklevel=4,
         )
         if isinstance(config, dict):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parameters get gradients: freezing of the base, bias modes, switching and dtype casting over a whole (plain) model."""
+"""Which parameters get gradients: freezing of the base, bias modes; switching and dtype casting over a whole model."""
 
 import contextlib
 import warnings
@@ -83,7 +83,7 @@ def keep_flags(model: nn.Module) -> Iterator[None]:
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Float32 for the half and quarter precision weights of one adapter. Base weights, saved modules and shared state stay as they are."""
+    """Float32 for the half and quarter precision weights of one adapter; saved modules and shared state stay."""
     if not autocast_adapter_dtype:
         return
     for layer in model.modules():
@@ -137,8 +137,9 @@ def delete_adapter(
 ) -> list[str] | None:
     """Delete an adapter from all layers and auxiliary wrappers of a model; `model.peft_config` is left to the caller.
 
-    Returns the adapters that are active afterwards (None if the model has no adapter layers). If the deleted one was the only active one, the
-    first remaining one becomes active, on all layers. `prefix` is not needed: layers are known by their type.
+    Returns the adapters that are active afterwards (None if the model has no adapter layers). If the deleted one was
+    the only active one, the first remaining one becomes active, on all layers. `prefix` is not needed: layers are known
+    by their type.
     """
     layers = [m for m in model.modules() if isinstance(m, layer_cls) and isinstance(m, AdapterLayer)]
     wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]

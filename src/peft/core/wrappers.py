@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Putting auxiliary wrappers into a model: `modules_to_save`, modules tied to one of them, and `trainable_token_indices`."""
+"""Putting auxiliary wrappers into a model: `modules_to_save`, modules tied to these, `trainable_token_indices`."""
 
 import contextlib
 import warnings
@@ -62,8 +62,8 @@ def _refuse_adapter_names(key: str, layer: AdapterLayer, wanted: Names) -> None:
         for name in layer.adapter_names:
             if slot.is_module and (hit := wanted.match(f"{key}.{slot.name}.{name}")):
                 raise ValueError(
-                    f"The module to save {hit!r} conflicts with the adapter called {name!r}: it matches weights of the adapter "
-                    f"({key}.{slot.name}.{name}). Rename the adapter or the entry."
+                    f"The module to save {hit!r} conflicts with the adapter called {name!r}: it matches weights of the "
+                    f"adapter ({key}.{slot.name}.{name}). Rename the adapter or the entry."
                 )
 
 
@@ -81,7 +81,7 @@ class Placing:
         self._undo: list[Callable[[], Any]] = []
 
     def wrap(self, place: Place, cls: type[AuxiliaryTrainingWrapper], **kwargs: Any) -> AuxiliaryTrainingWrapper:
-        """Add the adapter to the wrapper at `place`, or put a new one there. A module with several names gets one wrapper."""
+        """Add the adapter to the wrapper at `place`, or put a new one there; one for a module with several names."""
         module, name = place.module, self.name
         wrapper = self._made.get(id(module))
         if wrapper is None:
@@ -195,12 +195,12 @@ def _plan_tokens(plan: Plan, model: nn.Module, cfg: Any, indices: Mapping[str, l
     both = {p.key for p in [*plan.saved, *plan.saved_tied]}
     if clash := set(indices) & set(as_names(getattr(cfg, "modules_to_save", None) or ())):
         raise ValueError(
-            f"{sorted(clash)} are in modules_to_save and in trainable_token_indices; a module can only be in one of them."
+            f"{sorted(clash)} are in modules_to_save and in trainable_token_indices; a module can be in one only."
         )
     for place in _checked_places(model, list(indices), TrainableTokensWrapper, strict=True):
         if place.key in both:
             raise ValueError(
-                f"{place.key!r} is in modules_to_save and in trainable_token_indices; a module can only be in one of them."
+                f"{place.key!r} is in modules_to_save and in trainable_token_indices; a module can be in one only."
             )
         plan.tokens.append((place, list(indices[place.entry])))
     ensure = getattr(cfg, "ensure_weight_tying", False)
@@ -219,8 +219,8 @@ def _plan_tokens(plan: Plan, model: nn.Module, cfg: Any, indices: Mapping[str, l
         if rows is not None and set(rows) != set(own[plan.embedding]):
             if ensure:
                 raise ValueError(
-                    f"Cannot tie {place.key!r} to {plan.embedding!r}: their trainable_token_indices differ. Give both the same indices, or "
-                    "set ensure_weight_tying=False."
+                    f"Cannot tie {place.key!r} to {plan.embedding!r}: their trainable_token_indices differ. Give both "
+                    "the same indices, or set ensure_weight_tying=False."
                 )
             continue
         plan.tokens = [(p, r) for p, r in plan.tokens if p.key != place.key]
@@ -241,7 +241,7 @@ def set_additional_trainable_modules(
     *,
     switch: Switch | None = None,
 ) -> None:
-    """Wrap what `modules_to_save` and `trainable_token_indices` of a configuration name. Modules not found in the former are ignored."""
+    """Wrap what `modules_to_save` and `trainable_token_indices` name. Modules not found in the former are ignored."""
     plan = _plan(model, peft_config, model_config)
     switch = switch or _switch_of(model, (adapter_name,) if activate_adapter else ())
     placing = Placing(adapter_name, activate_adapter, switch, bool(getattr(peft_config, "inference_mode", False)))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainable tokens (no paper): some rows of an embedding are trained, W' = W with rows `token_indices` replaced by delta.
+"""Trainable tokens (no paper): rows of an embedding are trained, W' = W with rows `token_indices` replaced by delta.
 
-Delta holds replacement values, not differences. The matrix W' is never built for a forward: looked-up rows and output columns are patched.
+Delta holds replacement values, not differences. The matrix W' is never built for a forward: looked-up rows and output
+columns are patched.
 """
 
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class TrainableTokensLayer(AdapterLayer):
         rows_first = weight.T if self.kind is kinds.Embedding else weight
         size = rows_first.shape[0]
         if wrong := [i for i in indices if not 0 <= i < size]:
-            raise IndexError(f"Token indices {wrong} are out of range for an embedding with {size} rows (0 to {size - 1}).")
+            raise IndexError(f"Token indices {wrong} are out of range for an embedding with {size} rows.")
         rows = rows_first.detach()[torch.tensor(indices, dtype=torch.long, device=weight.device)].contiguous()
         self.token_indices[name] = list(indices)
         self.trainable_tokens_original[name] = rows.clone()
@@ -105,8 +106,8 @@ class TrainableTokensLayer(AdapterLayer):
             for token in set(self.token_indices.get(name, ())):
                 if token in owner:
                     raise ValueError(
-                        f"Adapters {owner[token]!r} and {name!r} both train token {token}: adapters with common token indices cannot be "
-                        "active or merged together."
+                        f"Adapters {owner[token]!r} and {name!r} both train token {token}: adapters with common token "
+                        "indices cannot be active or merged together."
                     )
                 owner[token] = name
 
@@ -122,9 +123,15 @@ class TrainableTokensLayer(AdapterLayer):
         if not len(tokens):
             return y
         base = self.get_base_layer()
-        return self._patch_rows(base, tokens, delta, y, x) if self.kind is kinds.Embedding else self._patch_columns(base, tokens, delta, y, x)
+        return (
+            self._patch_rows(base, tokens, delta, y, x)
+            if self.kind is kinds.Embedding
+            else self._patch_columns(base, tokens, delta, y, x)
+        )
 
-    def _patch_rows(self, base: Any, tokens: torch.Tensor, delta: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _patch_rows(
+        self, base: Any, tokens: torch.Tensor, delta: torch.Tensor, y: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
         """Exchange the looked-up rows of the trained tokens. x [...], y [..., dim]"""
         if base.max_norm is not None:  # the lookup limits norms without a gradient
             delta = delta + (torch.renorm(delta.detach(), base.norm_type, 0, base.max_norm) - delta.detach())
@@ -138,7 +145,9 @@ class TrainableTokensLayer(AdapterLayer):
             found = found * (scale.to(found) if isinstance(scale, torch.Tensor) else scale)
         return torch.where(hit.unsqueeze(-1), found, y)
 
-    def _patch_columns(self, base: Any, tokens: torch.Tensor, delta: torch.Tensor, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _patch_columns(
+        self, base: Any, tokens: torch.Tensor, delta: torch.Tensor, y: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
         """Exchange the logits of the trained tokens. x [..., dim], y [..., vocab]"""
         bias = kinds.Linear.bias(base)
         columns = F.linear(x, delta.to(x.dtype), None if bias is None else bias[tokens].to(x.dtype)).to(y.dtype)
@@ -199,14 +208,16 @@ class TrainableTokensModel(TunerModel):
         if not isinstance(source, TrainableTokensLayer):
             return
         for key in tied._get_module_names_tied_with_embedding(self.model):
-            layer = self.model.get_submodule(key)
-            if layer is source:
+            module = self.model.get_submodule(key)
+            if module is source:
                 continue
-            if not isinstance(layer, TrainableTokensLayer):
-                parent, _, leaf = key.rpartition(".")
-                layer = self.layer_cls.wrap(layer, self.switch)
-                setattr(self.model.get_submodule(parent), leaf, layer)
+            if isinstance(module, TrainableTokensLayer):
+                module.tie(name, source)
+                continue
+            parent, _, leaf = key.rpartition(".")
+            layer: Any = TrainableTokensLayer.wrap(module, self.switch)
             layer.tie(name, source)
+            setattr(self.model.get_submodule(parent), leaf, layer)
 
     # ---- files: a tied layer has its own key there
     def _tied_keys(self, name: str) -> dict[str, str]:
