@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models (NeurIPS 2025); PaRa (arXiv 2406.05641) with `para=True`.
+
+W' = W - Q rightᵀ W + Q (s R): the weight's part in a trained subspace is taken out and replaced.
+"relu": (Q, right) = (P, relu(P)); "qr": both the orthonormal basis of P. PaRa has no R.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import PeftConfig, biases, excludes, fan_in_fan_out, layer_names, layer_range, nearest, option, saves, targets
+from ..core import kinds
+from ..core.layer import AdapterLayer, dropout
+from ..core.slots import Aux, Trainable
+from ..core.tuner import TunerModel
+from ..registry import register_method
+
+METHODS = ("relu", "qr")
+
+
+@dataclass
+class DeftConfig(PeftConfig):
+    """Options of DEFT."""
+
+    r: int = option(8, "Rank, at most the output width of a layer.")
+    target_modules: list[str] | set[str] | str | None = targets()
+    exclude_modules: list[str] | set[str] | str | None = excludes()
+    decomposition_method: Literal["relu", "qr"] = option("relu", "How the projector is made of P.")
+    init_scale: float = option(1.0, "Scales the random R of init_weights=False.")
+    alpha: int | None = option(None, "R is scaled by alpha / r; None for 1.")
+    para: bool = option(False, "PaRa: only take the subspace out.")
+    fan_in_fan_out: bool = fan_in_fan_out()
+    deft_dropout: float = option(0.0, "Dropout on the input of R.")
+    init_weights: bool = option(True, "Start at the base model; False draws R.")
+    layers_to_transform: list[int] | int | None = layer_range()
+    layers_pattern: list[str] | str | None = layer_names()
+    bias: str = biases("deft_only")
+    modules_to_save: list[str] | None = saves()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decomposition_method not in METHODS:
+            raise ValueError(
+                f"decomposition_method must be one of {METHODS}, got {self.decomposition_method!r}.{nearest(self.decomposition_method, METHODS)}"
+            )
+
+
+class DeftLayer(AdapterLayer):
+    """Replaces the weight's part in a trained subspace."""
+
+    deft_P: Trainable[nn.ParameterDict]  # [out, r]
+    deft_R: Trainable[nn.ParameterDict]  # [r, in]; absent for PaRa
+    deft_dropout: Aux[nn.ModuleDict]
+    deft_r: Aux[dict]
+    deft_decomposition: Aux[dict]
+    deft_init_scale: Aux[dict]
+    deft_para: Aux[dict]
+    deft_scaling: Aux[dict]
+    kinds = (kinds.Linear, kinds.Conv1D)
+    standalone_delta = False
+    casts_input = False
+
+    def create(self, name: str, cfg: Any) -> None:
+        if cfg.r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r}")
+        r = self.deft_r[name] = min(cfg.r, self.out_features)
+        self.deft_decomposition[name], self.deft_para[name] = cfg.decomposition_method, cfg.para
+        self.deft_init_scale[name], self.deft_scaling[name] = cfg.init_scale, cfg.alpha / r if cfg.alpha else 1.0
+        self.deft_dropout[name] = dropout(cfg.deft_dropout)
+        self.deft_P[name] = nn.Parameter(nn.init.normal_(torch.empty(self.out_features, r), std=0.02))
+        if cfg.para:
+            return
+        R = torch.empty(r, self.in_features)
+        if not cfg.init_weights:
+            nn.init.normal_(R, std=0.02 * cfg.init_scale)
+        elif R.device.type != "meta" and self.base_weight().device.type != "meta":
+            with torch.no_grad():
+                _, right = self._projector(name)
+                weight = self.base_weight().float()
+                R = right.float().to(weight.device).T @ weight / self.deft_scaling[name]
+        self.deft_R[name] = nn.Parameter(R)
+
+    def _projector(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Q, right), both [out, r]."""
+        P = self.deft_P[name]
+        if self.deft_decomposition[name] == "relu":
+            return P, P.relu()
+        Q = torch.linalg.qr(P.float())[0].to(P.dtype)
+        return Q, Q
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """[s·drop(x) Rᵀ - (y - b) right] Qᵀ: everything wide stays in the dtype of the base, products are r wide."""
+        (Q, right), bias = self._projector(name), self.base_bias()
+        t = -(y @ right.to(y.dtype)).to(Q.dtype)
+        if bias is not None:
+            t = t + bias.to(Q.dtype) @ right
+        if not self.deft_para[name]:
+            R = self.deft_R[name]
+            t = t + F.linear(self.deft_dropout[name](x), R.to(x.dtype)).to(Q.dtype) * self.deft_scaling[name]
+        return F.linear(t.to(y.dtype), Q.to(y.dtype))
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        Q, right = self._projector(name)
+        kept = right.T @ self.base_weight().to(right.dtype)
+        return Q @ (-kept if self.deft_para[name] else self.deft_R[name] * self.deft_scaling[name] - kept)
+
+
+@register_method("deft", config=DeftConfig)
+class DeftModel(TunerModel):
+    layer_cls = DeftLayer
+    unsupported_error = TypeError
+    example = {"r": 4}

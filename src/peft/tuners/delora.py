@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation (arXiv 2503.18225).
+
+ΔW = (B diag(c) A) ⊙ ‖W_:,j‖,  c_i = (λ / r) / (‖A_i‖ ‖B^i‖), norms clamped at 1e-4.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, saves, targets
+from ..core import kinds
+from ..core.layer import AdapterLayer, dropout, dropout_p
+from ..core.match import pattern_value
+from ..core.slots import Aux, PersistentBufferDict, Saved, Trainable
+from ..core.tuner import TunerModel
+from ..ops.low_rank import Factors
+from ..registry import register_method
+
+
+@dataclass
+class DeloraConfig(PeftConfig):
+    """Options of DeLoRA."""
+
+    r: int = option(8, "Rank.")
+    delora_lambda: float = option(15, "Initial bound λ on the norm of the update.")
+    module_dropout: float = option(0.0, "Dropout on the input.")
+    target_modules: list[str] | set[str] | str | None = targets()
+    exclude_modules: list[str] | set[str] | str | None = excludes()
+    bias: str = biases("delora_only")
+    init_weights: bool = option(True, "Start at zero (B = 0).")
+    layers_to_transform: list[int] | int | None = layer_range()
+    layers_pattern: list[str] | str | None = layer_names()
+    rank_pattern: dict | None = option(factory=dict, help="Ranks that differ: {name or regex: rank}.")
+    lambda_pattern: dict | None = option(factory=dict, help="λ that differ: {name or regex: λ}.")
+    modules_to_save: list[str] | None = saves()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
+
+
+class DeloraLayer(AdapterLayer):
+    """A low-rank delta of normalised directions, scaled by a trained strength."""
+
+    delora_A: Trainable[nn.ParameterDict]  # [r, in]
+    delora_B: Trainable[nn.ParameterDict]  # [out, r]
+    delora_lambda: Trainable[nn.ParameterDict]  # [1]
+    delora_w_norm: Saved[PersistentBufferDict]  # [in], column norms of the base weight
+    delora_dropout: Aux[nn.ModuleDict]
+    r: Aux[dict]
+    kinds = (kinds.Linear, kinds.Conv1D)
+
+    def create(self, name: str, cfg: Any) -> None:
+        if cfg.r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r}")
+        self.r[name], self.delora_dropout[name] = cfg.r, dropout(cfg.module_dropout)
+        A, B = torch.empty(cfg.r, self.in_features), torch.zeros(self.out_features, cfg.r)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if not cfg.init_weights:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        self.delora_A[name], self.delora_B[name] = nn.Parameter(A), nn.Parameter(B)
+        self.delora_lambda[name] = nn.Parameter(torch.full((1,), float(cfg.delora_lambda)))
+        with torch.no_grad():
+            weight = self.base_weight()
+            meta = weight.device.type == "meta" or A.device.type == "meta"
+            device = "cpu" if meta else weight.device
+            self.delora_w_norm[name] = torch.ones(self.in_features, device=device) if meta else weight.norm(dim=0)
+
+    def factors(self, name: str) -> Factors:
+        A, B = self.delora_A[name], self.delora_B[name]
+        norms = A.norm(dim=1).clamp(min=1e-4) * B.norm(dim=0).clamp(min=1e-4)
+        c = self.delora_lambda[name] / self.r[name] / norms
+        return Factors(A * self.delora_w_norm[name], B, c, dropout_p(self.delora_dropout[name]))
+
+
+@register_method("delora", config=DeloraConfig)
+class DeloraModel(TunerModel):
+    layer_cls = DeloraLayer
+    unsupported_error = TypeError
+    example = {"r": 4, "delora_lambda": 1.0}
+
+    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
+        r, strength = pattern_value(cfg.rank_pattern, key, cfg.r), pattern_value(cfg.lambda_pattern, key, cfg.delora_lambda)
+        return cfg.with_values(r=r, delora_lambda=strength)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoHa: low-rank Hadamard product, FedPara (arXiv 2108.06098), in the form of LyCORIS (arXiv 2309.14859).
+
+ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b),  s = alpha / r. For linear layers this is a plain low-rank product of rank r²:
+A[i·r + j, :] = w1_b[i, :] w2_b[j, :], B[:, i·r + j] = w1_a[:, i] w2_a[:, j].
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import excludes, layer_names, layer_range, option, saves, targets
+from ..core.slots import Trainable
+from ..registry import register_method
+from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, cp_weight
+
+
+@dataclass
+class LoHaConfig(LycorisConfig):
+    """Options of LoHa."""
+
+    r: int = option(8, "Rank of each pair of factors; the product has rank up to r².")
+    alpha: int = option(8, "The update is scaled by alpha / r.")
+    rank_dropout: float = option(0.0, "Probability of dropping output rows of the update in training.")
+    module_dropout: float = option(0.0, "Probability of skipping the adapter of a layer in training.")
+    use_effective_conv2d: bool = option(False, "Tucker form for convolution kernels larger than 1.")
+    target_modules: list[str] | set[str] | str | None = targets()
+    exclude_modules: list[str] | set[str] | str | None = excludes()
+    init_weights: bool = option(True, "Start at zero; False makes all factors random.")
+    layers_to_transform: list[int] | int | None = layer_range()
+    layers_pattern: list[str] | str | None = layer_names()
+    modules_to_save: list[str] | None = saves()
+
+
+class LoHaLayer(LycorisLayer):
+    """Hadamard product of two low-rank matrices."""
+
+    hada_w1_a: Trainable[nn.ParameterDict]  # [out, r]; Tucker form [r, out]
+    hada_w1_b: Trainable[nn.ParameterDict]  # [r, in·kernel]; Tucker form [r, in]
+    hada_w2_a: Trainable[nn.ParameterDict]
+    hada_w2_b: Trainable[nn.ParameterDict]
+    hada_t1: Trainable[nn.ParameterDict]  # [r, r, *kernel], Tucker form only
+    hada_t2: Trainable[nn.ParameterDict]
+
+    def create_factors(self, name: str, cfg: Any, shape: tuple[int, ...], tucker: bool) -> None:
+        r, out = cfg.r, shape[0]
+        rows, cols = ((r, out), (r, shape[1])) if tucker else ((out, r), (r, math.prod(shape[1:])))
+        for slot, size in (("hada_w1_a", rows), ("hada_w1_b", cols), ("hada_w2_a", rows), ("hada_w2_b", cols)):
+            zero = slot == "hada_w2_b" and cfg.init_weights
+            getattr(self, slot)[name] = nn.Parameter(torch.zeros(size) if zero else self.kaiming(size))
+        if tucker:
+            kernel = self.tucker_kernel(shape)
+            self.hada_t1[name] = nn.Parameter(self.kaiming((r, r, *kernel)))
+            self.hada_t2[name] = nn.Parameter(self.kaiming((r, r, *kernel)))
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        w1_a, w1_b, w2_a, w2_b = self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
+        if name in self.hada_t1:
+            first, second = cp_weight(self.hada_t1[name], w1_a, w1_b), cp_weight(self.hada_t2[name], w2_a, w2_b)
+        else:
+            first, second = w1_a @ w1_b, w2_a @ w2_b
+        return (first * second * self.scaling[name]).view(self.kind.shape(self.get_base_layer()))
+
+    def thin_product_pays(self, name: str) -> bool:
+        """The factored form has rank r²: cheaper than a dense product while r² < in·out / (in + out)."""
+        n_in, n_out = self.in_features, self.out_features
+        return self.kind.is_linear and self.r[name] ** 2 * (n_in + n_out) < n_in * n_out
+
+    def apply_factored(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        w1_a, w1_b, w2_a, w2_b = self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
+        A = (w1_b[:, None] * w2_b[None]).flatten(0, 1)  # [r², in]
+        B = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)  # [out, r²]
+        return nn.functional.linear(nn.functional.linear(x, A) * self.scaling[name], B)
+
+
+@register_method("loha", config=LoHaConfig, prefix="hada_", mixed=True)
+class LoHaModel(LycorisTuner):
+    layer_cls = LoHaLayer
+    example = {"r": 2, "alpha": 4}

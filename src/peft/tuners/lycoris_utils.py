@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What LoHa and LoKr share: options, scaling, rank and module dropout, layer kinds."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, option
+from ..core import kinds
+from ..core.layer import AdapterLayer
+from ..core.match import pattern_value
+from ..core.slots import Aux
+from ..core.tuner import TunerModel
+
+
+@dataclass
+class LycorisConfig(PeftConfig):
+    """Base of the LyCORIS configurations."""
+
+    rank_pattern: dict | None = option(factory=dict, help="Ranks that differ: {name or regex: rank}.")
+    alpha_pattern: dict | None = option(factory=dict, help="Alphas that differ: {name or regex: alpha}.")
+    _regex_with_layers = "warn"
+
+
+class LycorisLayer(AdapterLayer):
+    """A dense delta made of small factors."""
+
+    r: Aux[dict]
+    alpha: Aux[dict]
+    scaling: Aux[dict]
+    rank_dropout: Aux[dict]
+    rank_dropout_scale: Aux[dict]
+    module_dropout: Aux[dict]
+    kinds = (kinds.Linear, kinds.Conv1D, kinds.Conv2d, kinds.Conv1d)
+    prefer_weight_path = True
+
+    def create(self, name: str, cfg: Any) -> None:
+        if cfg.r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r}")
+        self.r[name], self.alpha[name], self.scaling[name] = cfg.r, cfg.alpha, cfg.alpha / cfg.r
+        self.rank_dropout[name], self.module_dropout[name] = cfg.rank_dropout, cfg.module_dropout
+        self.rank_dropout_scale[name] = getattr(cfg, "rank_dropout_scale", True)
+        shape = self.kind.shape(self.get_base_layer())
+        self.create_factors(name, cfg, shape, cfg.use_effective_conv2d and self.kind.is_conv and math.prod(shape[2:]) != 1)
+
+    def create_factors(self, name: str, cfg: Any, shape: tuple[int, ...], tucker: bool) -> None:
+        raise NotImplementedError("a LyCORIS layer makes its factors here")
+
+    def thin_product_pays(self, name: str) -> bool:
+        """Whether `apply_factored` is cheaper than a dense product."""
+        return False
+
+    def apply_factored(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("no factored form")
+
+    @staticmethod
+    def kaiming(shape: tuple[int, ...]) -> torch.Tensor:
+        return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+
+    @staticmethod
+    def tucker_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Kernel of the core tensor; the published one of Conv1d has a trailing 1."""
+        return (*shape[2:], 1) if len(shape) == 3 else shape[2:]
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        training = self.training
+        p = self.module_dropout[name] if training else 0.0
+        if p > 0 and float(torch.rand(1)) <= p:
+            return torch.zeros((), dtype=y.dtype, device=y.device)
+        if self.thin_product_pays(name):
+            out = self.apply_factored(name, x)
+        else:
+            out = self.kind.call(self.get_base_layer(), x, self.delta_weight(name))
+        if training and self.rank_dropout[name] > 0:
+            keep = (torch.rand(self.out_features, device=out.device) > self.rank_dropout[name]).to(out.dtype)
+            keep = keep / keep.mean().clamp(min=1e-6) if self.rank_dropout_scale[name] else keep
+            out = out * self.kind.per_feature(keep, out)
+        return out
+
+    def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
+        dropping = self.training and any(self.rank_dropout[n] > 0 or self.module_dropout[n] > 0 for n in names)
+        return not dropping and not any(self.thin_product_pays(n) for n in names)
+
+    # published scaling API
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.alpha[name] / self.r[name] if scale is None else self.scaling[name] / scale
+
+
+def cp_weight(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """core [r, r, *kernel], a [r, out], b [r, in] -> [out, in, *kernel]."""
+    return torch.einsum("ij...,ip,jq->pq...", core, a, b)
+
+
+class LycorisTuner(TunerModel):
+    unsupported_error = TypeError
+
+    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
+        if not (cfg.rank_pattern or cfg.alpha_pattern):
+            return cfg
+        return cfg.with_values(r=pattern_value(cfg.rank_pattern, key, cfg.r), alpha=pattern_value(cfg.alpha_pattern, key, cfg.alpha))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure (arXiv 2409.15371).
+
+ΔW[o, i] = M[i mod r, o]: the input is summed over shards of width r, then multiplied by one small matrix M.
+"mini": M is repeated along the outputs. "bat": W + ΔW with ΔW_{a,c} = W_{a,c} M_a + M_a on r x r blocks.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, saves, targets
+from ..core import kinds
+from ..core.layer import AdapterLayer, dropout
+from ..core.slots import Aux, Trainable
+from ..core.tuner import TunerModel
+from ..registry import register_method
+
+
+@dataclass
+class MissConfig(PeftConfig):
+    """Options of MiSS."""
+
+    r: int = option(64, "Width of the shards along the input.")
+    miss_dropout: float = option(0.0, "Dropout on the input (not for 'bat').")
+    mini_r: int = option(1, "Width of the shards along the output, for 'mini'.")
+    target_modules: list[str] | set[str] | str | None = targets()
+    exclude_modules: list[str] | set[str] | str | None = excludes()
+    init_weights: bool | Literal["bat", "mini"] = option(True, "The variant: True, 'bat' or 'mini'; all start at zero but False.")
+    layers_to_transform: list[int] | int | None = layer_range()
+    layers_pattern: str | None = layer_names()
+    bias: str = biases("miss_only")
+    modules_to_save: list[str] | None = saves()
+
+    def _check_layer_range(self) -> None:
+        if not (self.layers_pattern and self.layers_to_transform is None):  # a pattern alone was always accepted
+            super()._check_layer_range()
+
+
+class MissLayer(AdapterLayer):
+    """Shared shards of one small matrix."""
+
+    miss_block: Trainable[nn.ParameterDict]  # [r, out]; mini [r, mini_r]; bat [out/r, r, r]
+    miss_dropout: Aux[nn.ModuleDict]
+    miss_r: Aux[dict]
+    miss_mini_r: Aux[dict]
+    variant: Aux[dict]  # for each adapter: "plain", "mini" or "bat"
+    kinds = (kinds.Linear, kinds.Conv1D)
+
+    def create(self, name: str, cfg: Any) -> None:
+        r, out = cfg.r, self.out_features
+        self.miss_r[name], self.miss_mini_r[name], self.miss_dropout[name] = r, cfg.mini_r, dropout(cfg.miss_dropout)
+        variant = self.variant[name] = cfg.init_weights if cfg.init_weights in ("bat", "mini") else "plain"
+        block = torch.zeros({"plain": (r, out), "mini": (r, cfg.mini_r), "bat": (out // r, r, r)}[variant])
+        if not cfg.init_weights:
+            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+        self.miss_block[name] = nn.Parameter(block)
+
+    @property
+    def miss_fn(self) -> Any:
+        """The variant of the first adapter, under its published name."""
+        first = next(iter(self.variant.values()), "plain")
+        return True if first == "plain" else first
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.variant[name] == "bat":
+            return F.linear(x, self.delta_weight(name))
+        M, r = self.miss_block[name], self.miss_r[name]
+        x = self.miss_dropout[name](x)
+        whole = x.shape[-1] // r * r
+        z = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
+        if whole < x.shape[-1]:  # the last, incomplete shard
+            z = z + F.pad(x[..., whole:], (0, whole + r - x.shape[-1]))
+        out = z @ M
+        return out if M.shape[1] == self.out_features else out.repeat(*(1,) * (out.dim() - 1), self.out_features // M.shape[1])
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        M, n_in, n_out = self.miss_block[name], self.in_features, self.out_features
+        if self.variant[name] == "bat":
+            return self._bat(self.base_weight(), M)
+        repeats = (-(-n_in // M.shape[0]), n_out // M.shape[1])
+        return M.repeat(repeats)[:n_in].T
+
+    @staticmethod
+    def _bat(W: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+        """W [out, in], M [out/r, r, r] -> block (a, c): W_{a,c} M_a + M_a."""
+        r = M.shape[1]
+        blocks = W.to(M.dtype).unflatten(0, (-1, r)).unflatten(-1, (-1, r)).transpose(1, 2)  # [a, c, r, r]
+        delta = blocks @ M[:, None] + M[:, None]
+        return delta.transpose(1, 2).reshape(W.shape)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+@register_method("miss", config=MissConfig)
+class MissModel(TunerModel):
+    layer_cls = MissLayer
+    unsupported_error = TypeError
+    example = {"r": 4}
+
+    def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
+        out, n_in = self.target_shape(module)[:2]
+        if cfg.r <= 0 or cfg.r > n_in:
+            raise ValueError(f"Target module {key}: `r` should be positive and at most the input width {n_in}, got {cfg.r}.")
+        if cfg.init_weights == "bat" and (n_in % cfg.r or out % cfg.r):
+            raise ValueError(f"Target module {key}: the widths {(out, n_in)} must be divisible by r={cfg.r} for 'bat'.")
+        if cfg.init_weights == "mini" and out % cfg.mini_r:
+            raise ValueError(f"Target module {key}: the output width {out} must be divisible by mini_r={cfg.mini_r}.")

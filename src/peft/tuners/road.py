@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoAd: 3-in-1, 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability (arXiv 2409.00119).
+
+y' = R (W x + b): pairs of output features (j, j + g/2 within groups of g) are rotated and scaled,
+y1' = c1 y1 - s1 y2,  y2' = c2 y2 + s2 y1,  c = α cos θ, s = α sin θ.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, nearest, option, saves, targets
+from ..core import kinds
+from ..core.layer import AdapterLayer
+from ..core.slots import Aux, Trainable
+from ..core.tuner import TunerModel
+from ..registry import register_method
+
+VECTORS = {"road_1": 1, "road_2": 2, "road_4": 4}  # parameters for each pair of outputs
+
+
+@dataclass
+class RoadConfig(PeftConfig):
+    """Options of RoAd."""
+
+    variant: Literal["road_1", "road_2", "road_4"] = option("road_1", "How many parameters a pair has: 1, 2 or 4.")
+    group_size: int = option(64, "Outputs j and j + group_size / 2 of a group form a pair; must divide the output width.")
+    init_weights: bool = option(True, "Start at the identity; False draws angles and scales.")
+    target_modules: list[str] | set[str] | str | None = targets()
+    modules_to_save: list[str] | None = saves()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in VECTORS:
+            raise ValueError(f"Invalid variant {self.variant!r}; choose from {list(VECTORS)}.{nearest(self.variant, VECTORS)}")
+        if self.group_size <= 0 or self.group_size % 2:
+            raise ValueError(f"The group_size must be a positive even number, got {self.group_size}.")
+
+
+class RoadLayer(AdapterLayer):
+    """Rotates pairs of output features."""
+
+    road_theta: Trainable[nn.ParameterDict]  # [out / 2], [out] or [2 out] by variant
+    road_alpha: Trainable[nn.ParameterDict]
+    variant: Aux[dict]
+    group_size: Aux[dict]
+    kinds = (kinds.Linear, kinds.Conv1D, kinds.Conv1d, kinds.Conv2d, kinds.Conv3d)
+    casts_input = False
+
+    def create(self, name: str, cfg: Any) -> None:
+        self.variant[name], self.group_size[name] = cfg.variant, cfg.group_size
+        size = self.out_features * VECTORS[cfg.variant] // 2
+        theta, alpha = torch.zeros(size), torch.ones(size)
+        if not cfg.init_weights:
+            theta, alpha = nn.init.normal_(theta, 0.0, 0.5), nn.init.normal_(alpha, 1.0, 0.5)
+        self.road_theta[name], self.road_alpha[name] = nn.Parameter(theta), nn.Parameter(alpha)
+
+    def _coefficients(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """c and s as [groups, 2 or 1, g/2]; s carries the sign of each half."""
+        half = self.group_size[name] // 2
+        theta, alpha = self.road_theta[name], self.road_alpha[name]
+        if self.variant[name] == "road_4":
+            theta, alpha = theta.view(-1, 2, 2 * half), alpha.view(-1, 2, 2 * half)
+            c, s = (alpha[:, 0] * theta[:, 0].cos()).view(-1, 2, half), (alpha[:, 1] * theta[:, 1].sin()).view(-1, 2, half)
+        else:
+            rows = 1 if self.variant[name] == "road_1" else 2
+            c, s = (alpha * theta.cos()).view(-1, rows, half), (alpha * theta.sin()).view(-1, rows, half)
+        return c, s * torch.tensor([[-1.0], [1.0]], dtype=s.dtype, device=s.device)
+
+    def _turn(self, y: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        """y [..., out] -> [..., out]."""
+        pairs = y.unflatten(-1, (-1, 2, c.shape[-1]))
+        return torch.addcmul(pairs * c, pairs.flip(-2), s).view(y.shape)
+
+    def map_output(self, name: str, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        c, s = (v.to(y.dtype) for v in self._coefficients(name))
+        dim = self.kind.feature_dim
+        return self._turn(y, c, s) if dim == -1 else self._turn(y.movedim(dim, -1), c, s).movedim(-1, dim)
+
+    def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        return self._turn(w.movedim(0, -1).contiguous(), *self._coefficients(name)).movedim(-1, 0)
+
+    def map_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
+        return self._turn(b, *self._coefficients(name))
+
+    def _inverse(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """By pair: 1 / (c1 c2 + s1 s2) [[c2, s1], [-s2, c1]]."""
+        c, s = self._coefficients(name)
+        c = c.expand_as(s)
+        det = (c[:, :1] * c[:, 1:] - s[:, :1] * s[:, 1:]).expand_as(s)
+        return c.flip(1) / det, -s / det
+
+    def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        return self._turn(w.movedim(0, -1).contiguous(), *self._inverse(name)).movedim(-1, 0)
+
+    def unmap_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
+        return self._turn(b, *self._inverse(name))
+
+
+@register_method("road", config=RoadConfig, mixed=True)
+class RoadModel(TunerModel):
+    layer_cls = RoadLayer
+    example = {"group_size": 4}
+
+    def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
+        out = self.target_shape(module)[0]
+        if out % cfg.group_size:
+            raise ValueError(f"Target module {key}: the output width {out} must be divisible by group_size={cfg.group_size}.")
