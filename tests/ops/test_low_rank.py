@@ -159,6 +159,28 @@ def test_tensor_scale(scale_shape, p):
         torch.testing.assert_close(accumulate(F.linear(x, W, b), x, (f,), True), want)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("k", [1, 2])
+def test_accumulate_onto_the_input_itself(p, k):
+    _, _, fs = make(n_in=6, n_out=6, r=2, k=k, dtype=torch.float64)
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+
+    def fun(x, *tensors):
+        torch.manual_seed(1)
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        return accumulate(x, x, tuple(Factors(A, B, 0.7, p) for A, B in pairs), True)
+
+    assert torch.autograd.gradcheck(fun, (x, *leaves_of(fs)))
+    assert torch.autograd.gradgradcheck(fun, (x, *leaves_of(fs)))
+    with ops.plain():
+        want = fun(x, *leaves_of(fs))
+    torch.testing.assert_close(fun(x, *leaves_of(fs)), want)
+    before = x.detach().clone()
+    with torch.no_grad():
+        torch.testing.assert_close(fun(x, *leaves_of(fs)), want)
+    assert torch.equal(x, before)
+
+
 def test_factors_computed_from_other_parameters():
     W, b, (f,) = make()
     d = torch.randn(3, requires_grad=True)

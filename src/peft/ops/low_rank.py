@@ -66,9 +66,8 @@ def accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: boo
     known = _survey(factors, training, x, None) if same and fusable(x, y) else None
     if known is None:
         return _composite(x, None, None, y, factors, _seeds(x, factors, training), None, training)
-    return _LowRank.apply(
-        x, None, None, y.reshape(-1, y.shape[-1]), known.plan(factors, training, dtype, False), *known.tensors
-    )
+    base = None if y is x else y  # x + delta(x): one gradient for x, not two that autograd would add
+    return _LowRank.apply(x, None, None, base, known.plan(factors, training, dtype, False), *known.tensors)
 
 
 def delta(x: Tensor, factors: Factors, training: bool = False) -> Tensor:
@@ -202,13 +201,16 @@ def _survey(factors: tuple[Factors, ...], training: bool, x: Tensor, W: Tensor |
 
 
 class _LowRank(torch.autograd.Function):
-    """(x [..., in], W, b, y [N, out] instead of W and b, plan, A, B, S, A, B, S ...) -> [..., out]."""
+    """(x [..., in], W, b, y, plan, A, B, S, A, B, S ...) -> [..., out].
+
+    The base output is x Wᵀ + b, or y [..., out] without W, or x itself without both.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor | None, b: Tensor | None, y: Tensor | None, plan: _Plan, *tensors: Any):
         dtype, needs, kept = plan.dtype, ctx.needs_input_grad, []
         h = x.reshape(-1, x.shape[-1]).to(dtype)
-        out = y
+        base = out = h if y is None else y.reshape(-1, y.shape[-1])
         if W is not None:
             Wc, bc = (W.to(dtype), None if b is None else b.to(dtype)) if plan.cast else (W, b)
             out = torch.mm(h, Wc.t()) if bc is None else torch.addmm(bc, h, Wc.t())
@@ -218,13 +220,13 @@ class _LowRank(torch.autograd.Function):
             z = torch.mm(dropped(h, plan.drops[i], plan.seeds[i]), Ac.t())
             zs = z if S is None else gated(z, S, x.shape)
             alpha = scale * rescale(plan.drops[i])
-            out = torch.addmm(y, zs, Bc.t(), alpha=alpha) if out is y else out.addmm_(zs, Bc.t(), alpha=alpha)  # type: ignore
+            out = torch.addmm(out, zs, Bc.t(), alpha=alpha) if out is base else out.addmm_(zs, Bc.t(), alpha=alpha)
             need_A, need_B, need_S = needs[5 + 3 * i : 8 + 3 * i]
             upstream = needs[0] or need_A or need_S
             kept += [A, B, S, Ac if needs[0] else None, Bc if upstream else None, z if need_B or need_S else None]
         ctx.save_for_backward(x, W if needs[0] or needs[1] else None, b, *kept)
-        ctx.plan = plan
-        return reshaped(out, (*x.shape[:-1], out.shape[-1]))  # type: ignore[union-attr]
+        ctx.plan, ctx.residual = plan, W is None and y is None
+        return reshaped(out, (*x.shape[:-1], out.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
@@ -255,6 +257,7 @@ def gate_grad(pz: Tensor, S: Tensor, shape: torch.Size) -> Tensor:
 def _backward(ctx: Any, g: Tensor, saved: Any) -> tuple[Any, ...]:
     plan, needs = ctx.plan, ctx.needs_input_grad
     x, W, b, *kept = saved
+    dy = g if needs[3] else None
     g = g.reshape(-1, g.shape[-1])
     h = x.reshape(-1, x.shape[-1]).to(plan.dtype)
     dx: Any = None
@@ -287,20 +290,28 @@ def _backward(ctx: Any, g: Tensor, saved: Any) -> tuple[Any, ...]:
         if need_A:
             dA = torch.mm(p.t(), dropped(h, plan.drops[i], plan.seeds[i])).to(A.dtype)
         if needs[0]:
-            dx = add_input_grad(dx, p, Ac, plan.drops[i], plan.seeds[i])
+            start = g if ctx.residual and dx is None else dx
+            dx = add_input_grad(start, p, Ac, plan.drops[i], plan.seeds[i], own=start is not g)
         out += [dA, dB, dS]
     if dx is not None:
         dx = dx.view(x.shape).to(x.dtype)
-    return dx, dW, db, (g if needs[3] else None), None, *out
+    return dx, dW, db, dy, None, *out
 
 
-def add_input_grad(dx: Tensor | None, p: Tensor, A: Tensor, drop: float, seed: int | None) -> Tensor:
-    """dx + mask * (p A), in place; p already holds the scale and 1/(1-drop)."""
+def add_input_grad(
+    dx: Tensor | None, p: Tensor, A: Tensor, drop: float, seed: int | None, *, own: bool = True
+) -> Tensor:
+    """dx + mask * (p A), in place if dx is ours; p already holds the scale and 1/(1-drop)."""
     if seed is not None:
         part = torch.mm(p, A)
         mask = keep_mask(seed, drop, part)
-        return part.mul_(mask) if dx is None else dx.addcmul_(part, mask)
-    return torch.mm(p, A) if dx is None else dx.addmm_(p, A)
+        if dx is None or not own:
+            part = part.mul_(mask)
+            return part if dx is None else part.add_(dx)
+        return dx.addcmul_(part, mask)
+    if dx is None:
+        return torch.mm(p, A)
+    return dx.addmm_(p, A) if own else torch.addmm(dx, p, A)
 
 
 def _differentiable_backward(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -312,11 +323,11 @@ def _differentiable_backward(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tup
         Factors(A, B, s if S is None else S, p) for (A, B, S), s, p in zip(groups, plan.scales, plan.drops, strict=True)
     )
     base = W if W is None or not plan.cast else W.to(plan.dtype)
-    zero = g.new_zeros(()).expand(*x.shape[:-1], g.shape[-1]) if base is None else None
-    out = _composite(x, base, b, zero, factors, plan.seeds, plan.dtype)
+    y = x.to(plan.dtype) if ctx.residual else g.new_zeros(()).expand(g.shape)
+    out = _composite(x, base, b, None if base is not None else y, factors, plan.seeds, plan.dtype)
     inputs = [x, W, b, None, None, *(t for group in groups for t in group)]
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    got = iter(torch.autograd.grad(out, wanted, g.reshape(out.shape), create_graph=True, allow_unused=True))
+    got = iter(torch.autograd.grad(out, wanted, g, create_graph=True, allow_unused=True))
     result = [next(got) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
-    result[3] = g.reshape(-1, g.shape[-1]) if needs[3] else None
+    result[3] = g if needs[3] else None
     return tuple(result)
