@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from .layer import AdapterLayer
@@ -123,9 +124,16 @@ def check(tuner: "TunerModel", cfg: Any, model: nn.Module) -> None:
                 "You have requested `ensure_weight_tying`, but no tied modules are part of the adapter.", stacklevel=4
             )
     elif saved:
-        tuner._add_modules_to_save_to_tie(cfg, names)  # type: ignore[attr-defined]
+        hook = getattr(type(tuner), "_add_modules_to_save_to_tie", None)
+        hook(tuner, cfg, names) if hook is not None else add_modules_to_save_to_tie(cfg, names, model)
+    elif (hook := getattr(type(tuner), "_add_targets_to_tie", None)) is not None:
+        hook(tuner, cfg, names)
     else:
-        tuner._add_targets_to_tie(cfg, names)  # type: ignore[attr-defined]
+        warnings.warn(
+            f"`ensure_weight_tying` was requested, but {type(tuner).__name__} cannot tie the adapters of "
+            f"{', '.join(targeted)} and {', '.join(names)}.",
+            stacklevel=4,
+        )
 
 
 def add_modules_to_save_to_tie(cfg: Any, names: Iterable[str], model: nn.Module) -> None:
@@ -146,7 +154,6 @@ def add_targets_to_tie(cfg: Any, names: Iterable[str], model: nn.Module) -> None
     assert embedding is not None
     if isinstance(cfg.target_modules, str):
         cfg.target_modules = f"(?:{cfg.target_modules}|^{re.escape(embedding)}$)"
-        cfg.exclude_modules_to_tie = names
     else:
         cfg.target_modules = {e for e in cfg.target_modules if not _means_any(e, names)} | {embedding}
     cfg.target_modules_to_tie = names
@@ -157,39 +164,76 @@ def _means_any(entry: str, names: Iterable[str]) -> bool:
 
 
 # ---- merging
-def _adapts_tied(model: nn.Module) -> list[str]:
-    """Adapted modules among the input embedding and those tied to it, token layers (which keep the tie) left out."""
-    names = _get_module_names_tied_with_embedding(model)
-    if not names:
-        return []
-    found = []
-    for name in [embedding_name(model, None), *names]:
-        module = model.get_submodule(name) if name else None
-        if isinstance(module, AdapterLayer) and module.method_name != "trainable_tokens":
-            found.append(name)
-    return found
+def _layer_at(module: nn.Module) -> AdapterLayer | None:
+    found = getattr(module, "token_adapter", module)
+    return found if isinstance(found, AdapterLayer) else None
 
 
-def warn_on_merge(tuner: "TunerModel") -> None:
-    """Merging into a tied weight changes the modules that share it."""
-    if adapted := _adapts_tied(tuner.model):
+def _base(module: nn.Module) -> Any:
+    layer = _layer_at(module)
+    return module if layer is None else layer.get_base_layer()
+
+
+def _group(model: nn.Module) -> dict[str, nn.Module]:
+    """The input embedding and the modules tied to it, by name; {} when nothing is tied."""
+    embedding = embedding_name(model, None)
+    names = _get_module_names_tied_with_embedding(model) if embedding else []
+    return {n: model.get_submodule(n) for n in [embedding, *names]} if names else {}
+
+
+def _one_set_of_rows(group: dict[str, nn.Module]) -> bool:
+    """Trained tokens that all members share: merging them keeps the tie."""
+    layers = [_layer_at(m) for m in group.values()]
+    if any(layer is None or layer.method_name != "trainable_tokens" for layer in layers):
+        return False
+    holders = [layer.holders() for layer in layers]  # type: ignore[union-attr]
+    return all(h == holders[0] for h in holders)
+
+
+def untie_for_merge(tuner: "TunerModel") -> None:
+    """Merging into a shared weight would change every module that shares it: adapted ones get a weight of their own."""
+    group = _group(tuner.model)
+    adapted = {n: m for n, m in group.items() if (layer := _layer_at(m)) is not None and layer.adapter_names}
+    if not adapted or _one_set_of_rows(group):
+        return
+    shared = []
+    for name, module in adapted.items():
+        base = _base(module)
+        others = [_base(m) for n, m in group.items() if n != name]
+        if any(_same_storage(base.weight, other.weight) for other in others if other is not base):
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+            shared.append(name)
+    if shared:
         warnings.warn(
-            f"The model has tied weights and {', '.join(adapted)} is adapted: merging changes the weight of every "
-            f"module that shares it. To avoid this, {_UNTIE}.",
+            f"The model ties {', '.join(group)}, and {', '.join(adapted)} is adapted: the weights are untied for "
+            f"merging, which needs memory for each of them. To decide about it yourself, {_UNTIE}.",
             stacklevel=4,
         )
 
 
+def _same_storage(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or "meta" in (a.device.type, b.device.type):
+        return False
+    return a.device == b.device and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def after_unload(model: nn.Module) -> None:
-    """Correct `config.tie_word_embeddings` when the embeddings no longer share their weight."""
+    """Tie again what is equal; correct `config.tie_word_embeddings` when the embeddings differ now."""
     config = getattr(model, "config", None)
-    if not _option(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+    if not _option(config, "tie_word_embeddings", False):
         return
-    source, head = input_embeddings(model), model.get_output_embeddings()  # type: ignore[operator]
-    first, second = getattr(source, "weight", None), getattr(head, "weight", None)
-    if first is None or second is None or first.device.type == "meta" or first is second:
+    modules = list(_group(model).values())
+    if not modules:
         return
-    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+    source, *others = modules
+    apart = [m for m in others if not _same_storage(source.weight, m.weight)]
+    different = [m for m in apart if not _equal(source.weight, m.weight)]
+    for module in apart:
+        if not different:
+            module.weight = source.weight
+    if different:
         warnings.warn(
             "The input and output embeddings of the merged model differ, so `tie_word_embeddings` was set to False in "
             "its configuration.",
@@ -199,3 +243,9 @@ def after_unload(model: nn.Module) -> None:
             config["tie_word_embeddings"] = False
         else:
             config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or "meta" in (a.device.type, b.device.type):
+        return True  # out of reach: leave things as they are
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.to(b.device), b)

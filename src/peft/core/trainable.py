@@ -45,6 +45,11 @@ def mark_trainable(model: nn.Module, tuner: "TunerModel", name: str, cfg: Any, f
     train_biases(model, getattr(cfg, "bias", "none"), [m for m in tuner.layers() if isinstance(m, tuner.layer_cls)])
 
 
+def _saved_parameters(model: nn.Module) -> set[int]:
+    """Parameters under auxiliary wrappers, which set their gradients themselves."""
+    return {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+
+
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters that belong to adapter layers (their base layers left out) or lie under auxiliary wrappers."""
     for module in model.modules():
@@ -62,7 +67,8 @@ def train_biases(model: nn.Module, mode: str, layers: Iterable[AdapterLayer]) ->
     if mode == "none":
         return
     if mode == "all":
-        found = (p for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias"))
+        saved = _saved_parameters(model)
+        found = (p for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias" and id(p) not in saved)
     else:
         found = (getattr(layer.get_base_layer(), "bias", None) for layer in layers)
     for bias in found:

@@ -245,8 +245,6 @@ class TunerModel(nn.Module):
         layers = injection.run()
         try:
             self.forget_layers()
-            trainable.mark_trainable(model, self, adapter_name, cfg, first)
-            self._activate(adapter_name, cfg, layers)
             set_additional_trainable_modules(
                 model,
                 cfg,
@@ -259,6 +257,8 @@ class TunerModel(nn.Module):
             injection.roll_back()
             raise
         self.forget_layers()
+        trainable.mark_trainable(model, self, adapter_name, cfg, first)
+        self._activate(adapter_name, cfg, layers)
         self.reports[adapter_name] = injection.report
         self._note(self.targeted_module_names, injection.report.modules)
         self._note(self.targeted_parameter_names, injection.report.parameters)
@@ -322,6 +322,8 @@ class TunerModel(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one or several adapters: they become trainable (unless `inference_mode`), all others frozen."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        for wrapper in self.wrappers():
+            wrapper.check_set_adapter(names)
         if any(layer.merged_adapters for layer in self.layers()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
@@ -379,7 +381,7 @@ class TunerModel(nn.Module):
     # ---- merging ---------------------------------------------------------------------------------------------------------------
     def _check_merge_allowed(self) -> None:
         """Raise when merging is impossible for the model as a whole."""
-        tied.warn_on_merge(self)
+        tied.untie_for_merge(self)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (default: the active ones) into the base weights, keeping the layers so that they can be unmerged."""

@@ -85,6 +85,7 @@ class Placing:
         module, name = place.module, self.name
         wrapper = self._made.get(id(module))
         if wrapper is None:
+            self._undo += [lambda p=p: p.requires_grad_(True) for p in module.parameters() if p.requires_grad]
             if isinstance(module, cls):
                 wrapper = module
                 wrapper.update(name, inference_mode=self.inference_mode, **kwargs)
@@ -216,7 +217,7 @@ def _plan_tokens(plan: Plan, model: nn.Module, cfg: Any, indices: Mapping[str, l
         if place.key not in names or place.key in both:
             continue
         rows = own.get(place.key)
-        if rows is not None and set(rows) != set(own[plan.embedding]):
+        if rows is not None and rows != own[plan.embedding] and not (ensure and set(rows) == set(own[plan.embedding])):
             if ensure:
                 raise ValueError(
                     f"Cannot tie {place.key!r} to {plan.embedding!r}: their trainable_token_indices differ. Give both "

@@ -91,6 +91,10 @@ class TrainableTokensLayer(AdapterLayer):
         """The trained rows of an adapter, also when another layer holds them. [k, dim]"""
         return self._tied.get(name, self).trainable_tokens_delta[name]
 
+    def holders(self) -> dict[str, int]:
+        """Adapter -> which layer holds its rows."""
+        return {n: id(self._tied.get(n, self)) for n in self._names}
+
     def _patch(self, name: str, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(distinct token ids in ascending order, their rows of `values`), on one device."""
         tokens, order = self._rows[name]
