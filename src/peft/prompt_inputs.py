@@ -9,7 +9,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class InputRule:
     token_labels: bool = False  # `labels` has one entry per token: -100 for virtual tokens
     token_types: bool = False  # token_type_ids are kept, 0 for virtual tokens; otherwise dropped with a warning
     encoder_decoder: bool = False
+    pools: bool = False  # one output a sample; decoders take it from the last token that is no padding
 
 
 @functools.lru_cache(maxsize=64)
@@ -157,9 +158,16 @@ def prepare_forward(peft_model: Any, rule: InputRule, call: Call) -> Call:
     return _embed_inputs(peft_model, encoder, rule, call, task_ids)
 
 
+def _is_checkpointing(base: Any) -> bool:
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # the newer name first
+        if hasattr(base, name):
+            return bool(getattr(base, name))
+    return False
+
+
 def _kv_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, call: Call) -> Call:
     base, nv = peft_model.base_model, _config(peft_model).num_virtual_tokens
-    if peft_model.training and getattr(base, "is_gradient_checkpointing", False):
+    if peft_model.training and _is_checkpointing(base):
         raise RuntimeError(
             "Gradient checkpointing is enabled, which drops the cache that holds the prefix: disable it."
         )
@@ -224,7 +232,8 @@ def prompt_forward(peft_model: Any, rule: InputRule, call: Call) -> Any:
     if encoder.produces == "kv" and not _accepts(base.forward, "past_key_values"):
         with _cache_for_backbone(peft_model, inputs.pop("past_key_values")):
             return base(**inputs)
-    output = base(**inputs)
+    with _ids_for_pooling(peft_model, rule, inputs) if encoder.produces == "embeds" else nullcontext():
+        output = base(**inputs)
     if labels is None:
         return output
     logits = output[0]
@@ -233,6 +242,20 @@ def prompt_forward(peft_model: Any, rule: InputRule, call: Call) -> Any:
         return (loss, *output)
     output["loss"] = loss
     return output
+
+
+@contextmanager
+def _ids_for_pooling(peft_model: Any, rule: InputRule, inputs: Call) -> Iterator[None]:
+    """Show classifying decoders where the padding is: they find it in ids, not in embeddings."""
+    base, mask, embeds = peft_model.base_model, inputs.get("attention_mask"), inputs.get("inputs_embeds")
+    pad = getattr(base.config, "pad_token_id", None)
+    if not rule.pools or not hasattr(base, "score") or pad is None or mask is None or embeds is None:
+        yield
+        return
+    inputs["input_ids"] = torch.where(mask.bool(), 1 if pad == 0 else 0, pad)
+    del inputs["inputs_embeds"]
+    with shadowed(find_word_embeddings(peft_model), "forward", lambda *args, **kwargs: embeds):
+        yield
 
 
 @contextmanager

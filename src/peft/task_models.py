@@ -202,7 +202,7 @@ class PeftModelForSequenceClassification(TaskModel):
     """Classification of sequences."""
 
     heads = ("classifier", "score")
-    rule = InputRule(token_types=True)
+    rule = InputRule(token_types=True, pools=True)
 
     def forward(
         self,

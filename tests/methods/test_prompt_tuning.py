@@ -1,0 +1,70 @@
+"""Prompt tuning: initialisations and checks of the configuration."""
+
+import pytest
+import torch
+from tests.models.prompt_models import base, close, config, tokenizer
+
+import peft
+from peft import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+
+
+def encoder(**kwargs):
+    return peft.get_peft_model(base("llama"), config("prompt", "CAUSAL_LM", **kwargs)).prompt_encoder["default"]
+
+
+def test_random_is_the_draw_of_an_embedding():
+    torch.manual_seed(4)
+    got = encoder().embedding.weight
+    torch.manual_seed(4)
+    assert isinstance(encoder(), PromptEmbedding)
+    torch.manual_seed(4)
+    assert torch.equal(got, torch.nn.Embedding(3, 16).weight)
+    assert got.dtype == torch.float32 and got.requires_grad
+
+
+def test_sample_vocab_copies_word_vectors():
+    torch.manual_seed(4)
+    got = encoder(prompt_tuning_init="SAMPLE_VOCAB").embedding.weight
+    torch.manual_seed(4)
+    torch.nn.Embedding(3, 16)
+    ids = torch.randint(0, 50, (3,))
+    assert torch.equal(got, base("llama").get_input_embeddings().weight[ids])
+
+
+@pytest.mark.parametrize(("text", "ids"), [("a b c d", [5, 6, 7]), ("b a", [6, 5, 6])])
+def test_text_is_cut_or_repeated(text, ids, tmp_path):
+    kwargs = {"trust_remote_code": True, "use_fast": True}
+    options = {"prompt_tuning_init": PromptTuningInit.TEXT, "prompt_tuning_init_text": text, "tokenizer_kwargs": kwargs}
+    got = encoder(**options, tokenizer_name_or_path=tokenizer(tmp_path)).embedding.weight
+    close(got, base("llama").get_input_embeddings().weight[ids])
+    assert kwargs == {"trust_remote_code": True, "use_fast": True}
+
+
+def test_empty_text(tmp_path):
+    with pytest.raises(ValueError, match="has no tokens"):
+        encoder(prompt_tuning_init="TEXT", prompt_tuning_init_text="", tokenizer_name_or_path=tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x"}, "tokenizer_name_or_path"),
+        ({"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "x"}, "prompt_tuning_init_text"),
+        ({"tokenizer_kwargs": {"a": 1}}, "tokenizer_kwargs"),
+    ],
+)
+def test_options_that_do_not_fit(kwargs, text):
+    with pytest.raises(ValueError, match=text):
+        PromptTuningConfig(**kwargs)
+
+
+def test_encoder_decoders_store_rows_for_both_parts():
+    model = peft.get_peft_model(base("t5"), config("prompt", "SEQ_2_SEQ_LM"))
+    assert model.prompt_encoder["default"].embedding.weight.shape == (6, 16)
+    assert model.prompt_tokens["default"].tolist() == list(range(6))
+    assert model.get_prompt_embedding_to_save("default").shape == (6, 16)
+
+
+def test_prompt_length_is_required():
+    with pytest.raises(ValueError, match="num_virtual_tokens"):
+        peft.get_peft_model(base("llama"), PromptTuningConfig(task_type="CAUSAL_LM"))
