@@ -181,7 +181,8 @@ def collator(pad_id: int, last_logits_only: bool) -> Callable[[list[dict[str, An
         width = max(len(row["input_ids"]) for row in rows)
         gaps = [width - len(row["input_ids"]) for row in rows]
         mask = torch.tensor([[0] * g + [1] * (width - g) for g in gaps])
-        labels = torch.tensor([[IGNORE] * g + row["labels"] for row, g in zip(rows, gaps, strict=True)])
+        # nothing predicts a first token, and here padding would stand before it
+        labels = torch.tensor([[IGNORE] * (g + 1) + row["labels"][1:] for row, g in zip(rows, gaps, strict=True)])
         first = int((labels != IGNORE).any(0).nonzero()[0])
         keep = min(width, width - first + 1)
         return {

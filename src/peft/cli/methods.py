@@ -36,7 +36,7 @@ def _kind(record: Any) -> str:
 
 def _merges(record: Any) -> str:
     hooks = set(getattr(record.layer, "hooks", ()))
-    return "yes" if hooks & {"delta_weight", "delta_bias", "map_weight", "map_bias", "replace"} else "no"
+    return "yes" if hooks & {"delta_weight", "factors", "delta_bias", "map_weight", "map_bias", "replace"} else "no"
 
 
 def _title(record: Any) -> str:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,14 +46,17 @@ def demo_gguf() -> Path:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars and no advice from transformers while a model is read."""
+    """No progress bars and no advice from transformers while a model is read; errors are raised as ever."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        # the GGUF reader has a bar of its own, which no setting turns off
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()

@@ -1,0 +1,129 @@
+"""`peft inspect` on adapters made by hand."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from peft.cli import main
+from peft.cli.adapter_files import read_adapter, strengths
+from peft.cli.heatmap import make_grid, svg_heatmap, svg_spectra, text_heatmap
+
+
+def lora(r=4, n_in=12, n_out=10, layers=2):
+    tensors = {}
+    for i in range(layers):
+        for name in ("q_proj", "v_proj"):
+            tensors[f"model.layers.{i}.self_attn.{name}.lora_A.weight"] = torch.randn(r, n_in)
+            tensors[f"model.layers.{i}.self_attn.{name}.lora_B.weight"] = torch.randn(n_out, r)
+    return tensors
+
+
+def test_norm_and_spectrum_are_those_of_the_dense_change(write_adapter):
+    tensors = lora() | {"model.layers.0.self_attn.k_proj.lora_A.weight": torch.randn(2, 12),
+                        "model.layers.0.self_attn.k_proj.lora_B.weight": torch.randn(10, 2)}  # fmt: skip
+    folder = write_adapter({"alpha_pattern": {"layers.1.self_attn.v_proj": 2}, "rank_pattern": {"k_proj": 2}}, tensors)
+    found = {layer.module: layer for layer in strengths(read_adapter(str(folder)))}
+    assert len(found) == 5
+    for module, layer in found.items():
+        A, B = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+        alpha = 2 if module.endswith("1.self_attn.v_proj") else 8
+        dense = alpha / A.shape[0] * B @ A
+        assert layer.norm == pytest.approx(dense.norm().item(), rel=1e-5)
+        assert layer.singular_values == pytest.approx(torch.linalg.svdvals(dense)[: A.shape[0]].tolist(), rel=1e-4)
+        assert layer.parameters == A.numel() + B.numel()
+
+
+def test_text(write_adapter, capsys):
+    folder = write_adapter({"base_model_name_or_path": "some/base", "use_rslora": True}, lora())
+    assert main(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    for part in ("lora (rank-stabilised)", "some/base", "q_proj", "rank        4", "scaling     4 (alpha 8)", "352 ("):
+        assert part in out, part
+    rows = [line for line in out.splitlines() if line.startswith("model.layers.")]
+    assert [row.split()[0] for row in rows] == ["model.layers.0", "model.layers.1"]
+    assert "█" in out
+
+
+def test_page_is_self_contained_and_well_formed(write_adapter, tmp_path, capsys):
+    folder = write_adapter({"base_model_name_or_path": "<b>&"}, lora())
+    page = tmp_path / "out" / "page.html"
+    assert main(["inspect", str(folder), "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "&lt;b&gt;&amp;" in text and "<b>&" not in text
+    assert not re.search(r'(src|href)="', text) and "<script" not in text
+    pictures = re.findall(r"<svg.*?</svg>", text, re.S)
+    assert len(pictures) == 2
+    grid, spectra = (ElementTree.fromstring(svg) for svg in pictures)
+    assert len(grid.findall(".//{*}rect")) == 4
+    assert len(spectra.findall(".//{*}polyline")) == 4
+
+
+def test_another_method_is_shown_by_its_tensors(write_adapter, capsys):
+    folder = write_adapter(
+        {"peft_type": "IA3", "r": None}, {f"model.layers.{i}.self_attn.k_proj.ia3_l": torch.ones(9) for i in range(3)}
+    )
+    (layer, *rest) = strengths(read_adapter(str(folder)))
+    assert layer.module == "model.layers.0.self_attn.k_proj" and layer.norm == 3.0 and len(rest) == 2
+    assert main(["inspect", str(folder)]) == 0
+    assert "norm of the adapter's tensors" in capsys.readouterr().out
+
+
+def test_values_that_are_not_finite_are_reported(write_adapter, capsys):
+    tensors = {"m.layers.0.ia3.ia3_l": torch.tensor([1.0, float("nan")])}
+    folder = write_adapter({"peft_type": "IA3"}, tensors)
+    assert main(["inspect", str(folder), "--html", str(folder / "p.html")]) == 0
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_grids_split_wide_tables_and_sort_naturally(write_adapter):
+    tensors = lora(layers=12) | {
+        "lm_head.lora_A.weight": torch.randn(4, 12),
+        "lm_head.lora_B.weight": torch.zeros(7, 4),
+    }
+    grid = make_grid(strengths(read_adapter(str(write_adapter({}, tensors)))))
+    assert grid.rows[0] == "" and grid.rows[3:5] == ["model.layers.2", "model.layers.3"]
+    narrow = text_heatmap(grid, width=40)
+    assert max(map(len, narrow.splitlines())) <= 40 and narrow.count("\n\n") == 1
+    ElementTree.fromstring(svg_heatmap(grid))
+    assert svg_spectra([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "no 'peft_type'"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "neither adapter_model.safetensors"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 30), "damaged file"),
+        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "holds more than plain tensors"),
+    ],
+)
+def test_broken_folders(write_adapter, capsys, break_it, message):
+    folder = write_adapter({}, lora())
+    break_it(folder)
+    assert main(["inspect", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_folder_of_several_adapters_and_missing_folder(write_adapter, tmp_path, capsys):
+    write_adapter({}, lora(), "one")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "holds the adapters one" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert main(["inspect", "nobody/nothing-here"]) == 2
+    assert "hub" in capsys.readouterr().err
+
+
+def test_old_weight_format(write_adapter, capsys):
+    tensors = lora()
+    folder = write_adapter({}, tensors)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({f"base_model.model.{k}": v for k, v in tensors.items()}, folder / "adapter_model.bin")
+    assert len(strengths(read_adapter(str(folder)))) == 4
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"

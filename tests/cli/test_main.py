@@ -1,0 +1,59 @@
+"""The command itself: help, version, the list of methods."""
+
+import subprocess
+import sys
+
+import pytest
+
+from peft.cli import main
+
+
+def test_no_arguments_show_help(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    for command in ("train", "methods", "inspect", "merge"):
+        assert command in out
+
+
+def test_version_says_what_this_is(capsys):
+    assert main(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("peft 0.21.2 (Inlay")
+
+
+def test_unknown_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["tran"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'tran'" in capsys.readouterr().err
+
+
+def test_module_form_and_light_import():
+    code = (
+        "import sys; from peft.cli import main; main([]); "
+        "assert not {'transformers', 'accelerate', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "usage: peft" in done.stdout
+
+
+def test_methods_lists_the_registry(capsys):
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = {line.split()[0] for line in lines[1:] if line and not line[0].isdigit()}
+    assert names == {str(kind.value).lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    row = {line.split()[0]: line.split() for line in lines if line}
+    assert row["lora"][1:3] == ["layers", "yes"]
+    assert row["prompt_tuning"][1:3] == ["prompt", "no"]
+
+
+def test_methods_shows_options(capsys):
+    assert main(["methods", "lora"]) == 0
+    out = capsys.readouterr().out
+    assert "lora_alpha = 8" in out
+    assert "peft_version" not in out
+    assert main(["methods", "lorra"]) == 2
+    assert "did you mean 'lora'?" in capsys.readouterr().err

@@ -1,0 +1,298 @@
+"""`peft merge`: files in, files out, numbers as the formula says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft.cli import main
+
+Q, V, EMBED = "model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj", "model.embed_tokens"
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def factors(module: str, n_in: int, n_out: int, r: int = 4) -> dict[str, torch.Tensor]:
+    return {f"{module}.lora_A.weight": torch.randn(r, n_in), f"{module}.lora_B.weight": torch.randn(n_out, r)}
+
+
+def merge(adapter: Path, base: Path, out: Path) -> int:
+    return main(["merge", str(adapter), "--base", str(base), "--out", str(out)])
+
+
+def change(tensors, module, scaling):
+    return scaling * tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+
+
+def test_shards_patterns_and_other_files(model_folder, write_adapter, tmp_path, capsys):
+    tensors = {}
+    for i in range(2):
+        tensors |= factors(Q.format(i), 32, 32, r=2 if i else 4) | factors(V.format(i), 32, 16)
+    adapter = write_adapter(
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}, tensors
+    )
+    before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    out = tmp_path / "deep" / "merged"
+    assert merge(adapter, model_folder, out) == 0
+    assert "4 weights merged" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == set(before)
+    assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
+    old, new = read_folder(model_folder), read_folder(out)
+    assert list(old) == list(new)
+    for name, value in old.items():
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in tensors:
+            r = tensors[f"{module}.lora_A.weight"].shape[0]
+            value = value + change(tensors, module, (3 if "v_proj" in name else 8) / r**0.5)
+            torch.testing.assert_close(new[name], value, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(new[name], value), name
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == json.loads(before["model.safetensors.index.json"])["weight_map"]
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in new.values())
+    assert oct(out.stat().st_mode & 0o777) == oct(tmp_path.joinpath("deep").stat().st_mode & 0o777)
+
+
+def test_same_as_the_library(model_folder, tmp_path):
+    """A trained-like adapter of the library, merged on files and merged in memory."""
+    from transformers import AutoModelForCausalLM
+
+    from peft import LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "o_proj"], r=4, rank_pattern={"q_proj": 2}, modules_to_save=["norm"],
+        bias="lora_only", lora_bias=True,
+    )  # fmt: skip
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.manual_seed(len(name))
+            parameter.data.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path / "adapter", model_folder, tmp_path / "out") == 0
+    merged = model.merge_and_unload().eval()
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+    expected = merged.state_dict()
+    for name, value in fresh.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_rounds_once_into_bfloat16(write_adapter, tmp_path):
+    base, weight = tmp_path / "base", torch.randn(20, 12).bfloat16()
+    base.mkdir()
+    save_file({"q_proj.weight": weight, "other": torch.arange(5)}, base / "model.safetensors")
+    tensors = factors("q_proj", 12, 20)
+    assert merge(write_adapter({}, tensors), base, tmp_path / "out") == 0
+    new = read_folder(tmp_path / "out")
+    assert torch.equal(new["q_proj.weight"], (weight.float() + change(tensors, "q_proj", 2.0)).bfloat16())
+    assert torch.equal(new["other"], torch.arange(5))
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_conv1d_orientation(write_adapter, tmp_path, square):
+    """GPT-2 stores [in, out]; its files lack the first part of the module path."""
+    base, n_out = tmp_path / "base", 12 if square else 20
+    base.mkdir()
+    weight = torch.randn(12, n_out)
+    save_file({"h.0.attn.c_attn.weight": weight}, base / "model.safetensors")
+    (base / "config.json").write_text('{"model_type": "gpt2"}')
+    tensors = factors("transformer.h.0.attn.c_attn", 12, n_out)
+    assert merge(write_adapter({"fan_in_fan_out": square}, tensors), base, tmp_path / "out") == 0
+    expected = weight + change(tensors, "transformer.h.0.attn.c_attn", 2.0).T
+    torch.testing.assert_close(read_folder(tmp_path / "out")["h.0.attn.c_attn.weight"], expected)
+
+
+def test_embedding_and_convolution(write_adapter, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    weights = {"embed_tokens.weight": torch.randn(30, 8), "conv.weight": torch.randn(6, 5, 3, 3)}
+    save_file(weights, base / "model.safetensors")
+    A, B = torch.randn(4, 30), torch.randn(8, 4)
+    cA, cB = torch.randn(4, 5, 3, 3), torch.randn(6, 4, 1, 1)
+    tensors = {"embed_tokens.lora_embedding_A": A, "embed_tokens.lora_embedding_B": B, "conv.lora_A.weight": cA,
+               "conv.lora_B.weight": cB}  # fmt: skip
+    assert merge(write_adapter({}, tensors), base, tmp_path / "out") == 0
+    new = read_folder(tmp_path / "out")
+    torch.testing.assert_close(new["embed_tokens.weight"], weights["embed_tokens.weight"] + 2 * (B @ A).T)
+    delta = 2 * torch.einsum("or,rikl->oikl", cB[:, :, 0, 0], cA)
+    torch.testing.assert_close(new["conv.weight"], weights["conv.weight"] + delta)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dora(write_adapter, tmp_path, transposed):
+    base = tmp_path / "base"
+    base.mkdir()
+    weight, m = torch.randn(20, 12), torch.rand(20) + 0.5
+    save_file({"q_proj.weight": weight.T.contiguous() if transposed else weight}, base / "model.safetensors")
+    tensors = factors("q_proj", 12, 20)
+    adapter = write_adapter({"use_dora": True}, tensors | {"q_proj.lora_magnitude_vector": m})
+    assert merge(adapter, base, tmp_path / "out") == 0
+    new = weight + change(tensors, "q_proj", 2.0)
+    new = m[:, None] * new / new.norm(dim=1, keepdim=True)
+    found = read_folder(tmp_path / "out")["q_proj.weight"]
+    torch.testing.assert_close(found.T if transposed else found, new)
+
+
+def test_whole_modules_biases_and_token_rows(model_folder, write_adapter, tmp_path, capsys):
+    old = read_folder(model_folder)
+    q, rows = Q.format(0), torch.randn(2, 32)
+    tensors = factors(q, 32, 32) | {
+        f"{q}.lora_B.bias": torch.randn(32),
+        f"{V.format(0)}.base_layer.bias": torch.randn(16),
+        "model.norm.weight": torch.randn(32),
+        f"{EMBED}.token_adapter.trainable_tokens_delta": rows,
+        "score.weight": torch.randn(3, 32),
+    }
+    config = {
+        "modules_to_save": ["norm", "score"],
+        "trainable_token_indices": {"embed_tokens": [5, 2]},
+        "lora_bias": True,
+    }
+    adapter = write_adapter(config, tensors)
+    assert merge(adapter, model_folder, tmp_path / "out") == 0
+    assert "1 tensors added" in capsys.readouterr().out
+    new = read_folder(tmp_path / "out")
+    torch.testing.assert_close(new[f"{q}.bias"], old[f"{q}.bias"] + 2 * tensors[f"{q}.lora_B.bias"])
+    assert torch.equal(new[f"{V.format(0)}.bias"], tensors[f"{V.format(0)}.base_layer.bias"])
+    assert torch.equal(new["model.norm.weight"], tensors["model.norm.weight"])
+    assert torch.equal(new["score.weight"], tensors["score.weight"])
+    expected = old[f"{EMBED}.weight"].clone()
+    expected[[5, 2]] = rows
+    assert torch.equal(new[f"{EMBED}.weight"], expected)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert "score.weight" in index["weight_map"]
+
+
+BAD = [
+    ({"peft_type": "IA3"}, {}, "this adapter is ia3"),
+    ({"alora_invocation_tokens": [1]}, {}, "alora_invocation_tokens"),
+    ({"init_lora_weights": "pissa"}, {}, "init_lora_weights='pissa'"),
+    ({"target_parameters": ["w"]}, {}, "target_parameters"),
+    ({}, factors("model.layers.7.self_attn.q_proj", 32, 32), "did you mean 'model.layers."),
+    ({}, factors(Q.format(0), 32, 31), "do not fit"),
+    ({}, {f"{Q.format(0)}.lora_A.weight": torch.randn(4, 32)}, "one factor of the pair is missing"),
+    ({}, {"model.norm.weight": torch.randn(31)}, "resize the base model"),
+    ({}, {"unknown.weight": torch.randn(3)}, "unknown.weight is not in"),
+    ({}, {f"{Q.format(0)}.lora_A.weight": torch.full((4, 32), float("nan"))}, "not finite"),
+    ({}, {f"{EMBED}.token_adapter.trainable_tokens_delta": torch.randn(2, 32)}, "trainable_token_indices"),
+    ({}, {}, "nothing to merge"),
+]
+
+
+@pytest.mark.parametrize(("config", "tensors", "message"), BAD, ids=[case[2] for case in BAD])
+def test_errors_write_nothing(model_folder, write_adapter, tmp_path, capsys, config, tensors, message):
+    adapter = write_adapter(config, tensors)
+    there = set(tmp_path.iterdir())
+    assert merge(adapter, model_folder, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == there
+
+
+def test_tied_models_are_refused(model_folder, write_adapter, tmp_path, capsys):
+    """Merging into a shared weight would change the other end of the model."""
+    base = tmp_path / "tied"
+    base.mkdir()
+    tensors = {k: v for k, v in read_folder(model_folder).items() if k != "lm_head.weight"}
+    save_file(tensors, base / "model.safetensors")
+    (base / "config.json").write_text('{"tie_word_embeddings": true}')
+    vocab = tensors[f"{EMBED}.weight"].shape[0]
+    assert merge(write_adapter({}, factors("lm_head", 32, vocab), "a"), base, tmp_path / "out") == 2
+    assert "shares with the input embedding" in capsys.readouterr().err
+    embed = {f"{EMBED}.lora_embedding_A": torch.randn(4, vocab), f"{EMBED}.lora_embedding_B": torch.randn(32, 4)}
+    assert merge(write_adapter({}, embed, "b"), base, tmp_path / "out") == 2
+    assert "ensure_weight_tying" in capsys.readouterr().err
+    assert merge(write_adapter({"ensure_weight_tying": True}, embed, "c"), base, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("what", ["missing", "cut", "bin", "shard"])
+def test_broken_base(model_folder, write_adapter, tmp_path, capsys, what):
+    adapter, base = write_adapter({}, factors(Q.format(0), 32, 32)), tmp_path / "b"
+    messages = {"missing": "no such folder", "cut": "cut off", "bin": "has to be converted", "shard": "not there"}
+    if what != "missing":
+        base.mkdir()
+        (base / "pytorch_model.bin").write_bytes(b"x")
+    if what == "cut":
+        tensors = read_folder(model_folder)
+        save_file(tensors, base / "model.safetensors")
+        os.truncate(base / "model.safetensors", (base / "model.safetensors").stat().st_size - 5)
+    if what == "shard":
+        (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors"}}')
+    assert merge(adapter, base, tmp_path / "out") == 2
+    assert messages[what] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_must_be_new_and_failure_leaves_nothing(model_folder, write_adapter, tmp_path, capsys, monkeypatch):
+    adapter = write_adapter({}, factors(Q.format(0), 32, 32))
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").touch()
+    assert merge(adapter, model_folder, taken) == 2
+    assert "not empty" in capsys.readouterr().err
+    monkeypatch.setattr(
+        "peft.cli.merge_files._copy_other_files", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    there = set(tmp_path.iterdir())
+    with pytest.raises(OSError, match="disk full"):
+        merge(adapter, model_folder, tmp_path / "out")
+    assert set(tmp_path.iterdir()) == there
+
+
+def test_base_named_by_the_adapter(model_folder, write_adapter, tmp_path, capsys):
+    tensors = factors(Q.format(0), 32, 32)
+    adapter = write_adapter({"base_model_name_or_path": str(model_folder)}, tensors)
+    assert main(["merge", str(adapter), "--out", str(tmp_path / "out")]) == 0
+    nameless = write_adapter({}, tensors, "nameless")
+    assert main(["merge", str(nameless), "--out", str(tmp_path / "out2")]) == 2
+    assert "--base FOLDER is needed" in capsys.readouterr().err
+
+
+MEASURE = """
+import resource, sys, torch
+from peft.cli import main
+torch.set_num_threads(1)
+from peft.cli import merge_files, adapter_files, tensor_files
+import tqdm
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.ones(1024, 8) @ torch.ones(8, 1024)
+before = peak()
+assert main(["merge", *sys.argv[1:]]) == 0
+print("EXTRA", peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(write_adapter, tmp_path):
+    """Extra memory stays below twice the largest tensor (here 32 MiB), though the shard has six of them."""
+    base, r = tmp_path / "base", 4
+    base.mkdir()
+    weight = torch.zeros(4096, 4096, dtype=torch.bfloat16)
+    tensors = {f"layers.{i}.q_proj.weight": weight.clone() for i in range(6)}
+    save_file(tensors, base / "model.safetensors")
+    changes = {}
+    for i in range(6):
+        changes[f"layers.{i}.q_proj.lora_A.weight"] = torch.ones(r, 4096)
+        changes[f"layers.{i}.q_proj.lora_B.weight"] = torch.ones(4096, r)
+    adapter, out = write_adapter({}, changes), tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(adapter), "--base", str(base), "--out", str(out)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    extra = int(done.stdout.split("EXTRA")[1])
+    assert extra <= 2 * weight.nbytes, f"{extra / 2**20:.0f} MiB"
+    new = load_file(out / "model.safetensors")
+    assert torch.equal(new["layers.5.q_proj.weight"], torch.full((4096, 4096), 8.0, dtype=torch.bfloat16))

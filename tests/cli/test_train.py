@@ -1,0 +1,247 @@
+"""`peft train` on a tiny model: the whole way from data to report."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft.cli import main
+
+SUBJECTS = ["file", "list", "name", "path", "item"]
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"get the {a} of a {b}", "completion": f"return {a} for {b}"} for a in SUBJECTS for b in SUBJECTS
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    return path
+
+
+@pytest.fixture
+def train(model_folder, data_file, tmp_path):
+    """Function that runs `peft train` with small defaults and returns (exit code, output folder)."""
+
+    def run(*extra, output="run"):
+        options = {"--model": model_folder, "--data": data_file, "--output": tmp_path / output, "--steps": 12,
+                   "--lr": 2e-2, "--batch-size": 8, "--dtype": "float32"}  # fmt: skip
+        if "--epochs" in extra:
+            del options["--steps"]
+        given = [str(part) for pair in options.items() if pair[0] not in extra for part in pair]
+        return main(["train", *given, *map(str, extra)]), tmp_path / output
+
+    return run
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_everything_that_a_run_leaves(train, capsys):
+    code, out = train("--set", "r=4", "--set", "target_modules=q_proj,v_proj,gate_proj,not_there", "--steps", 40)
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert {p.name for p in out.iterdir()} == {"adapter", "metrics.json", "report.md", "loss.png"}
+    text = shown.out
+    assert "targets  6 modules: gate_proj x2, q_proj x2, v_proj x2" in text
+    assert "matched nothing: not_there" in text
+    trainable = 2 * 4 * ((32 + 32) + (32 + 16) + (32 + 48))
+    assert f"trainable params: {trainable:,d} || all params:" in text
+    assert "verified reloaded adapter" in text and "verified merged model" in text
+    assert text.count("before: ") == 3 and text.count("after:  ") == 3
+    assert "tokens/s" in shown.err and "loss" in shown.err and "left" in shown.err
+    m = metrics(out)
+    assert m["steps"] == 40 and len(m["history"]) == 40 and m["trainable_parameters"] == trainable
+    assert m["held_out_loss_drop_percent"] > 15
+    assert m["held_out_loss_after"] < m["held_out_loss_before"]
+    assert [c["ok"] for c in m["checks"]] == [True, True] and m["checks"][0]["relative_difference"] == 0
+    assert m["tokens"] > 40 * 8 * 5 and m["targets_unmatched"] == ["not_there"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "loss.png" in (out / "report.md").read_text()
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 32
+
+
+def test_the_loss_before_is_that_of_the_base_model(train, model_folder, data_file, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    from peft.cli import data
+
+    _, out = train("--steps", 1)
+    examples = data.load_examples(data_file, tokenizer, 512)
+    _, held_out = data.split_examples(examples, 0.1, 0)
+    rows, _ = data.encode_all(held_out, tokenizer, 512)
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    with torch.no_grad():
+        loss = model(**data.collator(0, last_logits_only=False)(rows)).loss.item()
+    assert metrics(out)["held_out_loss_before"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_same_seed_same_adapter(train):
+    files = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        code, out = train("--seed", seed, "--steps", 3, output=name)
+        assert code == 0
+        files.append(load_file(out / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+    assert any(not torch.equal(files[0][k], files[2][k]) for k in files[0])
+
+
+def test_a_prompt_method(train, capsys):
+    code, out = train("--method", "prompt_tuning", "--set", "num_virtual_tokens=3", "--lr", 0.1, "--epochs", 2)
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert "the input: 3 virtual tokens" in text and "merged model: not applicable" in text
+    m = metrics(out)
+    assert m["trainable_parameters"] == 3 * 32 and m["steps"] == 2 * math.ceil(45 / 8)
+    assert m["held_out_loss_after"] < m["held_out_loss_before"]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("ia3", []), ("vera", ["--set", "target_modules=q_proj,o_proj"]), ("ln_tuning", [])],
+)
+def test_other_methods(train, capsys, method, options):
+    code, out = train("--method", method, *options)
+    assert code == 0, capsys.readouterr().err
+    m = metrics(out)
+    assert m["held_out_loss_after"] < m["held_out_loss_before"] and all(c["ok"] for c in m["checks"])
+
+
+@pytest.mark.parametrize("form", ["text", "messages", "txt"])
+def test_other_data(train, tmp_path, form, capsys):
+    path = tmp_path / ("d.txt" if form == "txt" else "d.jsonl")
+    if form == "txt":
+        path.write_text("return the value of a file or none\n" * 40)
+    elif form == "text":
+        path.write_text(json.dumps({"text": "return the value of a file"}) + "\n" + '{"text": "set a name"}\n' * 9)
+    else:
+        turns = [{"role": "user", "content": "get the file"}, {"role": "assistant", "content": "open the path"}]
+        path.write_text((json.dumps({"messages": turns}) + "\n") * 10)
+    code, out = train("--data", path, "--max-length", 16, "--steps", 4, "--eval-split", 0.2)
+    assert code == 0, capsys.readouterr().err
+    assert metrics(out)["held_out_loss_after"] < metrics(out)["held_out_loss_before"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "lorra"], "did you mean 'lora'?"),
+        (["--set", "lora_alfa=3"], "did you mean 'lora_alpha'?"),
+        (["--set", "r=0"], "positive"),
+        (["--set", "target_modules=q_prj"], "q_prj"),
+        (["--model", "/no/such/model.gguf"], "no such file"),
+        (["--model", "./no-such-folder"], "cannot read its tokenizer"),
+        (["--data", "none.jsonl"], "no such file"),
+        (["--epochs", "1", "--steps", "3"], "not both"),
+        (["--eval-split", "1.5"], "between 0 and 1"),
+        (["--max-length", "2"], "--max-length 2"),
+        (["--resume"], "no checkpoint"),
+    ],
+)
+def test_errors_are_one_line(train, capsys, options, message):
+    code, out = train(*options)
+    err = capsys.readouterr().err
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not (out / "metrics.json").exists()
+
+
+def test_broken_line_in_data(train, tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "the value"}\n{"text": "the\n')
+    assert train("--data", path)[0] == 2
+    assert f"{path}:2: not valid JSON" in capsys.readouterr().err
+
+
+def test_interrupt_saves_and_resume_ends_where_a_whole_run_ends(train, monkeypatch, capsys):
+    """Ctrl-C in step 5 of 12, resumed: the same adapter as without the break."""
+    from peft.cli import training
+
+    _, whole = train(output="whole")
+
+    class Interrupter(training.Recorder):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Recorder", Interrupter)
+        code, out = train(output="broken")
+    assert code == 130 and signal.getsignal(signal.SIGINT) is before
+    assert "--resume" in capsys.readouterr().out
+    assert [p.name for p in out.iterdir()] == ["checkpoint-5"]
+    code, out = train("--resume", output="broken")
+    assert code == 0
+    expected, found = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (whole, out))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
+    assert metrics(out)["held_out_loss_after"] == pytest.approx(metrics(whole)["held_out_loss_after"], abs=1e-5)
+
+
+def test_time_limit_ends_training(train, capsys):
+    code, out = train("--max-seconds", 1e-6)
+    assert code == 0 and metrics(out)["steps"] == 1
+    assert "stopped after 1 steps" in capsys.readouterr().out
+
+
+def test_two_processes_train_one_adapter(model_folder, data_file, tmp_path):
+    """Data-parallel over gloo equals one process with the doubled batch."""
+    options = [
+        "--model",
+        str(model_folder),
+        "--data",
+        str(data_file),
+        "--steps",
+        "3",
+        "--dtype",
+        "float32",
+        "--lr",
+        "1e-2",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "peft.cli",
+    ]
+    done = subprocess.run(
+        [*torchrun, "train", *options, "--batch-size", "4", "--output", str(tmp_path / "two")],
+        env=env, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("trainable params:") == 1
+    assert main(["train", *options, "--batch-size", "8", "--output", str(tmp_path / "one")]) == 0
+    two, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert two["processes"] == 2 and two["steps"] == one["steps"] == 3
+    assert two["held_out_loss_before"] == pytest.approx(one["held_out_loss_before"], abs=1e-4)
+    assert two["held_out_loss_after"] < two["held_out_loss_before"]
+    assert two["held_out_loss_after"] == pytest.approx(one["held_out_loss_after"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_demo_in_small(tmp_path, capsys):
+    """Real weights, real text, few steps; `make demo` runs it in full."""
+    pytest.importorskip("gguf")
+    from peft.cli.models import demo_gguf
+
+    assert demo_gguf().stat().st_size > 50_000_000
+    assert main(["train", "--steps", "6", "--batch-size", "8", "--output", str(tmp_path)]) == 0
+    m = metrics(tmp_path)
+    assert m["held_out_loss_drop_percent"] >= 15 and all(c["ok"] for c in m["checks"])
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+    assert main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+    assert "210 weights merged" in capsys.readouterr().out
