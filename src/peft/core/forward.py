@@ -58,6 +58,8 @@ class ForwardPaths:
             return self._adapt_factored(names, x, *args, **kwargs)
         if path == "activation":
             return self._adapt_activations(names, x, *args, **kwargs)
+        if path == "fused":
+            return self.fused(names, x, *args, **kwargs)
         if path == "replace":
             return self.replace(names[0])(x, *args, **kwargs)  # type: ignore[misc]
         if path == "substitution":
@@ -113,11 +115,20 @@ class ForwardPaths:
                 inner._replan(key)
             found = inner.replaced_tensors(inner._plan)
         if names:
-            weight = self.base_weight()
-            for n in names:
-                weight, _ = self._applied(n, weight, None)
-            found[self.kind.weight_name] = self._to_storage(weight).to(self.kind.parameter(self.get_base_layer()).dtype)
+            weight = self._to_storage(self.substituted_weight(names))
+            found[self.kind.weight_name] = weight.to(self.kind.parameter(self.get_base_layer()).dtype)
         return found
+
+    def substituted_weight(self: Any, names: tuple[str, ...]) -> torch.Tensor:
+        """The canonical weight of a substituted kind with adapters."""
+        weight = self.base_weight()
+        for n in names:
+            weight, _ = self._applied(n, weight, None)
+        return weight
+
+    def fused(self: Any, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Base product and adapters in one operator of the method's own, chosen by `_choose_path`."""
+        raise NotImplementedError(f"{type(self).__name__} has no fused path")
 
     def _base_is_plain(self: Any, base: nn.Module) -> bool:
         """Exact type, unhooked, with ordinary parameters: then calling the module and using its weight are the same."""

@@ -1,68 +1,298 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685).
 
-y = W x + b + s·B A dropout(x),  s = alpha / r  (rsLoRA, arXiv 2312.03732: alpha / sqrt(r)).
+y = W x + b + s·(B A dropout(x) + bias_B),  s = alpha / r  (rsLoRA, arXiv 2312.03732: alpha / sqrt(r)).
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...core import kinds
-from ...core.layer import AdapterLayer, dropout, dropout_p
-from ...core.slots import Aux, BareTrainable, Trainable
+from ...core.layer import AdapterLayer, dropout
+from ...core.merge import check_adapters_to_merge as check_adapters_to_merge
+from ...core.slots import Aux, BareTrainable, Slot, Trainable
+from ...ops import low_rank
 from ...ops.low_rank import Factors
+from ...utils.warning import PeftWarning
+from . import init
+from .init import ALLOWED_COMPUTE_DTYPES as ALLOWED_COMPUTE_DTYPES
+from .variants import LoraVariant, make_variant
 
 
 class LoraLayer(AdapterLayer):
-    """Low-rank delta on any kind of layer."""
+    """Low-rank delta on linear layers; the other kinds are subclasses in this file and in `substituted.py`."""
 
     lora_A: Trainable[nn.ModuleDict]  # weight [r, in] (convolutions: [r, in, *kernel])
-    lora_B: Trainable[nn.ModuleDict]  # weight [out, r]
+    lora_B: Trainable[nn.ModuleDict]  # weight [out, r] (convolutions: [out, r / groups, 1...])
     lora_embedding_A: Trainable[nn.ParameterDict]  # [r, num_embeddings]
     lora_embedding_B: Trainable[nn.ParameterDict]  # [dim, r]
-    lora_magnitude_vector: BareTrainable[nn.ModuleDict]
+    lora_magnitude_vector: BareTrainable[nn.ModuleDict]  # DoRA
     r: Aux[dict]
     lora_alpha: Aux[dict]
     scaling: Aux[dict]
     lora_dropout: Aux[nn.ModuleDict]
+    use_dora: Aux[dict]
     use_rslora: Aux[dict]
     lora_bias: Aux[dict]
-    use_dora: Aux[dict]
-    kinds = (kinds.Linear, kinds.Conv1D, kinds.Conv2d, kinds.Conv3d, kinds.Conv1d, kinds.Embedding)
+    lora_variant: Aux[dict]  # LoraVariant; nothing for plain LoRA
+    kinds = (
+        kinds.Linear, kinds.Conv1D, kinds.Conv2d, kinds.Conv3d, kinds.Conv1d, kinds.Embedding, kinds.MultiheadAttention,
+    )  # fmt: skip
 
+    # ---- making an adapter
     def create(self, name: str, cfg: Any) -> None:
         r = cfg.r
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
-        self.r[name], self.lora_alpha[name], self.use_rslora[name], self.lora_bias[name] = r, cfg.lora_alpha, cfg.use_rslora, cfg.lora_bias
-        self.scaling[name] = cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r)
-        self.lora_dropout[name] = dropout(cfg.lora_dropout)
-        self.use_dora[name] = cfg.use_dora
-        if self.kind is kinds.Embedding:
-            self.lora_embedding_A[name] = nn.Parameter(torch.randn(r, self.in_features))
-            self.lora_embedding_B[name] = nn.Parameter(torch.randn(self.out_features, r))
-            if cfg.init_lora_weights:
-                nn.init.zeros_(self.lora_embedding_A[name])
-                nn.init.normal_(self.lora_embedding_B[name])
-            return
-        A, B = self.kind.low_rank(self.get_base_layer(), r, cfg.lora_bias)
-        self.lora_A[name], self.lora_B[name] = A, B
-        if A.weight.device.type != "meta" and cfg.init_lora_weights:
-            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-            nn.init.zeros_(B.weight)
-            if cfg.lora_bias:
-                nn.init.zeros_(B.bias)
+        d = self.__dict__
+        d["r"][name], d["lora_alpha"][name] = r, cfg.lora_alpha
+        d["use_rslora"][name], d["lora_bias"][name], d["use_dora"][name] = cfg.use_rslora, cfg.lora_bias, cfg.use_dora
+        d["scaling"][name] = cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r)
+        self._modules["lora_dropout"]._modules[name] = dropout(cfg.lora_dropout)  # type: ignore[union-attr]
+        variant = make_variant(cfg, self)
+        if variant is not None:
+            self.add_slots(variant.slots)
+            d["lora_variant"][name] = variant
+        self.allocate(name, cfg)
+        if cfg.lora_bias and self.kind.bias(self.get_base_layer()) is None:
+            warnings.warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {type(self.get_base_layer()).__name__} has no bias. "
+                "This means that merging LoRA weights won't be possible.",
+                PeftWarning,
+                stacklevel=4,
+            )
+        init.initialise(self, name, cfg)
+        if variant is not None:
+            with torch.no_grad():
+                variant.create(self, name, cfg)
+
+    def allocate(self, name: str, cfg: Any) -> None:
+        """Make the factors by torch's own initialisation: A, then B."""
+        A, B = self.kind.low_rank(self.get_base_layer(), cfg.r, cfg.lora_bias)
+        self._modules["lora_A"]._modules[name] = A  # type: ignore[union-attr]
+        self._modules["lora_B"]._modules[name] = B  # type: ignore[union-attr]
+
+    def add_slots(self, slots: tuple[Slot, ...]) -> None:
+        """Containers that a variant needs on this layer beside the published ones."""
+        for slot in slots:
+            if slot.name not in self.slots:
+                self.__dict__["slots"] = {**self.slots, slot.name: slot}
+                setattr(self, slot.name, slot.container())
+                if slot.role == "trainable":
+                    self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, slot.name)
+
+    def trainable_slots(self, name: str) -> tuple[str, ...]:
+        variant = self.lora_variant.get(name)
+        if variant is None or not variant.frozen:
+            return self.adapter_layer_names
+        return tuple(s for s in self.adapter_layer_names if s not in variant.frozen)
+
+    # ---- factors
+    def factor_tensors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The parameters A and B."""
+        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
+
+    def set_factors(self, name: str, A: torch.Tensor, B: torch.Tensor) -> None:
+        """New values for A and B; factors on meta get theirs from a file and stay."""
+        for parameter, value in zip(self.factor_tensors(name), (A, B), strict=True):
+            if parameter.device.type != "meta":
+                parameter.data = value.detach().to(parameter.dtype).reshape(parameter.shape).contiguous()
+
+    def plain_factors(self, name: str) -> Factors:
+        modules = self._modules  # on the hot path: past nn.Module's __getattr__
+        drop = modules["lora_dropout"]._modules[name]  # type: ignore[union-attr]
+        return Factors(
+            modules["lora_A"]._modules[name].weight,  # type: ignore
+            modules["lora_B"]._modules[name].weight,  # type: ignore
+            self.scaling[name],
+            drop.p if type(drop) is nn.Dropout and drop.training else 0.0,
+        )
 
     def factors(self, name: str) -> Factors:
-        return Factors(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], dropout_p(self.lora_dropout[name]))
+        variant = self.lora_variant.get(name)
+        return self.plain_factors(name) if variant is None else variant.factors(self, name)
+
+    def product(self, f: Factors) -> torch.Tensor:
+        """s·B A as a canonical weight; half precision on the CPU is multiplied in float32."""
+        A, B, s = f.A, f.B, f.scale
+        dtype = A.dtype
+        if dtype in (torch.float16, torch.bfloat16) and A.device.type == "cpu":
+            A, B = A.float(), B.float()
+        weight = (B * s) @ A if isinstance(s, torch.Tensor) else (B @ A) * s
+        return weight.to(dtype)
+
+    def set_base_weight(self, weight: torch.Tensor) -> None:
+        """Write a canonical weight into the base layer."""
+        base = self.get_base_layer()
+        self._rebase(self.storage.write(base, self._to_storage(weight), self.kind.weight_name))
+
+    # ---- forward
+    def _choose_path(self) -> str:
+        if self.kind.substituted:
+            return "substitution"
+        if len(self._plan) == 1 and (variant := self.lora_variant.get(self._plan[0])) is not None and variant.fuses(self):
+            return "fused"
+        return "factored" if all(self._is_factored(n) for n in self._plan) else "activation"
+
+    def _is_factored(self, name: str) -> bool:
+        """Whether only the factors matter: no bias, no variant that needs activations, A and B plain modules without hooks."""
+        variant = self.lora_variant.get(name)
+        if not self.kind.is_linear or self.lora_bias[name] or not (variant is None or variant.factored):
+            return False
+        if variant is not None and variant.replaces_factors:
+            return True
+        return all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in (self.lora_A[name], self.lora_B[name]))
+
+    def fused(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One variant alone: base product and adapter in one operator."""
+        base = self.base_layer
+        if args or kwargs or not (self.cast_input_dtype_enabled and self._base_is_plain(base)):
+            return self._adapt_activations(names, x, *args, **kwargs)
+        return self.lora_variant[names[0]].fused(self, names[0], x)
+
+    def advance(self, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        variant = self.lora_variant.get(name)
+        return y + self.delta(name, x, base) if variant is None else variant.advance(self, name, x, y, base)
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if self.kind is kinds.Embedding:
-            base = self.get_base_layer()
-            rows = self.kind.look_up(base, x, self.lora_embedding_A[name].T) @ self.lora_embedding_B[name].T
-            scale = self.kind.scale(base)
-            return rows * self.scaling[name] * (1 if scale is None else scale)
+        if self._is_factored(name):
+            return low_rank.delta(x, self.factors(name), self.training)
         return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+
+    # ---- weights
+    def delta_weight(self, name: str) -> torch.Tensor:
+        variant = self.lora_variant.get(name)
+        return self.product(self.plain_factors(name)) if variant is None else variant.delta_weight(self, name)
+
+    def delta_bias(self, name: str) -> torch.Tensor | None:
+        return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None  # type: ignore[operator]
+
+    def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        variant = self.lora_variant.get(name)
+        return w if variant is None else variant.map_weight(self, name, w)
+
+    def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        if not self.additive(name):
+            raise RuntimeError(f"{self.lora_variant[name].name} adapters merged with keep=False cannot be unmerged.")
+        return w
+
+    def additive(self, name: str) -> bool:
+        variant = self.lora_variant.get(name)
+        return variant is None or variant.additive
+
+    def check_merge(self, name: str) -> None:
+        variant = self.lora_variant.get(name)
+        if variant is not None:
+            variant.check_merge(self, name)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What merging the adapter adds to the base weight, in the orientation of the base weight."""
+        if self.additive(adapter):
+            return self._to_storage(self.delta_weight(adapter))
+        weight = self.base_weight()
+        return self._to_storage(self._applied(adapter, weight, None)[0] - weight)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        variant: LoraVariant | None = self.lora_variant.get(adapter_name)
+        return self.kind.is_linear and (variant is None or variant.standalone) and self.storage.label is None
+
+    # ---- scaling
+    def _initial_scaling(self, name: str) -> float:
+        r = self.r[name]
+        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+
+    def set_scale(self, adapter: str, scale: float | int) -> None:
+        """Scaling of one adapter: `scale` times the initial one. Unknown adapters are ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+
+    def scale_layer(self, scale: float | int) -> None:
+        """Multiply the scaling of the active adapters."""
+        if scale != 1:
+            for name in self.active_adapters:
+                if name in self.scaling:
+                    self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | int | None = None) -> None:
+        """Divide the scaling of the active adapters; without a number set it back to the initial one."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.__dict__.pop("_norm_cache", None)
+        return super().train(mode)
+
+
+class _Conv(LoraLayer, _of_kind=True):
+    """A is a convolution like the base, with r output channels; B a pointwise one, in the groups of the base."""
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
+
+    def allocate(self, name: str, cfg: Any) -> None:
+        groups = self.get_base_layer().groups
+        if cfg.r % groups:  # type: ignore[operator]
+            raise ValueError(f"Targeting a layer with {groups} groups and rank {cfg.r}: set the rank to a multiple of the groups.")
+        super().allocate(name, cfg)
+
+    def product(self, f: Factors) -> torch.Tensor:
+        if self.get_base_layer().groups != 1:  # type: ignore[operator]
+            raise NotImplementedError("The LoRA delta of a grouped convolution mixes all groups: it has no weight of the base's shape.")
+        return super().product(Factors(f.A.flatten(1), f.B.flatten(1), f.scale)).view(f.B.shape[0], *f.A.shape[1:])
+
+    def check_merge(self, name: str) -> None:
+        super().check_merge(name)
+        if self.get_base_layer().groups != 1:  # type: ignore[operator]
+            raise NotImplementedError("Merging is not supported for grouped convolutions: the delta mixes all groups.")
+
+
+class Conv1d(_Conv, _of_kind=True):
+    pass
+
+
+class Conv2d(_Conv, _of_kind=True):
+    pass
+
+
+class Conv3d(_Conv, _of_kind=True):
+    pass
+
+
+class Embedding(LoraLayer, _of_kind=True):
+    """Factors are raw parameters, A [r, num_embeddings], B [dim, r]. No dropout: the input is ids."""
+
+    def allocate(self, name: str, cfg: Any) -> None:
+        self.lora_embedding_A[name] = nn.Parameter(torch.randn(cfg.r, self.in_features))
+        self.lora_embedding_B[name] = nn.Parameter(torch.randn(self.out_features, cfg.r))
+
+    def factor_tensors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def plain_factors(self, name: str) -> Factors:
+        return Factors(self.lora_embedding_A[name], self.lora_embedding_B[name], self.scaling[name])
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        A, B, s, _ = self.factors(name)
+        base = self.get_base_layer()
+        rows = self.kind.look_up(base, x, A.T) @ B.T  # type: ignore[attr-defined]
+        scale = self.kind.scale(base)  # type: ignore[attr-defined]
+        if scale is not None:
+            s = s * (scale.to(rows) if isinstance(scale, torch.Tensor) else scale)
+        return rows * s
+
+    def delta_bias(self, name: str) -> torch.Tensor | None:
+        return None
+
+
+for _cls in (Conv1d, Conv2d, Conv3d, Embedding):
+    LoraLayer.by_kind[_cls.__name__] = _cls
+
+from .substituted import MultiheadAttention as MultiheadAttention  # noqa: E402
+from .substituted import ParamWrapper as ParamWrapper  # noqa: E402

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initialisations of LoRA factors (`init_lora_weights`), one function each, by name in `SCHEMES`.
+
+PiSSA, arXiv 2404.02948. OLoRA, 2406.01775. CorDA, 2406.05223. LoftQ, 2310.08659. LoRA-GA, 2407.05000. EVA, 2410.07170.
+MiCA, 2604.01694. Notation: W [out, in] base weight, A [r, in], B [out, r], s scaling.
+
+A function gets freshly made factors (torch's default draws, part of the seeded format). Some change the base: W <- W - s·B·A.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ...config import nearest
+from ...core import kinds
+
+if TYPE_CHECKING:
+    from .layer import LoraLayer
+
+ALLOWED_COMPUTE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+Scheme = Callable[["LoraLayer", str, Any], None]
+_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def default(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """A uniform in +-1/sqrt(in), B zero; embeddings: A zero, B N(0, 1)."""
+    A, B = layer.factor_tensors(name)
+    if layer.kind is kinds.Embedding:
+        nn.init.zeros_(A)
+        nn.init.normal_(B)
+        return
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    _zero_b(layer, name, B)
+
+
+def gaussian(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """A N(0, 1/r²), B zero."""
+    if layer.kind is kinds.Embedding:
+        return default(layer, name, cfg)
+    A, B = layer.factor_tensors(name)
+    nn.init.normal_(A, std=1 / layer.r[name])
+    return _zero_b(layer, name, B)
+
+
+def eva(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """B zero; A is filled by `initialize_lora_eva_weights`."""
+    if layer.kind is kinds.Embedding:
+        return default(layer, name, cfg)
+    return _zero_b(layer, name, layer.factor_tensors(name)[1])
+
+
+def orthogonal(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """A and B from disjoint rows of an orthogonal r x r matrix: both non-zero, B·A = 0."""
+    r, out, n_in = layer.r[name], layer.out_features, layer.in_features
+    if r % 2:
+        raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {r}.")
+    Q = torch.linalg.qr(torch.randn(r, r)).Q
+    A = (torch.randn(n_in, r // 2) @ Q[0::2]).T / 10
+    B = (torch.randn(r // 2, out).T @ Q[1::2]) / 10
+    layer.set_factors(name, A, B)
+
+
+def pissa(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """The r principal components of W; "pissa_niter_N" by randomised SVD with N subspace iterations."""
+    W, s, r = compute_weight(layer, name), layer.scaling[name], layer.r[name]
+    niter = _NITER.fullmatch(cfg.init_lora_weights.lower())
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(W, q=r, niter=int(niter.group(1)))
+        Vh = V.T
+    root = (S[:r] / s).sqrt()
+    _replace(layer, name, W, root[:, None] * Vh[:r], U[:, :r] * root)
+
+
+def olora(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """W = Q R: A the first r rows of R, B the first r columns of Q. They depend on the first r columns of W only."""
+    W = compute_weight(layer, name)
+    Q = torch.linalg.qr(W[:, : layer.r[name]]).Q
+    _replace(layer, name, W, Q.T @ W, Q)
+
+
+def mica(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """A zero, B the r minor left singular vectors of W (frozen by the variant)."""
+    A, B = layer.factor_tensors(name)
+    if B.device.type == "meta":
+        return
+    U = torch.linalg.svd(compute_weight(layer, name), full_matrices=False).U
+    layer.set_factors(name, torch.zeros_like(A), U[:, -layer.r[name] :])
+
+
+def corda(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """The context-oriented decomposition that `preprocess_corda` left on the layer."""
+    base, s, r = layer.get_base_layer(), layer.scaling[name], layer.r[name]
+    eigens: Any = getattr(base, "eigens", None)
+    if eigens is None:
+        raise ValueError("`eigens` attribute not found for layer, please run `preprocess_corda` before creating the adapter.")
+    W = compute_weight(layer, name)
+    U, S, V = (t.to(W.device, W.dtype) for t in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
+    if not all(torch.isfinite(t).all() for t in (U, S, V)):
+        raise ValueError("Invalid value found in the CorDA decomposition (NaN or infinity). Please file an issue with the covariance data.")
+    sizes = {"U_WC": (U, (layer.out_features, r)), "S_WC": (S, (r,)), "V_WC": (V, (layer.in_features, r))}
+    for label, (tensor, wanted) in sizes.items():
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"Size mismatch of {label}: {tuple(tensor.shape)}, expected {wanted}; was the rank the same in `preprocess_corda`?")
+    root = (S / s).sqrt()
+    _replace(layer, name, W, root[:, None] * V.T, U * root)
+    del base.eigens
+
+
+def lora_ga(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """Factors along the gradient that `preprocess_loraga` left on the layer; the default where there is none."""
+    base = layer.get_base_layer()
+    grad: Any = getattr(base, "_peft_loraga_grad", None)
+    if grad is None or not layer.kind.is_linear:
+        return default(layer, name, cfg)
+    if cfg.lora_ga_config is None:
+        raise ValueError("`lora_ga_config` must be given when `init_lora_weights` is 'lora_ga'.")
+    W = compute_weight(layer, name)
+    G = layer.kind.canonical(grad).to(W.device, W.dtype)
+    A, B = gradient_factors(G, W, layer.r[name], layer.scaling[name], cfg.lora_ga_config)
+    dtype = layer.kind.parameter(base).dtype
+    _replace(layer, name, W, A.to(dtype).to(W.dtype), B.to(dtype).to(W.dtype))
+    del base._peft_loraga_grad
+    return None
+
+
+def gradient_factors(G: torch.Tensor, W: torch.Tensor, r: int, s: float, options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, in] and B [out, r] of LoRA-GA from the gradient G [out, in]."""
+    n_out, n_in = G.shape
+    if 2 * r > min(n_out, n_in):
+        raise ValueError(f"LoRA-GA needs 2·r <= min(in, out) = {min(n_out, n_in)}, got r={r}.")
+    U, S, V = torch.svd_lowrank(G, q=min(4 * r, n_out, n_in), niter=4)
+    direction, scale = options.direction, options.scale
+    if direction == "ArBr":
+        rows, columns = torch.arange(1, 2 * r, 2), torch.arange(0, 2 * r, 2)
+    elif direction == "A2rBr":
+        rows, columns = torch.arange(r, 2 * r), torch.arange(r)
+    elif direction == "ArB2r":
+        rows, columns = torch.arange(r), torch.arange(r, 2 * r)
+    elif direction == "random":
+        rows = columns = torch.randperm(2 * r)[:r]
+    else:
+        valid = ("ArBr", "A2rBr", "ArB2r", "random")
+        raise ValueError(f"Unknown LoRA-GA direction {direction!r}; use one of {', '.join(valid)}.{nearest(direction, valid)}")
+    rows, columns = rows.to(G.device), columns.to(G.device)
+    A, B = V.T[rows], U[:, columns] * S[columns]
+    if scale == "stable":
+        return A, B * (n_out**0.25 / math.sqrt(options.stable_gamma))
+    if scale == "weight_svd":
+        first = S[columns[0]]
+        return A, B * (torch.linalg.matrix_norm(W, 2) / first) if first > 0 else B
+    if scale == "gd_scale":
+        return A / s, B / s
+    if scale != "unit":
+        valid = ("stable", "weight_svd", "gd_scale", "unit")
+        raise ValueError(f"Unknown LoRA-GA scale {scale!r}; use one of {', '.join(valid)}.{nearest(scale, valid)}")
+    return A, B
+
+
+def loftq(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """Alternate quantising W - B·A and factoring what that loses; the base becomes the (dequantised) quantised weight."""
+    from .loftq import loftq_factors
+
+    if layer.kind is kinds.Embedding:
+        return default(layer, name, cfg)
+    dtype = layer.kind.parameter(layer.get_base_layer()).dtype
+    options = {"bits": 4, "iterations": 1}
+    options = {"bits": cfg.loftq_config.get("loftq_bits", 4), "iterations": cfg.loftq_config.get("loftq_iter", 1)}
+    Q, A, B = loftq_factors(compute_weight(layer, name), layer.r[name], **options)
+    layer.set_factors(name, A, B)
+    return layer.set_base_weight(Q.to(dtype))
+
+
+SCHEMES: dict[str, Scheme] = {
+    "gaussian": gaussian, "eva": eva, "olora": olora, "pissa": pissa, "corda": corda, "loftq": loftq, "orthogonal": orthogonal,
+    "lora_ga": lora_ga, "mica": mica,
+}  # fmt: skip
+_CHANGE_BASE = (pissa, olora, corda, lora_ga, loftq)
+_READ_BASE = (*_CHANGE_BASE, mica)
+_ON_CONVS = (gaussian, lora_ga)
+_ON_SUBSTITUTED = (gaussian, eva)
+
+
+def scheme(value: Any) -> Scheme | None:
+    """The function of an `init_lora_weights` value; None leaves torch's own draws."""
+    if value is True or value is False or value is None:
+        return default if value else None
+    key = str(value).lower()
+    if _NITER.fullmatch(key):
+        return pissa
+    if key.startswith("corda"):
+        return corda
+    if key not in SCHEMES:
+        valid = (*SCHEMES, "pissa_niter_<iterations>")
+        raise ValueError(f"Unknown initialization init_lora_weights={value!r}; use True, False or one of {', '.join(valid)}.{nearest(key, valid)}")
+    return SCHEMES[key]
+
+
+def changes_base(value: Any) -> bool:
+    return scheme(value) in _CHANGE_BASE
+
+
+def check(cfg: Any, key: str, kind: type[kinds.LayerKind], base: nn.Module) -> None:
+    """Refuse a scheme that layer `key` cannot have, before anything is changed."""
+    function = scheme(cfg.init_lora_weights)
+    if function in (None, default) or kind is kinds.Embedding:
+        return
+    text = f"init_lora_weights={cfg.init_lora_weights!r} is not possible for {key!r} ({type(base).__name__})"
+    if kind.is_conv and function not in _ON_CONVS:
+        raise ValueError(f"Unknown initialization: {text}; convolutions take True, False and 'gaussian'.")
+    if kind.substituted and function not in _ON_SUBSTITUTED:
+        raise ValueError(f"{text}; attention modules and raw parameters take True, False and 'gaussian'.")
+    if function in _READ_BASE:
+        weight = getattr(base, kind.weight_name, None)
+        if function is not olora and (weight is None or weight.dtype not in ALLOWED_COMPUTE_DTYPES):
+            raise TypeError(f"{text}: it needs a float weight. Load the base model in float32, float16 or bfloat16, or quantise it afterwards.")
+        limit = min(kind.shape(base)[:2])
+        if function in (pissa, olora, mica) and cfg.r > limit:
+            raise ValueError(f"{text}: r={cfg.r} is more than the smallest dimension of the weight, {limit}.")
+
+
+def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """Fill the factors of adapter `name`."""
+    function = scheme(cfg.init_lora_weights)
+    if function is None:
+        return
+    A, _ = layer.factor_tensors(name)
+    base_weight = getattr(layer.get_base_layer(), layer.kind.weight_name, None)
+    base_on_meta = base_weight is not None and base_weight.device.type == "meta"
+    # On meta nothing is computed, but a scheme that changes the base must change it although the factors come from a file.
+    if base_on_meta or (A.device.type == "meta" and function not in _CHANGE_BASE):
+        return
+    with torch.no_grad():
+        function(layer, name, cfg)
+
+
+def compute_weight(layer: "LoraLayer", name: str) -> torch.Tensor:
+    """The canonical base weight [out, in] in float32 (float64 stays)."""
+    if layer.merged:
+        raise RuntimeError("This initialization reads the base weight: call `unmerge_adapter` before adding the adapter.")
+    W = layer.base_weight()
+    return W if W.dtype in (torch.float32, torch.float64) else W.to(torch.float32)
+
+
+def _replace(layer: "LoraLayer", name: str, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
+    """Take s·B·A out of the base weight and give it to the adapter."""
+    residual = torch.addmm(W, B, A, alpha=-layer.scaling[name])
+    layer.set_base_weight(residual)
+    layer.set_factors(name, A, B)
+
+
+def _zero_b(layer: "LoraLayer", name: str, B: torch.Tensor) -> None:
+    nn.init.zeros_(B)
+    if layer.lora_bias[name]:
+        nn.init.zeros_(layer.lora_B[name].bias)

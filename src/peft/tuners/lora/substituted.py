@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on layers that are called with replaced tensors: attention modules and raw parameters."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core import kinds
+from ...core.context import Switch
+from ...core.kinds import LayerKind
+from ...ops.low_rank import Factors
+from .layer import LoraLayer
+
+# Published adapters for nn.MultiheadAttention were trained with the delta of out_proj added this often. Gradients count it once.
+OUT_PROJ_COUNT = 2
+
+
+class MultiheadAttention(LoraLayer, _of_kind=True):
+    """The packed in_proj as weight; out_proj becomes a LoRA layer inside the base layer."""
+
+    def create(self, name: str, cfg: Any) -> None:
+        inner = self._inner()
+        if inner is None:
+            base = self.get_base_layer()
+            base.out_proj = inner = LoraLayer.wrap(base.out_proj, self.switch)  # type: ignore[assignment, arg-type]
+            inner.update_layer(name, cfg)  # these draws are made again below; they belong to the published sequence
+        super().create(name, cfg)
+        inner.update_layer(name, cfg)
+
+    def _inner(self) -> LoraLayer | None:
+        inner = self.get_base_layer().out_proj
+        return inner if isinstance(inner, LoraLayer) else None
+
+    def drop(self, name: str) -> None:
+        super().drop(name)
+        inner = self._inner()
+        if inner is not None and name in inner:
+            inner.drop(name)
+
+    def replaced_tensors(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        found = super().replaced_tensors(names)
+        inner = self._inner()
+        active = tuple(n for n in names if inner is not None and n in inner) if inner is not None and not inner.merged else ()
+        if inner is not None and active:
+            weight = inner.base_weight()
+            dtype = weight.dtype
+            for n in active:
+                delta = inner.delta_weight(n)
+                weight = weight + delta + (OUT_PROJ_COUNT - 1) * delta.detach()
+            found["out_proj.base_layer.weight"] = weight.to(dtype)
+        return found
+
+    def delta_bias(self, name: str) -> torch.Tensor | None:
+        return None
+
+
+class ParamWrapper(LoraLayer, _of_kind=True):
+    """A raw parameter of a module: W [out, in], or experts [E, out, in] ([E, in, out] when the module says `is_transposed`).
+
+    Experts: A [E·r, in] with the expert as the slow index, B [out, r·E] with it as the fast one. Dropout acts on the input of A, with
+    one mask for all tokens, since the module's own forward multiplies them with the weight.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str | None = None,
+        parameter_name: str | None = None,
+        config: Any = None,
+        *,
+        kind: type[LayerKind] | None = None,
+        switch: Switch | None = None,
+        **overrides: Any,
+    ):
+        if kind is None:
+            kind = kinds.parameter_kind(parameter_name or "weight")
+        super().__init__(base_layer, adapter_name, config, kind=kind, switch=switch, **overrides)
+
+    @property
+    def parameter_name(self) -> str:
+        return self.kind.weight_name
+
+    def get_param(self) -> nn.Parameter:
+        return self.kind.parameter(self.get_base_layer())  # type: ignore[return-value]
+
+    @property
+    def num_experts(self) -> int:
+        shape = self.kind.shape(self.get_base_layer())
+        return shape[0] if len(shape) == 3 else 1
+
+    def allocate(self, name: str, cfg: Any) -> None:
+        r = cfg.r * self.num_experts
+        self.lora_A[name] = kinds.linear(self.in_features, r)
+        self.lora_B[name] = kinds.linear(r, self.out_features, cfg.lora_bias)
+
+    def product(self, f: Factors) -> torch.Tensor:
+        """s·B A in the orientation of the parameter."""
+        shape = self.kind.shape(self.get_base_layer())
+        if len(shape) == 2:
+            return super().product(f)
+        A, B = f.A, f.B
+        E, n_out, n_in = shape
+        half = A.dtype in (torch.float16, torch.bfloat16) and A.device.type == "cpu"
+        dtype = A.dtype
+        A, B = (A.float(), B.float()) if half else (A, B)
+        A, B = A.reshape(E, -1, n_in), B.reshape(n_out, -1, E).permute(2, 0, 1)  # [E, r, in], [E, out, r]
+        A = A * f.scale
+        weight = A.transpose(1, 2) @ B.transpose(1, 2) if self.kind.swapped(self.get_base_layer()) else B @ A  # type: ignore[attr-defined]
+        return weight.to(dtype)
+
+    def substituted_weight(self, names: tuple[str, ...]) -> torch.Tensor:
+        weight = self.base_weight()
+        for name in names:
+            f = self.factors(name)
+            if f.dropout > 0.0 and self.training:
+                f = f._replace(A=f.A * nn.functional.dropout(torch.ones_like(f.A[0]), f.dropout))
+            weight = weight + self.product(f)
+        return weight
+
+    def delta_bias(self, name: str) -> torch.Tensor | None:
+        return None
+
+
+LoraLayer.by_kind["MultiheadAttention"] = MultiheadAttention
+LoraLayer.by_kind["ParamWrapper"] = ParamWrapper
