@@ -13,12 +13,7 @@ import torch
 from torch import nn
 
 # Package in sys.modules -> storage module that knows its layers. Looked at in this order.
-_PACKAGES = {
-    "bitsandbytes": "bnb",
-    "hqq": "hqq",
-    "torchao": "torchao",
-    "torch.distributed.tensor": "dtensor",
-}
+_PACKAGES: dict[str, str] = {}
 # Layers whose weights can only be used by their own kernel.
 _FORWARD_ONLY = "forward_only"
 

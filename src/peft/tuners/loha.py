@@ -17,6 +17,10 @@ from ..core.slots import Trainable
 from ..registry import register_method
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, cp_weight
 
+# In the Tucker form the published library takes the gradient of w1_a through t2 and w2_b, and that of w2_a through t1 and w1_b (found by
+# comparing its gradients with finite differences). Values are not affected; training runs are. True keeps published runs reproducible.
+PUBLISHED_TUCKER_GRADIENT = True
+
 
 @dataclass
 class LoHaConfig(LycorisConfig):
@@ -59,7 +63,11 @@ class LoHaLayer(LycorisLayer):
     def delta_weight(self, name: str) -> torch.Tensor:
         w1_a, w1_b, w2_a, w2_b = self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
         if name in self.hada_t1:
-            first, second = cp_weight(self.hada_t1[name], w1_a, w1_b), cp_weight(self.hada_t2[name], w2_a, w2_b)
+            t1, t2 = self.hada_t1[name], self.hada_t2[name]
+            first, second = cp_weight(t1, w1_a, w1_b), cp_weight(t2, w2_a, w2_b)
+            if PUBLISHED_TUCKER_GRADIENT and torch.is_grad_enabled():
+                first = with_gradient_of(cp_weight(t1, w1_a.detach(), w1_b), cp_weight(t2.detach(), w1_a, w2_b.detach()))
+                second = with_gradient_of(cp_weight(t2, w2_a.detach(), w2_b), cp_weight(t1.detach(), w2_a, w1_b.detach()))
         else:
             first, second = w1_a @ w1_b, w2_a @ w2_b
         return (first * second * self.scaling[name]).view(self.kind.shape(self.get_base_layer()))
@@ -74,6 +82,11 @@ class LoHaLayer(LycorisLayer):
         A = (w1_b[:, None] * w2_b[None]).flatten(0, 1)  # [r², in]
         B = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)  # [out, r²]
         return nn.functional.linear(nn.functional.linear(x, A) * self.scaling[name], B)
+
+
+def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`value`, whose gradient flows into `other` as well."""
+    return value + (other - other.detach())
 
 
 @register_method("loha", config=LoHaConfig, prefix="hada_", mixed=True)

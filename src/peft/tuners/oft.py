@@ -76,8 +76,12 @@ class OFTRotationModule(nn.Module):
     def rotations(self) -> torch.Tensor:
         """[blocks, size, size] ([1, ...] when shared); y_k = x_k R_k."""
         v = self.weight
-        if self.coft:  # values are projected, gradients pass straight through
-            v = v + (cayley.project(v, self.eps / v.shape[0] ** 0.5) - v).detach()
+        if self.coft:
+            inside = cayley.project(v.detach(), self.eps / v.shape[0] ** 0.5)
+            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                v.data.copy_(inside)  # projected gradient descent: the optimizer goes on from the projected point
+            else:  # values are projected, gradients pass straight through
+                v = v + (inside - v.detach())
         Q = cayley.skew(v, self.oft_block_size, self.rows, self.cols)
         R = cayley.cayley_series(Q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley.cayley(Q)
         if self.training and self.dropout > 0:
