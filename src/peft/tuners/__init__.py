@@ -1,22 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods, one file (or folder) each. Names are resolved on first use through the registry."""
+"""The methods, one file (or folder) each. Names are imported on first use."""
 
-import importlib
-from typing import Any
+from ..exports import TUNER_NAMES, public_attributes, tuner_modules
 
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(name)
-    from .. import registry
-
-    try:
-        return importlib.import_module(f"{__name__}.{name}")
-    except ModuleNotFoundError as exc:
-        if exc.name != f"{__name__}.{name}":
-            raise
-    for record in registry.methods().values():
-        for cls in (record.config, record.tuner):
-            if cls.__name__ == name:
-                return cls
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = TUNER_NAMES  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__ = public_attributes(__name__, TUNER_NAMES, [*tuner_modules().values()])

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading adapters into a PeftModel and saving them: the order of the steps, and what is undone when one of them
+fails.
+"""
+
+import contextlib
+import copy
+import inspect
+import os
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .config import PeftConfig, nearest
+from .mapping import name_warning, peft_model_class, unchanged_on_error
+from .registry import method_of
+
+if TYPE_CHECKING:
+    from .peft_model import PeftModel
+
+# Initialisations that change the base weights, so that a second adapter next to them does not see what it was trained
+# on.
+_CHANGES_BASE = ("pissa", "corda", "olora")
+
+
+@cache
+def _hub_parameters() -> frozenset[str]:
+    from huggingface_hub import hf_hub_download
+
+    return frozenset(inspect.signature(hf_hub_download).parameters) | {"use_auth_token"}
+
+
+def split_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments for hf_hub_download, the others)."""
+    hub = {k: v for k, v in kwargs.items() if k in _hub_parameters()}
+    return hub, {k: v for k, v in kwargs.items() if k not in hub}
+
+
+def _read_config(model_id: str | os.PathLike, hub: dict[str, Any]) -> Any:
+    found = {k: v for k, v in hub.items() if k != "use_auth_token" or v}
+    return PeftConfig.from_pretrained(model_id, subfolder=found.pop("subfolder", None), **found)
+
+
+def check_new_adapter_config(model: "PeftModel", config: PeftConfig, is_trainable: bool) -> None:
+    """Refuse to continue training a prompt; warn of adapters that were made together with changed base weights."""
+    if config.is_prompt_learning and is_trainable:
+        raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+    inits = [getattr(c, "init_lora_weights", None) for c in [config, *model.peft_config.values()]]
+    found = next((i for i in inits if isinstance(i, str) and i in _CHANGES_BASE), None)
+    if found is not None and len(set(map(id, [config, *model.peft_config.values()]))) > 1:
+        warnings.warn(
+            f"An adapter initialised with {found!r} has changed the base weights; adapters loaded next to it were "
+            "trained on other ones. "
+            "Convert it to a plain LoRA on saving (`path_initial_model_for_weight_conversion`).",
+            stacklevel=4,
+        )
+
+
+def _set_offload(config: PeftConfig, ephemeral: bool) -> None:
+    if hasattr(config, "runtime_config"):
+        config.runtime_config.ephemeral_gpu_offload = ephemeral  # type: ignore[attr-defined]
+    elif ephemeral:
+        warnings.warn("Ephemeral GPU offloading is not supported for this type of adapter. Ignoring.", stacklevel=4)
+
+
+def from_pretrained(
+    cls: type["PeftModel"],
+    model: nn.Module,
+    model_id: str | os.PathLike,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: PeftConfig | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
+    ephemeral_gpu_offload: bool = False,
+    low_cpu_mem_usage: bool = False,
+    key_mapping: dict[str, str] | None = None,
+    **kwargs: Any,
+) -> "PeftModel":
+    """See `PeftModel.from_pretrained`."""
+    if config is None:
+        hub, _ = split_kwargs(kwargs)
+        config = _read_config(model_id, hub)
+    elif not isinstance(config, PeftConfig):
+        raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
+    assert isinstance(config, PeftConfig)
+    if key_mapping is None and not config.is_prompt_learning:
+        key_mapping = getattr(model, "_checkpoint_conversion_mapping", {})
+    if config.is_prompt_learning and is_trainable:
+        raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+    _check_experts(model, model_id, config, kwargs)
+    with _removed_on_error(model, config, adapter_name):
+        _set_offload(config, ephemeral_gpu_offload)
+        config.inference_mode = not is_trainable
+        peft_model = _class_for(cls, config)(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+        result = peft_model.load_adapter(
+            model_id,
+            adapter_name,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            key_mapping=key_mapping,
+            **kwargs,
+        )
+    _warn_missing(peft_model, adapter_name, result)
+    return peft_model
+
+
+def _class_for(cls: type["PeftModel"], config: PeftConfig) -> type["PeftModel"]:
+    from .peft_model import PeftModel
+
+    return peft_model_class(config, cls) if issubclass(cls, PeftModel) else cls
+
+
+def _check_experts(model: nn.Module, model_id: str | os.PathLike, config: PeftConfig, kwargs: dict[str, Any]) -> None:
+    """X-LoRA: the folders of the experts cannot be found in a local adapter folder, they must be given."""
+    if type(getattr(model, "base_model", None)).__name__ != "XLoraModel":
+        return
+    if type(config).__name__ != "XLoraConfig":
+        raise TypeError(f"Expected 'XLoraConfig', got '{type(config).__name__}' instead.")
+    if "adapters" in kwargs:
+        config.adapters = kwargs["adapters"]  # type: ignore[attr-defined]
+    elif Path(model_id).exists():
+        raise ValueError("A local X-LoRA adapter needs the folders of its experts: pass `adapters={name: folder}`.")
+
+
+@contextlib.contextmanager
+def _removed_on_error(model: nn.Module, config: PeftConfig, adapter_name: str) -> Iterator[None]:
+    """Take a half-loaded adapter off the user's model again."""
+    with unchanged_on_error(model, config):
+        try:
+            yield
+        except BaseException:
+            _strip(model, adapter_name)
+            raise
+
+
+def _strip(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter from a plain model, with its layers if no other adapter is left."""
+    configs = model.__dict__.get("peft_config")
+    if not isinstance(configs, dict) or adapter_name not in configs:
+        return
+    from .core.layer import AdapterLayer
+    from .core.tuner import TunerModel
+    from .core.wrappers import AuxiliaryTrainingWrapper
+
+    tuner = method_of(configs[adapter_name]).tuner
+    del configs[adapter_name]
+    parts: Any = [m for m in model.modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper))]
+    for part in parts:
+        part.drop(adapter_name)
+    if configs or not parts or not issubclass(tuner, TunerModel):
+        return
+    parts[0].switch.set_active(())  # so that saved modules give way to their originals
+    shell = tuner.__new__(tuner)
+    nn.Module.__init__(shell)
+    shell.model, shell.peft_config, shell.switch = model, configs, parts[0].switch
+    shell.forget_layers()
+    shell._unload(False)
+
+
+def load_adapter(
+    model: "PeftModel",
+    model_id: str | os.PathLike,
+    adapter_name: str,
+    is_trainable: bool = False,
+    torch_device: str | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
+    ephemeral_gpu_offload: bool = False,
+    low_cpu_mem_usage: bool = False,
+    key_mapping: dict[str, str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """See `PeftModel.load_adapter`."""
+    from .io.files import load_peft_weights
+    from .utils.other import infer_device
+
+    hub, other = split_kwargs(kwargs)
+    ignore_mismatched_sizes = other.pop("ignore_mismatched_sizes", False)
+    # Adapters stay on the device that computes their layer, so a base model with weights on CPU or disk needs no new
+    # dispatch.
+    if other.get("offload_dir") and other.get("offload_folder"):
+        raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they are the same.")
+    is_new = adapter_name not in model.peft_config
+    if is_new:
+        config: Any = _read_config(model_id, hub)
+        _set_offload(config, ephemeral_gpu_offload)
+    else:
+        config = model.peft_config[adapter_name]
+    model._check_new_adapter_config(config, is_trainable)
+    device = torch_device or infer_device()
+    weights = load_peft_weights(str(model_id), device=device, key_mapping=key_mapping, **hub)
+    if is_new:
+        config.inference_mode = not is_trainable
+        model.add_adapter(
+            adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
+        )
+    try:
+        if is_new and is_trainable:
+            model.set_requires_grad(adapter_name)
+        result = _put(model, adapter_name, weights, ignore_mismatched_sizes, low_cpu_mem_usage, str(model_id))
+    except BaseException:
+        if is_new:
+            model.delete_adapter(adapter_name)
+        raise
+    model._cast_adapter(adapter_name, autocast_adapter_dtype)
+    if not is_trainable:
+        model.eval()
+    return result
+
+
+def _put(model: "PeftModel", name: str, weights: dict, ignore: bool, low_cpu: bool, source: str) -> Any:
+    """Load the tensors; of the missing keys only those of this adapter's own parameters are reported."""
+    from .io.state_dict import load_adapter_state
+
+    options: Any = {"ignore_mismatched_sizes": ignore, "low_cpu_mem_usage": low_cpu, "source": source}
+    tuner = model.base_model
+    if hasattr(type(model), "_nested_keys"):
+        weights = model._nested_keys(weights, name)
+    if getattr(model.peft_config[name], "is_adaption_prompt", False) and tuner.active_adapter != name:
+        before = tuner.active_adapter  # its weights are in the model only while it is active
+        tuner.set_adapter(name)
+        try:
+            report = load_adapter_state(model, weights, name, **options)
+        finally:
+            tuner.set_adapter(before)
+    else:
+        report = load_adapter_state(model, weights, name, **options)
+    if report.not_finite:
+        warnings.warn(
+            f"The adapter weights in {source} hold NaN: {report.not_finite[:8]}. The run that wrote them diverged.",
+            stacklevel=4,
+        )
+    shared = _shared_names(model)
+    report.missing[:] = [k for k in report.missing if not any(f"{s}.{name}" in k for s in shared)]
+    return report.incompatible()
+
+
+def _shared_names(model: "PeftModel") -> list[str]:
+    """Containers of the tuner: files may leave them out, since they are drawn again from a seed."""
+    containers = getattr(type(model.base_model), "shared_containers", None)
+    return list(containers(model.base_model)) if containers is not None else []
+
+
+def _warn_missing(model: "PeftModel", name: str, result: Any) -> None:
+    if not result.missing_keys:
+        return
+    prefix = method_of(model.peft_config[name]).prefix
+    text = f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}."
+    if result.unexpected_keys:
+        pairs = ((k, nearest(k, result.missing_keys, prefix=": ").rstrip("?")) for k in result.unexpected_keys[:3])
+        near = "; ".join(f"{k!r}{hint}" for k, hint in pairs)
+        text += f" The checkpoint has keys that the model lacks: {near}."
+    if name in prefix:
+        text = f"{name_warning(name, prefix)} {text}"
+    warnings.warn(text, stacklevel=4)
+
+
+def save_pretrained(
+    model: "PeftModel",
+    save_directory: str | os.PathLike,
+    *,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+    path_initial_model_for_weight_conversion: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """See `PeftModel.save_pretrained`."""
+    from .io.files import save_adapter
+    from .io.state_dict import get_peft_model_state_dict
+
+    root = Path(save_directory)
+    if root.is_file():
+        raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+    names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
+    if unknown := [n for n in names if n not in model.peft_config]:
+        known = list(model.peft_config)
+        raise ValueError(
+            f"You passed an invalid `selected_adapters` argument, current supported adapter names are {known} - got "
+            f"{selected_adapters}.{nearest(unknown[0], known)}"
+        )
+    if is_main_process:
+        root.mkdir(parents=True, exist_ok=True)
+        if names:
+            model.create_or_update_model_card(str(root))
+    for name in names:
+        state = get_peft_model_state_dict(
+            model,
+            state_dict=kwargs.get("state_dict"),
+            adapter_name=name,
+            save_embedding_layers=save_embedding_layers,
+        )
+        config = saved_config(model, name)
+        folder = root if name == "default" else root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if path_initial_model_for_weight_conversion is not None:
+            state, config = _converted(model, name, config, state, path_initial_model_for_weight_conversion, kwargs)
+        if is_main_process:
+            save_adapter(folder, state, config, safe_serialization=safe_serialization)
+
+
+def saved_config(model: "PeftModel", name: str) -> PeftConfig:
+    """The configuration as it is written: frozen, with the name of the base model, and its class where no task says
+    it.
+    """
+    config = copy.copy(model.peft_config[name])
+    base = model.get_base_model()
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = model.peft_config[name].base_model_name_or_path = (
+            base.__dict__.get("name_or_path") or None
+        )
+    config.inference_mode = True
+    if config.task_type is None:
+        config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    return config
+
+
+def _converted(
+    model: "PeftModel", name: str, config: PeftConfig, state: dict, path: str, kwargs: dict[str, Any]
+) -> tuple[dict, PeftConfig]:
+    """A LoRA whose initialisation changed the base weights, as a plain LoRA of the unchanged base."""
+    convert = getattr(model.base_model, "convert_initial", None)
+    if convert is None:
+        raise ValueError("`path_initial_model_for_weight_conversion` only works with LoRA adapters.")
+    return convert(model, name, config, state, path, **kwargs)
