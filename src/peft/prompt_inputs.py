@@ -32,13 +32,14 @@ class InputRule:
     pools: bool = False  # one output a sample; decoders take it from the last token that is no padding
 
 
-@functools.lru_cache(maxsize=64)
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
-
-
-def _accepts(method: Callable[..., Any], name: str) -> bool:
-    return name in _parameters(getattr(method, "__func__", method))
+def _accepts(method: Any, name: str) -> bool:
+    """Whether a (decorated) method has a parameter `name`. Read from its code: this runs in every forward."""
+    while hasattr(method, "__wrapped__"):
+        method = method.__wrapped__
+    code = getattr(getattr(method, "__func__", method), "__code__", None)
+    if code is None:
+        return name in inspect.signature(method).parameters
+    return name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def _batch_size(call: Call) -> int:
