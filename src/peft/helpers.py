@@ -146,7 +146,7 @@ class MontecloraTrainerMixin:
         return (loss, outputs) if return_outputs else loss
 
     @staticmethod
-    def _monteclora_loss(model: nn.Module) -> torch.Tensor | None:
+    def _monteclora_loss(model: nn.Module) -> Any:
         from .tuners.lora import LoraModel
 
         tuners = [module for module in model.modules() if isinstance(module, LoraModel)]
