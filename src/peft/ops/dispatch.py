@@ -96,7 +96,9 @@ def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
 
     It is no view for autograd, so whoever gets it may modify it in place as cheaply as a linear layer's output.
     """
-    return t if t.shape == torch.Size(shape) else torch.ops.aten._unsafe_view.default(t, shape)
+    if t.shape == torch.Size(shape) and not t._is_view():
+        return t
+    return torch.ops.aten._unsafe_view.default(t, shape)
 
 
 @dataclass(frozen=True)

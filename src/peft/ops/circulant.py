@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Block-circulant products (C3A): for w [out/b, in/b, b], block (m, n) is D_mn[i, j] = w[m, n, (j - i) mod b].
+
+In the frequency domain y_m = irfft(sum_n rfft(x_n) conj(rfft(w_mn))): one small complex product per frequency.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import fusable, is_plain, reshaped
+
+_DIRECT = 16  # below this block size building the matrix is cheaper than transforming the activations
+
+
+def matrix(w: Tensor) -> Tensor:
+    """w [M, N, b] -> the dense [M·b, N·b] matrix by one gather."""
+    M, N, b = w.shape
+    return w[..., _shifts(b, w.device)].permute(0, 2, 1, 3).reshape(M * b, N * b)
+
+
+def multiply(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+    """x [..., N·b], w [M, N, b] -> scale · x Dᵀ [..., M·b] in x's dtype.
+
+    Plain: in w's dtype, through the dense matrix. Fused: keeps x and w only; transforms in float32 at least for blocks
+    of 16 and more, and for smaller ones the dense product in x's dtype, whose matrix is built again in backward.
+    """
+    if is_plain():
+        return ((x.to(w.dtype) @ matrix(w).t()) * scale).to(x.dtype)
+    if not fusable(x, w):
+        return _forward(x, w, scale).view(*x.shape[:-1], -1)
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        return _Circulant.apply(x, w, scale)  # type: ignore[return-value]
+    return reshaped(_forward(x, w, scale), (*x.shape[:-1], w.shape[0] * w.shape[2]))
+
+
+def _shifts(b: int, device: torch.device) -> Tensor:
+    i = torch.arange(b, device=device)
+    return (i[None, :] - i[:, None]) % b
+
+
+def _direct(b: int, x: Tensor) -> bool:
+    return b < _DIRECT or x.numel() == 0  # FFT libraries refuse empty batches
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _spectrum(x: Tensor, b: int) -> Tensor:
+    """x [..., N·b] -> [frequency, rows, N]."""
+    return torch.fft.rfft(_wide(x).reshape(-1, x.shape[-1] // b, b)).permute(2, 0, 1)
+
+
+def _signal(X: Tensor, b: int, dtype: torch.dtype) -> Tensor:
+    """The inverse: [frequency, rows, N] -> [rows, N·b]."""
+    return torch.fft.irfft(X.permute(1, 2, 0), n=b).flatten(1).to(dtype)
+
+
+def _forward(x: Tensor, w: Tensor, scale: float) -> Tensor:
+    """-> [rows, M·b]."""
+    b = w.shape[-1]
+    if _direct(b, x):
+        h = x.reshape(-1, x.shape[-1])
+        return h @ (matrix(w) * scale).to(x.dtype).t()
+    W = torch.fft.rfft(_wide(w)).permute(2, 1, 0)
+    return _signal(torch.bmm(_spectrum(x, b), W.conj()).mul(scale), b, x.dtype)
+
+
+class _Circulant(torch.autograd.Function):
+    """(x [..., N·b], w [M, N, b], scale) -> [..., M·b]; the backward is made of differentiable ops."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, scale: float):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
+        ctx.scale, ctx.shape = scale, x.shape
+        return reshaped(_forward(x, w, scale), (*x.shape[:-1], w.shape[0] * w.shape[2]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        (g,) = grads
+        x, w = ctx.saved_tensors
+        M, N, b = w.shape
+        need_x, need_w, _ = ctx.needs_input_grad
+        dx = dw = None
+        if _direct(b, g):
+            g = g.reshape(-1, M * b)
+            if need_x:
+                dx = g @ (matrix(w) * ctx.scale).to(g.dtype)
+            if need_w:
+                D = (g.t() @ x.reshape(-1, N * b)).view(M, b, N, b).transpose(1, 2).to(w.dtype)
+                # entry (i, j) belongs to w[(j - i) mod b]: walk each row i from j = i on, then add the rows up
+                where = (torch.arange(b, device=w.device)[:, None] + torch.arange(b, device=w.device)) % b
+                dw = D.gather(-1, where.expand(D.shape)).sum(-2) * ctx.scale
+        else:
+            G = _spectrum(g, b)
+            if need_x:
+                W = torch.fft.rfft(_wide(w)).permute(2, 0, 1)
+                dx = _signal(torch.bmm(G, W).mul(ctx.scale), b, g.dtype)
+            if need_w:
+                product = torch.bmm(G.conj().transpose(1, 2), _spectrum(x, b)).mul(ctx.scale)
+                dw = torch.fft.irfft(product.permute(1, 2, 0), n=b).to(w.dtype)
+        return None if dx is None else dx.view(ctx.shape), dw, None
