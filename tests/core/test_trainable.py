@@ -1,0 +1,140 @@
+"""Gradients of base and adapters, bias modes, dtype casting, switching and deleting in plain models, offloading."""
+
+import pytest
+import torch
+from torch import nn
+
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.core import trainable
+from peft.core.offload import copy_module, onload_layer
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin0 = nn.Linear(4, 4)
+        self.lin1 = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.lin1(torch.relu(self.lin0(x))))
+
+
+def on(model: nn.Module) -> set[str]:
+    return {n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n}
+
+
+@pytest.mark.parametrize(
+    ("bias", "expected"),
+    [
+        ("none", set()),
+        ("lora_only", {"lin0.base_layer.bias"}),
+        ("all", {"lin0.base_layer.bias", "lin1.bias"}),
+    ],
+)
+def test_bias_modes(bias, expected):
+    config = LoraConfig(target_modules=["lin0"], bias=bias, modules_to_save=["head"])
+    model = get_peft_model(Net(), config)
+    saved = {"head.modules_to_save.default.weight", "head.modules_to_save.default.bias"}
+    assert {n.removeprefix("base_model.model.") for n in on(model)} == expected | saved
+
+
+def test_unknown_bias_mode_changes_nothing():
+    base = Net()
+    with pytest.raises(NotImplementedError, match="Requested bias"):
+        get_peft_model(base, LoraConfig(target_modules=["lin0"], bias="some"))
+    assert all(p.requires_grad for p in base.parameters()) and type(base.lin0) is nn.Linear
+
+
+def test_adding_an_adapter_keeps_what_was_set_by_hand():
+    model = get_peft_model(Net(), LoraConfig(target_modules=["lin0"]), "a")
+    inner = model.base_model.model
+    inner.head.weight.requires_grad_(True)
+    inner.lin0.lora_A["a"].weight.requires_grad_(False)
+    model.add_adapter("b", LoraConfig(target_modules=["lin0", "lin1"]))
+    assert inner.head.weight.requires_grad and not inner.lin0.lora_A["a"].weight.requires_grad
+    assert inner.lin0.lora_B["a"].weight.requires_grad
+    assert not inner.lin0.lora_A["b"].weight.requires_grad and not inner.lin1.lora_A["b"].weight.requires_grad
+
+
+def test_keep_flags():
+    net = Net()
+    net.lin0.weight.requires_grad_(False)
+    with trainable.keep_flags(net):
+        net.requires_grad_(True)
+        net.head.bias.requires_grad_(False)
+    assert not net.lin0.weight.requires_grad and net.head.bias.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_to_float32(dtype):
+    config = LoraConfig(target_modules=["lin0"], modules_to_save=["head"])
+    model = inject_adapter_in_model(config, Net().to(dtype))
+    assert model.lin0.lora_A["default"].weight.dtype == dtype
+    trainable.cast_adapter_dtype(model, "default", autocast_adapter_dtype=False)
+    assert model.lin0.lora_A["default"].weight.dtype == dtype
+    trainable.cast_adapter_dtype(model, "default")
+    assert model.lin0.lora_A["default"].weight.dtype == torch.float32
+    assert model.lin0.weight.dtype == model.head.modules_to_save["default"].weight.dtype == dtype
+    assert model.lin0.lora_A["default"].weight.requires_grad
+
+
+def plain() -> nn.Module:
+    model = inject_adapter_in_model(LoraConfig(target_modules=["lin0"], modules_to_save=["head"]), Net(), "a")
+    return inject_adapter_in_model(LoraConfig(target_modules=["lin0", "lin1"]), model, "b")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_set_adapter_on_a_plain_model():
+    model = plain()
+    trainable.set_adapter(model, "a")
+    assert model.lin0.active_adapters == ["a"] and model.head.active_adapter == "a"
+    assert model.lin0._local is None and model.head._local is None
+    assert model.lin0.lora_A["a"].weight.requires_grad and not model.lin0.lora_A["b"].weight.requires_grad
+    trainable.set_adapter(model, ["a", "b"], inference_mode=True)
+    assert model.lin0.active_adapters == ["a", "b"] and not any(p.requires_grad for p in model.parameters())
+    trainable.set_requires_grad(model, "a")
+    assert model.lin0.lora_A["a"].weight.requires_grad and model.head.modules_to_save["a"].weight.requires_grad
+    assert not model.lin1.lora_A["b"].weight.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_delete_adapter_from_a_plain_model():
+    model = plain()
+    trainable.set_adapter(model, "b")
+    with pytest.warns(UserWarning, match="now deleted"):
+        left = trainable.delete_adapter(model, "b", prefix="lora_")
+    assert left == ["a"]
+    assert model.lin0.active_adapters == ["a"] and model.lin1.active_adapters == ["a"]
+    assert model.head.active_adapter == "a" and not any(".b." in n for n, _ in model.named_parameters())
+    assert trainable.delete_adapter(model, "a", prefix="lora_") == []
+    model(torch.ones(1, 4))
+    assert trainable.delete_adapter(Net(), "a") is None
+
+
+def offloaded(layer: nn.Module) -> nn.Module:
+    hooks = pytest.importorskip("accelerate.hooks")
+    weights = {k: v.clone() for k, v in layer.state_dict().items()}
+    hook = hooks.AlignDevicesHook("cpu", offload=True, weights_map=weights)
+    hooks.add_hook_to_module(layer, hook)
+    assert layer.weight.device.type == "meta"
+    return layer
+
+
+def test_onloaded_changes_are_kept():
+    layer = offloaded(nn.Linear(3, 3))
+    before = layer(torch.eye(3)).detach()
+    with onload_layer(layer):
+        layer.weight.data.add_(1)
+    assert layer.weight.device.type == "meta"
+    torch.testing.assert_close(layer(torch.eye(3)), before + 1)
+
+
+def test_copies_of_offloaded_modules_are_real_and_apart():
+    layer = offloaded(nn.Linear(3, 3))
+    copied = copy_module(layer)
+    assert copied.weight.device.type == "cpu"
+    torch.testing.assert_close(copied(torch.eye(3)), layer(torch.eye(3)))
+    copied.weight.data.zero_()
+    assert (copied(torch.eye(3)) - copied.bias).abs().max() == 0
+    assert layer(torch.eye(3)).abs().max() > 0
