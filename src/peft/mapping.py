@@ -142,15 +142,16 @@ def _note_base_model(model: nn.Module, config: PeftConfig, revision: str | None)
 
 
 @contextlib.contextmanager
-def unchanged_on_error(model: nn.Module, config: PeftConfig | None) -> Iterator[None]:
+def unchanged_on_error(model: nn.Module | None, config: PeftConfig | None) -> Iterator[None]:
     """Give the configuration its values and the parameters their requires_grad back when the body raises."""
     values = (
         {}
         if config is None
         else {k: copy.copy(v) if isinstance(v, (list, dict, set)) else v for k, v in vars(config).items()}
     )
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    had_configs = model.__dict__.get("peft_config")
+    trainable = [] if model is None else [(p, p.requires_grad) for p in model.parameters()]
+    attributes = {} if model is None else model.__dict__
+    had_configs = attributes.get("peft_config")
     try:
         yield
     except BaseException:
@@ -161,7 +162,7 @@ def unchanged_on_error(model: nn.Module, config: PeftConfig | None) -> Iterator[
             if parameter.is_leaf:
                 parameter.requires_grad_(flag)
         if had_configs is None:
-            model.__dict__.pop("peft_config", None)
+            attributes.pop("peft_config", None)
         raise
 
 

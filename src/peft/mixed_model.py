@@ -15,7 +15,7 @@ from .adapter_call import adapter_call
 from .config import PeftConfig, nearest
 from .core.layer import AdapterLayer
 from .mapping import name_warning, unchanged_on_error
-from .peft_model import PeftModel
+from .peft_model import PeftModel, is_checkpointing
 from .registry import method_of
 from .tuners.mixed import MixedModel, check_mixable
 
@@ -45,7 +45,7 @@ class PeftMixedModel(nn.Module):
         self._cast_adapter(adapter_name, autocast_adapter_dtype)
         self.set_modules_to_save(peft_config, adapter_name)
         self.config = getattr(model, "config", {"model_type": "custom"})
-        if getattr(model, "is_gradient_checkpointing", True):
+        if is_checkpointing(model):
             PeftModel.prepare_model_for_gradient_checkpointing(self, model)  # type: ignore[arg-type]
         if hasattr(self.config, "pretraining_tp"):
             self.config.pretraining_tp = 1  # type: ignore[union-attr]
@@ -98,7 +98,7 @@ class PeftMixedModel(nn.Module):
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         if adapter_name in (prefix := method_of(peft_config).prefix):
             warnings.warn(name_warning(adapter_name, prefix), stacklevel=2)
-        with unchanged_on_error(self, peft_config):
+        with unchanged_on_error(None, peft_config):
             self.peft_config[adapter_name] = peft_config
             try:
                 model = self.base_model.model

@@ -40,6 +40,12 @@ __getattr__, __dir__ = lazy_attributes(
 )
 
 
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether activations are recomputed in backward; models that do not say are taken to do so."""
+    found = getattr(model, "is_activation_checkpointing", None)  # transformers >= 5.23, where the other name warns
+    return getattr(model, "is_gradient_checkpointing", True) if found is None else found
+
+
 class PeftModel(nn.Module):
     """A base model with adapters of one method.
 
@@ -72,7 +78,7 @@ class PeftModel(nn.Module):
             configs = {adapter_name: peft_config}
             self.base_model = tuner(model, configs, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
             self._cast_adapter(adapter_name, autocast_adapter_dtype)
-        if getattr(model, "is_gradient_checkpointing", True):
+        if is_checkpointing(model):
             self.prepare_model_for_gradient_checkpointing(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1  # type: ignore[union-attr]  # the split matmuls would go past the adapter layers
@@ -166,7 +172,7 @@ class PeftModel(nn.Module):
         """Add an adapter, frozen and not active (unless the model has none). A failing call changes nothing."""
         self._check_new_adapter(adapter_name, peft_config)
         alone = not self.peft_config
-        with unchanged_on_error(self, peft_config):
+        with unchanged_on_error(None, peft_config):
             self.peft_config[adapter_name] = peft_config
             try:
                 self._create_adapter(adapter_name, peft_config, low_cpu_mem_usage)

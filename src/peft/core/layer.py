@@ -353,6 +353,12 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
             self._holders[name] = tuple(found)
         return self._holders[name]
 
+    def trained_now(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """Parameters of the named adapters that require grad."""
+        held = [h for n in names if n in self._names for h in self._holders_of(n)]
+        found = [p for ps, key in held for p in (ps.values() if key is None else (ps[key],))]
+        return [p for p in found if p is not None and p.requires_grad and p.is_leaf]
+
     def _may_train(self, name: str, parameter: nn.Parameter) -> bool:
         if len(self.trainable_slots(name)) == len(self.adapter_layer_names):
             return True

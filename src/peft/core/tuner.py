@@ -84,6 +84,8 @@ class TunerModel(nn.Module):
         self._wrappers: list[AuxiliaryTrainingWrapper] | None = None
         self._was_trainable: list[nn.Parameter] = []
         self.switch = switch or self._found_switch(model)
+        # Adapters whose parameters may require grad: switching looks at no others.
+        self._may_train: set[str] = {n for layer in self.layers() for n in layer.adapter_names}
         self.active_adapter: str | list[str] = self.active_adapters
         self._make_shared()
 
@@ -203,7 +205,7 @@ class TunerModel(nn.Module):
     def layers(self) -> list[AdapterLayer]:
         """All adapter layers of the model (of every method), inner ones of nested layers included."""
         if self._layers is None:
-            self._layers = [m for m in self.model.modules() if isinstance(m, AdapterLayer)]
+            self._layers, self._wrappers = find_parts(self.model)
         return self._layers
 
     def named_layers(self) -> dict[str, AdapterLayer]:
@@ -211,7 +213,7 @@ class TunerModel(nn.Module):
 
     def wrappers(self) -> list[AuxiliaryTrainingWrapper]:
         if self._wrappers is None:
-            self._wrappers = [m for m in self.model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+            self._layers, self._wrappers = find_parts(self.model)
         return self._wrappers
 
     def forget_layers(self) -> None:
@@ -284,6 +286,7 @@ class TunerModel(nn.Module):
         for layer in self.layers() if active else layers.values():
             layer._local = None
         if active:
+            self._may_train.add(name)
             for layer in layers.values():
                 layer.set_requires_grad(name, not cfg.inference_mode)
 
@@ -327,7 +330,8 @@ class TunerModel(nn.Module):
         if any(layer.merged_adapters for layer in self.layers()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge_adapter()
-        others = [n for n in self.peft_config if n not in names]
+        others = [n for n in self._may_train if n not in names]
+        self._may_train = set() if inference_mode else set(names)
         for layer in self.layers():
             layer._local = None
             layer.set_requires_grad(others, False)
@@ -339,6 +343,8 @@ class TunerModel(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if requires_grad:
+            self._may_train |= set(names) & set(self.peft_config)
         for part in [*self.layers(), *self.wrappers()]:
             part.set_requires_grad(names, requires_grad)
 
@@ -368,12 +374,14 @@ class TunerModel(nn.Module):
                 parameter.requires_grad_(True)
             self._was_trainable = []
         else:
-            for part in [*self.layers(), *self.wrappers()]:
-                for name in part.adapter_names:
-                    for p in part.parameters_of(name):
-                        if p.requires_grad and p.is_leaf:
-                            self._was_trainable.append(p)
-                            p.requires_grad_(False)
+            names = list({**dict.fromkeys(self.active_adapters), **dict.fromkeys(self._may_train)})
+            self._was_trainable = [p for layer in self.layers() for p in layer.trained_now(names)]
+            for wrapper in self.wrappers():
+                self._was_trainable += [
+                    p for n in wrapper.adapter_names for p in wrapper.parameters_of(n) if p.requires_grad and p.is_leaf
+                ]
+            for parameter in self._was_trainable:
+                parameter.requires_grad_(False)
         for layer in self.layers():
             layer._local = None
         self.switch.set_disabled(not enabled)
@@ -487,6 +495,26 @@ class TunerModel(nn.Module):
             for layer in self.layers():
                 if adapter_name in layer:
                     layer.cast_adapter(adapter_name)
+
+
+def find_parts(model: nn.Module) -> tuple[list[AdapterLayer], list[AuxiliaryTrainingWrapper]]:
+    """Adapter layers and auxiliary wrappers in the order of the modules. What adapters own is not searched."""
+    layers, wrappers, seen, stack = [], [], set(), [model]
+    while stack:
+        module = stack.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, AdapterLayer):
+            layers.append(module)
+            stack.append(module.base_layer)
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrappers.append(module)
+            stack += [m for n, m in reversed(module._modules.items()) if n != "modules_to_save"]
+        elif module._modules:
+            stack += reversed(module._modules.values())
+    return layers, wrappers
 
 
 def _progress(items: list, show: bool, text: str) -> Iterator:

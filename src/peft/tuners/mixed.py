@@ -90,6 +90,8 @@ class MixedModel(TunerModel):
             tuner.peft_config.pop(adapter_name, None)
             raise
         self.forget_layers()
+        if adapter_name in self.switch.active:
+            self._may_train.add(adapter_name)
         self.reports[adapter_name] = tuner.reports[adapter_name]
         self._note(self.targeted_module_names, tuner.targeted_module_names)
         self._note(self.targeted_parameter_names, tuner.targeted_parameter_names)
