@@ -8,3 +8,7 @@ class PeftError(Exception):
 
 class NoMatchingPeftModuleError(PeftError, ValueError):
     """No module or parameter of the model matched the configuration."""
+
+
+class AdapterFileError(PeftError, ValueError):
+    """A weights file that cannot be read: truncated, of another format, or with things other than tensors in it."""

@@ -18,8 +18,8 @@ class IncrementalPCA:
     (default twice the components) and `lowrank_niter`, seeded by `lowrank_seed` without touching the global generator.
     """
 
-    mean_: torch.Tensor | None
-    var_: torch.Tensor | None
+    mean_: torch.Tensor | None = None
+    var_: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -135,8 +135,7 @@ class IncrementalPCA:
         self.n_samples_seen_, self.mean_, self.var_ = seen, mean, var
         self.components_, self.singular_values_ = Vh[:k], S[:k]
         self.explained_variance_, self.explained_variance_ratio_ = variance[:k], ratio[:k]
-        rest = k not in (n_samples, n_features)
-        self.noise_variance_ = variance[k:].mean() if rest else torch.tensor(0.0, device=X.device)
+        self.noise_variance_ = variance[k:].mean() if len(variance) > k else torch.tensor(0.0, device=X.device)
         return self
 
     def _updated_moments(self, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
