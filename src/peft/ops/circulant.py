@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .dispatch import fusable, is_plain, reshaped
 
-_DIRECT = 16  # below this block size building the matrix is cheaper than transforming the activations
+_DIRECT = 4  # below this block size building the matrix is cheaper than transforming the activations
 
 
 def matrix(w: Tensor) -> Tensor:
@@ -22,19 +22,33 @@ def matrix(w: Tensor) -> Tensor:
     return w[..., _shifts(b, w.device)].permute(0, 2, 1, 3).reshape(M * b, N * b)
 
 
-def multiply(x: Tensor, w: Tensor, scale: float = 1.0) -> Tensor:
+def multiply(x: Tensor, w: Tensor, scale: float = 1.0, published: bool = False) -> Tensor:
     """x [..., N·b], w [M, N, b] -> scale · x Dᵀ [..., M·b] in x's dtype.
 
     Plain: in w's dtype, through the dense matrix. Fused: keeps x and w only; transforms in float32 at least for blocks
-    of 16 and more, and for smaller ones the dense product in x's dtype, whose matrix is built again in backward.
+    of 4 and more, and for smaller ones the dense product in x's dtype, whose matrix is built again in backward.
+    `published`: the input's gradient is the published library's, which reads the output's gradient backwards in each
+    block (index -i mod b). Not the derivative; see tuners/c3a.py.
     """
+    if is_plain() or not fusable(x, w):
+        if published and torch.is_grad_enabled() and x.requires_grad:
+            y, mirrored = _plain(x.detach(), w, scale), _reflect(_plain(x, w.detach(), scale), w.shape[-1])
+            return y + (mirrored - mirrored.detach())
+        return _plain(x, w, scale)
+    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        return _Circulant.apply(x, w, scale, published)  # type: ignore[return-value]
+    return reshaped(_forward(x, w, scale), (*x.shape[:-1], w.shape[0] * w.shape[2]))
+
+
+def _plain(x: Tensor, w: Tensor, scale: float) -> Tensor:
     if is_plain():
         return ((x.to(w.dtype) @ matrix(w).t()) * scale).to(x.dtype)
-    if not fusable(x, w):
-        return _forward(x, w, scale).view(*x.shape[:-1], -1)
-    if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-        return _Circulant.apply(x, w, scale)  # type: ignore[return-value]
-    return reshaped(_forward(x, w, scale), (*x.shape[:-1], w.shape[0] * w.shape[2]))
+    return _forward(x, w, scale).view(*x.shape[:-1], -1)
+
+
+def _reflect(g: Tensor, b: int) -> Tensor:
+    """Entry i of each block becomes entry -i mod b."""
+    return g.unflatten(-1, (-1, b)).roll(-1, -1).flip(-1).flatten(-2)
 
 
 def _shifts(b: int, device: torch.device) -> Tensor:
@@ -74,7 +88,8 @@ class _Circulant(torch.autograd.Function):
     """(x [..., N·b], w [M, N, b], scale) -> [..., M·b]; the backward is made of differentiable ops."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, scale: float):
+    def forward(ctx: Any, x: Tensor, w: Tensor, scale: float, published: bool):
+        ctx.published = published
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
         ctx.scale, ctx.shape = scale, x.shape
         return reshaped(_forward(x, w, scale), (*x.shape[:-1], w.shape[0] * w.shape[2]))
@@ -84,12 +99,13 @@ class _Circulant(torch.autograd.Function):
         (g,) = grads
         x, w = ctx.saved_tensors
         M, N, b = w.shape
-        need_x, need_w, _ = ctx.needs_input_grad
+        need_x, need_w = ctx.needs_input_grad[:2]
         dx = dw = None
         if _direct(b, g):
             g = g.reshape(-1, M * b)
             if need_x:
-                dx = g @ (matrix(w) * ctx.scale).to(g.dtype)
+                h = _reflect(g, b) if ctx.published else g
+                dx = h @ (matrix(w) * ctx.scale).to(g.dtype)
             if need_w:
                 D = (g.t() @ x.reshape(-1, N * b)).view(M, b, N, b).transpose(1, 2).to(w.dtype)
                 # entry (i, j) belongs to w[(j - i) mod b]: walk each row i from j = i on, then add the rows up
@@ -99,8 +115,9 @@ class _Circulant(torch.autograd.Function):
             G = _spectrum(g, b)
             if need_x:
                 W = torch.fft.rfft(_wide(w)).permute(2, 0, 1)
-                dx = _signal(torch.bmm(G, W).mul(ctx.scale), b, g.dtype)
+                # a reflected real signal has the conjugate spectrum
+                dx = _signal(torch.bmm(G.conj() if ctx.published else G, W).mul(ctx.scale), b, g.dtype)
             if need_w:
                 product = torch.bmm(G.conj().transpose(1, 2), _spectrum(x, b)).mul(ctx.scale)
                 dw = torch.fft.irfft(product.permute(1, 2, 0), n=b).to(w.dtype)
-        return None if dx is None else dx.view(ctx.shape), dw, None
+        return None if dx is None else dx.view(ctx.shape), dw, None, None

@@ -20,6 +20,11 @@ from ..core.tuner import TunerModel
 from ..ops import circulant
 from ..registry import register_method
 
+# The published library's gradient with respect to the input of a C3A layer is not the derivative: it uses w[(i + j) mod b] (found by
+# comparing it with finite differences). It reaches the layers below. True keeps published training runs reproducible; set it to False
+# for exact gradients.
+PUBLISHED_INPUT_GRADIENT = True
+
 
 @dataclass
 class C3AConfig(PeftConfig):
@@ -64,7 +69,7 @@ class C3ALayer(AdapterLayer):
         self.c3a_kernel[name] = nn.Parameter(kernel)
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return circulant.multiply(x, self.c3a_kernel[name], 1 / self.in_features)
+        return circulant.multiply(x, self.c3a_kernel[name], 1 / self.in_features, PUBLISHED_INPUT_GRADIENT)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         return circulant.matrix(self.c3a_kernel[name]) / self.in_features
@@ -74,8 +79,8 @@ class C3ALayer(AdapterLayer):
 class C3AModel(TunerModel):
     layer_cls = C3ALayer
     unsupported_error = TypeError
-    identity_at_init = False
-    example = {"block_size": 8}
+    example = {"block_size": 8, "init_weights": True}
+    inexact_gradients = ("PUBLISHED_INPUT_GRADIENT",)
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
         return cfg.with_values(block_size=pattern_value(cfg.block_size_pattern, key, cfg.block_size))

@@ -92,4 +92,5 @@ def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 @register_method("loha", config=LoHaConfig, prefix="hada_", mixed=True)
 class LoHaModel(LycorisTuner):
     layer_cls = LoHaLayer
+    inexact_gradients = ("PUBLISHED_TUCKER_GRADIENT",)
     example = {"r": 2, "alpha": 4}
