@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OSF: Sculpting Subspaces, Constrained Full Fine-Tuning in LLMs for Continual Learning (arXiv 2504.07097).
+
+ΔW = U diag(S) V - U₀ diag(S₀) V₀ over the smallest singular triplets of W; gradients of U and V are projected so that the large singular
+subspaces stay untouched.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, option, saves, targets
+from ..core import kinds
+from ..core.layer import AdapterLayer
+from ..core.slots import Aux, BufferDict, Trainable
+from ..core.targets import default_targets
+from ..core.tuner import TunerModel
+from ..registry import register_method
+
+
+@dataclass
+class OSFConfig(PeftConfig):
+    """Options of OSF."""
+
+    effective_rank: int | float | None = option(None, "Rank that is preserved: a number, a fraction in (0, 1], or None for half.")
+    target_modules: list[str] | set[str] | str | None = targets()
+    rank_pattern: dict | None = option(None, "Ranks that differ: {regex: rank}.")
+    init_weights: bool | None = option(True, "Start at the base model; False draws the trained factors.")
+    modules_to_save: list[str] | None = saves()
+    target_svd_config: dict | None = option(None, "Has no effect; kept for old files.")
+    _set_fields = ()  # the published configuration keeps lists
+
+
+class ProjectGradient(torch.autograd.Function):
+    """Identity; the gradient is projected along one side: g - P Pᵀ g (or P Pᵀ g), with P orthonormal."""
+
+    @staticmethod
+    def forward(value: torch.Tensor, basis: torch.Tensor, keep: bool, left: bool) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.keep, ctx.left = inputs[2:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (basis,), g = ctx.saved_tensors, grads[0]
+        basis = basis.to(g.dtype)
+        part = basis @ (basis.T @ g) if ctx.left else (g @ basis.T) @ basis
+        return (part if ctx.keep else g - part), None, None, None
+
+
+class OSFLayer(AdapterLayer):
+    """Trains the small singular triplets of the weight."""
+
+    osf_svd_params: Trainable[nn.ModuleDict]  # U_low [out, m], S_low [m], V_low [m, in]
+    effective_rank: Aux[dict]
+    _osf_U_low_init: Aux[BufferDict]
+    _osf_S_low_init: Aux[BufferDict]
+    _osf_V_low_init: Aux[BufferDict]
+    _osf_U_high: Aux[BufferDict]  # [out, k], only if out > in
+    _osf_V_high: Aux[BufferDict]  # [k, in], only if out < in
+    kinds = (kinds.Linear, kinds.Conv1D)
+    prefer_weight_path = True
+    standalone_delta = False
+    one_active = True
+
+    def create(self, name: str, cfg: Any) -> None:
+        k, (out, n_in) = cfg.effective_rank, (self.out_features, self.in_features)
+        self.effective_rank[name] = k
+        with torch.no_grad():
+            W = self.base_weight()
+            if W.device.type == "meta":
+                m = min(out, n_in)
+                U, S, V = (torch.empty(s, device="meta") for s in ((out, m), (m,), (m, n_in)))
+            else:
+                U, S, V = torch.linalg.svd(W.double() if W.dtype == torch.float64 else W.float(), full_matrices=False)
+        low = {"U_low": U[:, k:].contiguous(), "S_low": S[k:].contiguous(), "V_low": V[k:].contiguous()}
+        for key, container in (("U_low", self._osf_U_low_init), ("S_low", self._osf_S_low_init), ("V_low", self._osf_V_low_init)):
+            container[name] = low[key].clone()
+        if out > n_in:
+            self._osf_U_high[name] = U[:, :k].contiguous()
+        elif out < n_in:
+            self._osf_V_high[name] = V[:k].contiguous()
+        if not cfg.init_weights or torch.empty(0).device.type == "meta":  # with low_cpu_mem_usage the file has the values
+            low = {key: torch.randn(v.shape) for key, v in low.items()}
+        start = {key: v.clone() for key, v in low.items()}
+        self.osf_svd_params[name] = nn.ParameterDict({key: nn.Parameter(v) for key, v in start.items()})
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        params: Any = self.osf_svd_params[name]
+        U, S, V = params["U_low"], params["S_low"], params["V_low"]
+        U0, S0, V0 = self._osf_U_low_init[name], self._osf_S_low_init[name], self._osf_V_low_init[name]
+        if torch.is_grad_enabled() and U.requires_grad:
+            high = name in self._osf_U_high
+            U = ProjectGradient.apply(U, self._osf_U_high[name] if high else U0, not high, True)
+            high = name in self._osf_V_high
+            V = ProjectGradient.apply(V, self._osf_V_high[name] if high else V0, not high, False)
+        left = torch.cat([U * S, -(U0 * S0).to(U.dtype)], dim=1)
+        return left @ torch.cat([V, V0.to(V.dtype)])
+
+
+@register_method("osf", config=OSFConfig)
+class OSFModel(TunerModel):
+    layer_cls = OSFLayer
+
+    def default_targets(self, cfg: Any, model: nn.Module) -> Any:
+        """The method's own table; every linear layer of unknown architectures."""
+        return default_targets("osf", self.get_model_config(model).get("model_type", "custom")) or "all-linear"
+
+    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
+        return cfg.with_values(effective_rank=self._rank(cfg, key, module))
+
+    def _rank(self, cfg: Any, key: str, module: nn.Module) -> int:
+        smaller = min(self.target_shape(module)[:2])
+        wanted = next((v for p, v in (cfg.rank_pattern or {}).items() if re.search(p, key)), cfg.effective_rank)
+        if wanted is None:
+            return smaller // 2
+        rank = int(smaller * wanted) if isinstance(wanted, float) and 0 < wanted <= 1 else int(wanted)
+        return max(0, min(rank, smaller))
+
+    def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
+        if self._rank(cfg, key, module) == 0:
+            raise ValueError(f"Target module {key}: the preserved rank is 0 (effective_rank={cfg.effective_rank}); it must be at least 1.")
