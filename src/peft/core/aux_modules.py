@@ -357,6 +357,15 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def _key(self) -> Key:
         return self.token_adapter._key
 
+    @property
+    def _local(self) -> Key | None:
+        return self.token_adapter._local
+
+    @_local.setter
+    def _local(self, key: Key | None) -> None:
+        if "token_adapter" in self._modules:
+            self.token_adapter._local = key
+
     def drop(self, name: str) -> None:
         self.token_adapter.drop(name)
 

@@ -148,26 +148,23 @@ def delete_adapter(
     by their type.
     """
     layers = [m for m in model.modules() if isinstance(m, layer_cls) and isinstance(m, AdapterLayer)]
-    wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    was_active = any(
-        adapter_name in part.active_adapters for part in [*layers, *wrappers] if adapter_name in part.adapter_names
-    )
-    names = list(dict.fromkeys(n for part in [*layers, *wrappers] for n in part.active_adapters if n != adapter_name))
-    for part in [*layers, *wrappers]:
+    parts: list[Part] = [*layers, *(m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))]
+    active = list(dict.fromkeys(n for part in parts for n in part._key[0]))
+    for part in parts:
         part.drop(adapter_name)
-    remaining = sorted({n for part in [*layers, *wrappers] for n in part.adapter_names})
-    if was_active or any(adapter_name in layer.active_adapters for layer in layers):
-        if not names and remaining:
-            names = remaining[:1]
+    left = [n for n in active if n != adapter_name]
+    if left != active:
+        remaining = sorted({n for part in parts for n in part.adapter_names})
+        if left or not remaining:  # those still active keep their gradients
+            for part in parts:
+                part._local = (tuple(n for n in part._key[0] if n != adapter_name), part._key[1])
+        else:
+            left = remaining[:1]
             warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {names[0]}.",
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
                 stacklevel=2,
             )
-        _activate_all([*layers, *wrappers], names)
-    return names if layers else None
-
-
-def _activate_all(parts: Sequence[Part], names: list[str]) -> None:
-    for part in parts:
-        part.set_adapter(names)
-    _settle(list(parts))
+            for part in parts:
+                part.set_adapter(left)
+        _settle(parts)
+    return left if layers else None
