@@ -302,7 +302,7 @@ def prepare_generation(peft_model: Any, args: tuple[Any, ...], kwargs: Call, tas
     encoder = active_encoder(peft_model)
     if encoder is None:
         inputs = prepare(*args, **kwargs)
-        if peft_model._is_prompt_learning is False and _config(peft_model).peft_type == PeftType.POLY:
+        if peft_model.peft_type == PeftType.POLY:
             inputs["task_ids"] = task_ids
         inputs.pop("cache_position", None)
         return inputs

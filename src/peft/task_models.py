@@ -133,7 +133,9 @@ class PeftModelForCausalLM(GeneratingModel):
                 return self.base_model.generate(*args, **_without_prompt_arguments(self, kwargs))
             return super().generate(*args, **kwargs)
         if kwargs.get("task_ids") is not None:
-            kwargs["task_ids"] = _one_task_a_row(kwargs["task_ids"], args[0] if args else kwargs.get("input_ids"))
+            names = ("inputs", "input_ids", "inputs_embeds")
+            rows = args[0] if args else next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
+            kwargs["task_ids"] = _one_task_a_row(kwargs["task_ids"], rows)
         with generation_inputs(self):
             return self.base_model.generate(*args, **kwargs)
 
