@@ -68,7 +68,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     def __init_subclass__(cls, _of_kind: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.slots = read_slots(cls)
-        cls.adapter_layer_names = tuple(s.name for s in cls.slots.values() if s.role == "trainable")
+        cls.adapter_layer_names = tuple(s.name for s in cls.slots.values() if s.trains)
         cls.other_param_names = tuple(s.name for s in cls.slots.values() if s.role == "aux")
         cls.hooks = frozenset(h for h in HOOKS if getattr(cls, h) is not getattr(AdapterLayer, h))
         if not _of_kind:

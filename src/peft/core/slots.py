@@ -24,6 +24,8 @@ T = TypeVar("T")
 Trainable = Annotated[T, "trainable"]
 Aux = Annotated[T, "aux"]
 Shared = Annotated[T, "shared"]
+# One trained container for all layers, owned by the tuner.
+SharedTrainable = Annotated[T, "shared", "trains"]
 # A ModuleDict whose modules hold one `weight` that files store under the bare slot name (DoRA's magnitude).
 BareTrainable = Annotated[T, "trainable", "bare"]
 # Aux buffers that are stored in files.
@@ -101,6 +103,7 @@ class Slot:
     bare: bool = False
     saved: bool = False
     is_module: bool = True
+    trains: bool = False  # gets gradients
 
 
 def read_slots(cls: type) -> dict[str, Slot]:
@@ -124,4 +127,5 @@ def _read(name: str, annotation: Any, owner: type) -> Slot | None:
     container, role, *rest = get_args(annotation)
     container = get_origin(container) or container
     saved = role == "trainable" or "saved" in rest
-    return Slot(name, container, role, bare="bare" in rest, saved=saved, is_module=issubclass(container, nn.Module))
+    trains = role == "trainable" or "trains" in rest
+    return Slot(name, container, role, trains=trains, bare="bare" in rest, saved=saved, is_module=issubclass(container, nn.Module))

@@ -86,35 +86,44 @@ def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor
     return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
-@register_method("vera", config=VeraConfig, prefix="vera_lambda_")
-class VeraModel(TunerModel):
-    layer_cls = VeraLayer
-    uses_shared_state = True
-    example = {"r": 4}
-    unsupported_error = TypeError
+class SharedProjections:
+    """Frozen random A and B of a tuner, drawn from a seed for the largest target in each dimension (also PVeRA)."""
 
-    def shared(self, name: str, cfg: Any, targets: dict[str, nn.Module]) -> None:
-        """Draw A and B for the largest target in each dimension, A first, from one CPU generator."""
+    projections: dict[str, int]  # slot of A, slot of B -> multiple of r
+
+    def shared(self: Any, name: str, cfg: Any, targets: dict[str, nn.Module]) -> None:
+        """A first, then B, from one CPU generator."""
         shapes = [self.target_shape(m) for m in targets.values()]
         generator = torch.Generator(device="cpu").manual_seed(cfg.projection_prng_key)
-        for container, shape in (
-            (self.vera_A, (cfg.r, max(s[1] for s in shapes))),
-            (self.vera_B, (max(s[0] for s in shapes), cfg.r)),
-        ):
+        (slot_a, times_a), (slot_b, times_b) = self.projections.items()
+        sizes = ((slot_a, (times_a * cfg.r, max(s[1] for s in shapes))), (slot_b, (max(s[0] for s in shapes), times_b * cfg.r)))
+        for slot, shape in sizes:
+            container = getattr(self, slot)
             container.persistent = cfg.save_projection
             container[name] = _uniform(shape, generator)
 
-    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def import_state(self: Any, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Files without projections rely on the seed; files with them are taken at their word."""
-        stored, cfg = any(k.endswith((".vera_A", ".vera_B")) for k in state), self.peft_config[name]
+        slots, cfg = tuple(self.projections), self.peft_config[name]
+        stored = any(k.endswith(tuple("." + s for s in slots)) for k in state)
         if cfg.save_projection and not stored:
             raise ValueError(
-                "Specified to load vera_A and vera_B from state dictionary however they were not present! "
+                f"Specified to load {' and '.join(slots)} from state dictionary however they were not present! "
                 "Set save_projection=False in adapter_config.json to draw them again from projection_prng_key."
             )
         if not cfg.save_projection:
             warnings.warn(
-                "Specified to not load vera_A and vera_B from state dictionary. This means we will be relying on PRNG initialisation to restore these projections using `config.projection_prng_key`, which may not be accurate on all system configurations.",
+                f"Specified to not load {' and '.join(slots)} from state dictionary. This means we will be relying on PRNG initialisation "
+                "to restore these projections using `config.projection_prng_key`, which may not be accurate on all system configurations.",
                 stacklevel=2,
             )
         return state
+
+
+@register_method("vera", config=VeraConfig, prefix="vera_lambda_")
+class VeraModel(SharedProjections, TunerModel):
+    layer_cls = VeraLayer
+    uses_shared_state = True
+    projections = {"vera_A": 1, "vera_B": 1}
+    example = {"r": 4}
+    unsupported_error = TypeError
