@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lily: Low-Rank Interconnected Adaptation across Layers (arXiv 2407.09946).
+
+y = W x + b + s · (x A) Σ_e p_e B_e: layers of one kind share the experts B, neighbours share A, and a router on the data mixes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import PeftConfig, excludes, layer_names, layer_range, option, saves, targets
+from ..core import kinds
+from ..core.layer import AdapterLayer
+from ..core.match import suffixes
+from ..core.slots import Aux, Trainable
+from ..core.tuner import TunerModel
+from ..registry import register_method
+
+
+@dataclass
+class LilyConfig(PeftConfig):
+    """Options of Lily."""
+
+    r: int = option(32, "Rank.")
+    stride_A: int = option(1, "Consecutive layers that share one A.")
+    num_B: int = option(2, "Number of experts B.")
+    target_modules: list[str] | set[str] | str | None = targets()
+    scaling: float = option(1.0, "Factor of the update.")
+    exclude_modules: list[str] | set[str] | str | None = excludes()
+    modules_to_save: list[str] | None = saves()
+    layers_to_transform: list[int] | int | None = layer_range()
+    layers_pattern: list[str] | str | None = layer_names()
+    init_weights: bool = option(True, "Start at zero (B = 0).")
+    _regex_with_layers = "warn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride_A < 1:
+            raise ValueError(f"`stride_A` must be at least 1, got {self.stride_A}.")
+        if self.num_B < 2:
+            raise ValueError(f"`num_B` must be at least 2, got {self.num_B}.")
+
+
+class LilyLayer(AdapterLayer):
+    """A low-rank update mixed from shared experts."""
+
+    lily_A: Trainable[nn.ModuleDict]  # weight [r, in], shared by neighbours
+    lily_B: Trainable[nn.ModuleDict]  # weight [experts · r, out], shared by all layers of a group
+    lily_router: Trainable[nn.ModuleDict]  # weight [experts, r]
+    r: Aux[dict]
+    num_B: Aux[dict]
+    scaling: Aux[dict]
+    kinds = (kinds.Linear, kinds.Conv1D)
+
+    def create(self, name: str, cfg: Any) -> None:
+        if cfg.r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r}")
+        self.r[name], self.num_B[name], self.scaling[name] = cfg.r, cfg.num_B, cfg.scaling
+        A = kinds.linear(self.in_features, cfg.r)
+        B = kinds.linear(self.out_features, cfg.num_B * cfg.r)
+        router = kinds.linear(cfg.r, cfg.num_B)
+        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        if cfg.init_weights:
+            nn.init.zeros_(B.weight)
+        else:
+            nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
+        self.lily_A[name], self.lily_B[name], self.lily_router[name] = A, B, router
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The router averages over all positions of the batch, as published."""
+        h = F.linear(x, self.lily_A[name].weight)
+        p = F.linear(h, self.lily_router[name].weight).softmax(-1).flatten(0, -2).mean(0)  # [experts]
+        experts = self.lily_B[name].weight.view(self.num_B[name], self.r[name], -1)
+        mixed = torch.tensordot(p * self.scaling[name], experts, dims=1)  # [r, out]
+        return h @ mixed
+
+
+@register_method("lily", config=LilyConfig)
+class LilyModel(TunerModel):
+    layer_cls = LilyLayer
+    unsupported_error = NotImplementedError
+    example = {"r": 4}
+
+    def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+        """Share: groups are the layers matched by one target entry that have one shape, in module order."""
+        groups: dict[Any, list[LilyLayer]] = {}
+        for key, layer in layers.items():
+            assert isinstance(layer, LilyLayer)
+            groups.setdefault((self._entry(cfg, key), layer.out_features, layer.in_features), []).append(layer)
+        for members in groups.values():
+            for i, layer in enumerate(members):
+                layer.lily_B[name] = members[0].lily_B[name]
+                layer.lily_A[name] = members[i // cfg.stride_A * cfg.stride_A].lily_A[name]
+                layer._holders.pop(name, None)
+
+    @staticmethod
+    def _entry(cfg: Any, key: str) -> str:
+        """The target entry that the key ends with (the longest one); the whole regex for a string."""
+        if isinstance(cfg.target_modules, str):
+            return cfg.target_modules
+        return next((s for s in suffixes(key) if s in cfg.target_modules), key)
