@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base model's own state dict, with the names that it had before adapters were added."""
+
+from collections import namedtuple
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.layer import AdapterLayer
+from ..core.tuner import TunerModel
+from ..core.wrappers import AuxiliaryTrainingWrapper
+from .keys import _join, clean
+
+IncompatibleKeys = namedtuple("IncompatibleKeys", ("missing_keys", "unexpected_keys"))
+
+
+def _base_modules(module: nn.Module, name: str, path: str) -> Iterator[tuple[str, str, nn.Module]]:
+    """(original name, name now, module) of the modules of the base model; aliases included, as in a state dict."""
+    if isinstance(module, AdapterLayer):
+        yield from _base_modules(module.base_layer, name, _join(path, "base_layer"))
+        return
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        if "token_adapter" in module._modules:
+            yield from _base_modules(module.get_submodule("token_adapter"), name, _join(path, "token_adapter"))
+        else:
+            yield from _base_modules(module.get_submodule("original_module"), name, _join(path, "original_module"))
+        return
+    yield name, path, module
+    for child_name, child in module._modules.items():
+        if child is not None:
+            yield from _base_modules(child, _join(name, child_name), f"{path}.{child_name}" if path else child_name)
+
+
+def _base_of(model: Any) -> nn.Module:
+    """The user's model inside a PeftModel or tuner, or the model itself when adapters were injected into it."""
+    if isinstance(model, TunerModel):
+        return model.model
+    inner = model._modules.get("base_model")
+    if inner is None or not hasattr(model, "peft_config"):
+        return model
+    return inner.model if isinstance(inner, TunerModel) else inner
+
+
+def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
+    """State dict of the base model under its original names; tensors share memory with the model."""
+    state: dict[str, torch.Tensor] = {}
+    for name, _, module in _base_modules(_base_of(model), "", ""):
+        module._save_to_state_dict(state, name + "." if name else "", keep_vars=False)
+    return state
+
+
+def set_base_model_state_dict(model: Any, state_dict: Mapping[str, torch.Tensor], strict: bool = True) -> IncompatibleKeys:
+    """Load a state dict of the original base model into the base weights of an adapted one.
+
+    With `strict`, keys that are missing or too many raise RuntimeError before anything is loaded.
+    """
+    base = _base_of(model)
+    renamed: dict[str, str] = {}
+    for name, path, module in _base_modules(base, "", ""):
+        own: dict[str, torch.Tensor] = {}
+        module._save_to_state_dict(own, "", keep_vars=True)
+        for key in own:
+            renamed[_join(name, key)] = _join(path, key) if path else key
+    given = {clean(k): v for k, v in state_dict.items()}
+    missing = [k for k in renamed if k not in given]
+    unexpected = [k for k in given if k not in renamed]
+    if strict and (missing or unexpected):
+        lines = [f"Missing key(s): {missing}."] if missing else []
+        lines += [f"Unexpected key(s): {unexpected}."] if unexpected else []
+        raise RuntimeError(f"Error(s) in loading the base model state_dict of {type(base).__name__}: {' '.join(lines)} Nothing was loaded.")
+    _check_shapes(base, renamed, given)
+    base.load_state_dict({renamed[k]: v for k, v in given.items() if k in renamed}, strict=False)
+    return IncompatibleKeys(missing, unexpected)
+
+
+def _check_shapes(base: nn.Module, renamed: dict[str, str], given: dict[str, torch.Tensor]) -> None:
+    from .keys import resolve
+
+    wrong = []
+    for key, value in given.items():
+        held = resolve(base, renamed[key]) if key in renamed else None
+        if held is None:
+            continue
+        own = held[0]._parameters.get(held[1])
+        own = held[0]._buffers[held[1]] if own is None else own
+        if isinstance(value, torch.Tensor) and own is not None and own.shape != value.shape:
+            wrong.append(f"size mismatch for {key}: shape {value.shape} in the state dict, {own.shape} in the model")
+    if wrong:
+        raise RuntimeError(f"Error(s) in loading the base model state_dict of {type(base).__name__}: {'; '.join(wrong)}. Nothing was loaded.")

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one bijection between the tensors of an adapter in memory and the keys of its file.
+
+Both names come from the structure of the model, never from parts of names: one walk finds the adapter layers, the tuner and the auxiliary
+wrappers, and every container of theirs that holds the adapter contributes its tensors.
+
+    held by                          in memory                                   in the file
+    slot of a layer                  P.lora_A.<name>.weight, P.ia3_l.<name>      P.lora_A.weight, P.ia3_l
+    bare slot                        P.lora_magnitude_vector.<name>.weight       P.lora_magnitude_vector
+    container of the tuner           base_model.vera_A.<name>                    base_model.vera_A
+    auxiliary wrapper                P.modules_to_save.<name>.weight             P.weight
+    bias of a base layer             P.base_layer.bias, P.bias                   the same
+
+The name of the adapter is no part of the file, so it can be loaded under any name.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..core.layer import AdapterLayer
+from ..core.slots import BufferDict
+from ..core.tuner import TunerModel
+from ..core.wrappers import AuxiliaryTrainingWrapper
+
+# Modules that training wrappers put between a module and its parent; they are no part of any name.
+FSDP_INFIX = "_fsdp_wrapped_module."
+COMPILE_INFIX = "_orig_mod."
+PEFT_PREFIX = "base_model.model."
+
+
+class Entry(NamedTuple):
+    """One tensor of an adapter: its names, and where it lives."""
+
+    file: str
+    memory: str
+    owner: nn.Module
+    attr: str
+    layer: AdapterLayer | None = None
+    role: str = "slot"  # "slot" | "shared" | "wrapper" | "bias" | "base"
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return tensor_of(self.owner, self.attr)
+
+
+def tensor_of(owner: nn.Module, attr: str) -> torch.Tensor:
+    """A parameter or buffer; one that accelerate keeps elsewhere is fetched from there."""
+    tensor = owner._parameters.get(attr)
+    if tensor is None:
+        tensor = owner._buffers[attr]
+    assert tensor is not None
+    if tensor.device.type == "meta":
+        hook = getattr(owner, "_hf_hook", None)
+        for part in (hook, *getattr(hook, "hooks", ())):
+            weights = getattr(part, "weights_map", None)
+            if weights is not None and attr in weights:
+                return weights[attr]
+    return tensor
+
+
+def clean(key: str) -> str:
+    """A name without the infixes of FSDP, and without torch.compile's unless the root itself is compiled."""
+    key = key.replace(FSDP_INFIX, "")
+    head = COMPILE_INFIX if key.startswith(COMPILE_INFIX) else ""
+    return head + key.replace(COMPILE_INFIX, "")
+
+
+def _join(path: str, child: str) -> str:
+    if child == "_fsdp_wrapped_module" or (child == "_orig_mod" and path):
+        return path
+    return f"{path}.{child}" if path else child
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(clean name, module) of the model in registration order, each module once.
+
+    What adapters own is not entered: of an adapter layer only the base layer, of a tuner only the model; wrappers are leaves.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        if isinstance(module, AdapterLayer):
+            stack.append((_join(path, "base_layer"), module.base_layer))
+        elif isinstance(module, TunerModel):
+            stack.append((_join(path, "model"), module.model))
+        elif not isinstance(module, AuxiliaryTrainingWrapper):
+            stack += [(_join(path, n), m) for n, m in reversed(module._modules.items()) if m is not None]
+
+
+# ---- what one container, layer, tuner or wrapper holds
+
+
+@functools.cache
+def _kept_out(cls: type[AdapterLayer]) -> tuple[frozenset[str], frozenset[str]]:
+    """(children of a layer that are no slots of its own, bare slots)."""
+    shared = {s.name for s in cls.slots.values() if s.role == "shared"}
+    # metadata that happens to be a frozen parameter (AdaLoRA's ranknum); buffers follow their own persistence
+    shared |= {s.name for s in cls.slots.values() if s.role == "aux" and not s.saved and issubclass(s.container, nn.ParameterDict)}
+    return frozenset(shared | {"base_layer"}), frozenset(s.name for s in cls.slots.values() if s.bare)
+
+
+def _persistent(module: nn.Module) -> Iterator[str]:
+    """Names of the module's own tensors that belong into a state dict."""
+    for attr, tensor in module._parameters.items():
+        if tensor is not None:
+            yield attr
+    if module._buffers:
+        for attr, tensor in module._buffers.items():
+            if tensor is not None and attr not in module._non_persistent_buffers_set:
+                yield attr
+
+
+def _tensors_below(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, str]]:
+    """(name, owner, attribute) of all persistent tensors of a module."""
+    for attr in _persistent(module):
+        yield path + attr, module, attr
+    for child_name, child in module._modules.items():
+        if child is not None:
+            inner = path if child_name in ("_fsdp_wrapped_module", "_orig_mod") else f"{path}{child_name}."
+            yield from _tensors_below(child, inner)
+
+
+def _container_entries(
+    path: str, container: nn.Module, name: str, bare: bool, layer: AdapterLayer | None, role: str
+) -> Iterator[Entry]:
+    """Entries of adapter `name` in a container keyed by adapter name, which is found at `path`."""
+    if name in container._parameters or name in container._buffers:
+        if name not in container._non_persistent_buffers_set:
+            yield Entry(path, f"{path}.{name}", container, name, layer, role)
+        return
+    held = container._modules.get(name)
+    if held is None:
+        return
+    for rest, owner, attr in _tensors_below(held):
+        yield Entry(_file_key(path, name, rest, bare), f"{path}.{name}.{rest}", owner, attr, layer, role)
+
+
+def _file_key(path: str, name: str, rest: str, bare: bool) -> str:
+    """The adapter name is left out where it is the last or the last but one part; deeper down the published files keep it."""
+    if bare and rest == "weight":
+        return path
+    return f"{path}.{name}.{rest}" if "." in rest else f"{path}.{rest}"
+
+
+def _is_container(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.ModuleDict, nn.ParameterDict, BufferDict))
+
+
+def layer_entries(path: str, layer: AdapterLayer, name: str, with_shared: bool = False) -> Iterator[Entry]:
+    """Saved tensors of adapter `name` on one layer."""
+    kept_out, bare = _kept_out(type(layer))
+    dot = path + "." if path else ""
+    for slot, container in layer._modules.items():
+        if container is None or slot == "base_layer" or (slot in kept_out and not with_shared):
+            continue
+        if _is_container(container):
+            yield from _container_entries(dot + slot, container, name, slot in bare, layer, "slot")
+
+
+def tuner_entries(path: str, tuner: TunerModel, name: str) -> Iterator[Entry]:
+    """Saved tensors of adapter `name` that the tuner holds for all layers."""
+    for slot, container in tuner._modules.items():
+        if slot != "model" and container is not None and _is_container(container):
+            yield from _container_entries(_join(path, slot), container, name, False, None, "shared")
+
+
+def wrapper_entries(path: str, wrapper: AuxiliaryTrainingWrapper, name: str) -> Iterator[Entry]:
+    """Tensors of adapter `name` in a module trained in full, or of its trained tokens; nothing if the wrapper lacks the adapter."""
+    dot = path + "." if path else ""
+    if name not in wrapper.adapter_names:
+        return
+    for in_file, in_module in wrapper.adapter_state_dict_load_map(name).items():
+        found = resolve(wrapper, in_module)
+        if found is not None:
+            yield Entry(dot + in_file, clean(dot + in_module), found[0], found[1], None, "wrapper")
+
+
+def resolve(root: nn.Module, key: str) -> tuple[nn.Module, str] | None:
+    """(owner, attribute) of the tensor called `key` below `root`, or None. Wrapper infixes may be left out of `key`."""
+    *path, attr = key.split(".")
+    module = root
+    for part in path:
+        child = module._modules.get(part)
+        while child is None:
+            inner = module._modules.get("_fsdp_wrapped_module") or module._modules.get("_orig_mod")
+            if inner is None:
+                return None
+            module, child = inner, inner._modules.get(part)
+        module = child
+    while attr not in module._parameters and attr not in module._buffers:
+        inner = module._modules.get("_fsdp_wrapped_module") or module._modules.get("_orig_mod")
+        if inner is None:
+            return None
+        module = inner
+    tensor = module._parameters.get(attr)
+    if tensor is None and module._buffers.get(attr) is None:
+        return None
+    return module, attr
+
+
+# ---- the whole adapter
+
+
+def adapter_entries(model: nn.Module, name: str, config: Any = None) -> list[Entry]:
+    """Everything that belongs to adapter `name` and is saved, in the order of the published files: slots, biases, wrappers."""
+    slots: list[Entry] = []
+    wrapped: list[Entry] = []
+    biases: list[Entry] = []
+    bias = getattr(config, "bias", "none")
+    bias = bias if isinstance(bias, str) else "none"
+    bases: set[int] = set()
+    has_tuner = False
+    for path, module in walk(model):
+        if isinstance(module, AdapterLayer):
+            if name in module:
+                slots += layer_entries(path, module, name, with_shared=not has_tuner)
+                if bias != "none":
+                    bases.add(id(module.get_base_layer()))
+        elif isinstance(module, TunerModel):
+            has_tuner = True
+            slots += tuner_entries(path, module, name)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            wrapped += wrapper_entries(path, module, name)
+        elif bias != "none" and (bias == "all" or id(module) in bases) and module._parameters.get("bias") is not None:
+            key = _join(path, "bias")
+            biases.append(Entry(key, key, module, "bias", None, "bias"))
+    return slots + biases + wrapped
+
+
+def find_tuner(model: nn.Module) -> TunerModel | None:
+    """The tuner around or inside `model` (a PeftModel, a tuner, or what FSDP or torch.compile made of one)."""
+    for _ in range(8):
+        if isinstance(model, TunerModel):
+            return model
+        inner = next(
+            (model._modules[n] for n in ("base_model", "_fsdp_wrapped_module", "_orig_mod") if n in model._modules),
+            None,
+        )
+        if inner is None:
+            return None
+        model = inner
+    return None
+
+
+def state_keys(model: nn.Module) -> Iterator[str]:
+    """Names of all tensors of a model's state dict, without building it."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        path = clean(path + ".") if path else ""
+        for attr in _persistent(module):
+            yield path + attr

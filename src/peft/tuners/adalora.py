@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (arXiv 2303.10512).
+
+ΔW = c · B diag(E) A,  c = alpha / rank. While training, triplets (A_k, E_k, B_k) of little importance are switched off (E_k = 0) until the
+average rank is `target_r`; an orthogonality loss keeps A and B near orthonormal.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import option
+from ..core import kinds
+from ..core.layer import AdapterLayer, dropout, dropout_p
+from ..core.slots import Aux, Trainable
+from ..core.tuner import TunerModel
+from ..ops import low_rank
+from ..ops.low_rank import Factors
+from ..registry import register_method
+from .lora.config import LoraConfig
+
+
+@dataclass
+class AdaLoraConfig(LoraConfig):
+    """Options of AdaLoRA. Call `model.base_model.update_and_allocate(step)` after each backward pass."""
+
+    rank_pattern: dict | None = option(None, "Surviving triplets by layer, written by training.")
+    target_r: int = option(8, "Average rank at the end.")
+    init_r: int = option(12, "Rank of every layer at the start.")
+    tinit: int = option(0, "Steps before pruning starts.")
+    tfinal: int = option(0, "Steps after pruning has ended.")
+    deltaT: int = option(1, "Steps between two allocations.")
+    beta1: float = option(0.85, "Decay of the averaged importance.")
+    beta2: float = option(0.85, "Decay of the averaged uncertainty.")
+    orth_reg_weight: float = option(0.5, "Weight of the orthogonality loss.")
+    total_step: int | None = option(None, "Number of training steps; required.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_dora:
+            raise ValueError("ADALORA does not support DoRA.")
+        if self.loftq_config:
+            raise ValueError("ADALORA does not support LOFTQ.")
+        if self.total_step is None or self.total_step <= 0:
+            raise ValueError("AdaLoRA does not work when `total_step` is None or not positive, supply a value > 0.")
+        if self.orth_reg_weight < 0:
+            raise ValueError(f"`orth_reg_weight` must not be negative, got {self.orth_reg_weight}.")
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ValueError(
+                f"The schedule leaves no step for pruning: tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}. "
+                "Use tinit < total_step - tfinal."
+            )
+        if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
+            raise ValueError(f"`beta1` and `beta2` must be in (0, 1), got {self.beta1} and {self.beta2}.")
+        if self.r != 8:
+            warnings.warn("Note that `r` is not used in AdaLora and will be ignored. If you intended to set the initial rank, use `init_r` instead.", stacklevel=3)
+
+
+class AdaLoraLayer(AdapterLayer):
+    """A low-rank delta in the form of a singular value decomposition."""
+
+    lora_A: Trainable[nn.ParameterDict]  # [r, in]; convolutions [r, in·kernel]
+    lora_E: Trainable[nn.ParameterDict]  # [r, 1]
+    lora_B: Trainable[nn.ParameterDict]  # [out, r]
+    ranknum: Aux[nn.ParameterDict]  # [1], the initial rank
+    r: Aux[dict]
+    lora_alpha: Aux[dict]
+    scaling: Aux[dict]
+    lora_dropout: Aux[nn.ModuleDict]
+    kinds = (kinds.Linear, kinds.Conv1D, kinds.Conv2d, kinds.Conv1d, kinds.Conv3d)
+    standalone_delta = False
+
+    def create(self, name: str, cfg: Any) -> None:
+        r = getattr(cfg, "kept_r", cfg.init_r)
+        if r < 0:
+            raise ValueError(f"`init_r` should not be negative, the value passed is {r}")
+        self.r[name], self.lora_alpha[name], self.lora_dropout[name] = r, cfg.lora_alpha, dropout(cfg.lora_dropout)
+        self.scaling[name] = cfg.lora_alpha if cfg.lora_alpha > 0 else float(r)
+        width = torch.Size(self.kind.shape(self.get_base_layer())[1:]).numel()
+        A, E, B = torch.randn(r, width), torch.randn(r, 1), torch.randn(self.out_features, r)
+        torch.randn(1)  # drawn and discarded: the published library consumes it
+        if cfg.init_lora_weights:
+            nn.init.zeros_(E)
+            nn.init.normal_(A, mean=0.0, std=0.02)
+            nn.init.normal_(B, mean=0.0, std=0.02)
+        self.lora_A[name], self.lora_E[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(E), nn.Parameter(B)
+        self.ranknum[name] = nn.Parameter(torch.full((1,), float(cfg.init_r), device="cpu"), requires_grad=False)
+
+    def factors(self, name: str) -> Factors:
+        """diag(E) and the scale act on the r-wide intermediate."""
+        scale = self.lora_E[name][:, 0] * (self.scaling[name] / (self.ranknum[name] + 1e-5))
+        return Factors(self.lora_A[name], self.lora_B[name], scale, dropout_p(self.lora_dropout[name]))
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        A, B, scale, _ = self.factors(name)
+        return ((B * scale) @ A).view(self.kind.shape(self.get_base_layer()))
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if self.factored:
+            return low_rank.delta(x, self.factors(name), self.training)
+        return self.kind.call(self.get_base_layer(), self.lora_dropout[name](x), self.delta_weight(name))
+
+    def _choose_path(self) -> str:
+        return "factored" if self.factored else "activation"
+
+    def orthogonality(self, name: str) -> Iterator[torch.Tensor]:
+        """‖A Aᵀ - I‖ and ‖Bᵀ B - I‖."""
+        for M in (self.lora_A[name] @ self.lora_A[name].T, self.lora_B[name].T @ self.lora_B[name]):
+            yield (M - torch.eye(M.shape[0], dtype=M.dtype, device=M.device)).norm()
+
+
+class RankAllocator:
+    """Scores the triplets of one adapter and switches off what exceeds the budget of the schedule."""
+
+    def __init__(self, layers: dict[str, AdaLoraLayer], name: str, cfg: Any):
+        self.layers, self.name, self.cfg = layers, name, cfg
+        self.init_budget = sum(layer.lora_A[name].shape[0] for layer in layers.values())
+        self.target_budget = cfg.target_r * len(layers)
+        self.averages: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def budget(self, step: int) -> tuple[int, bool]:
+        """(triplets that may live, whether to mask now): a cubic decay between tinit and total_step - tfinal."""
+        cfg = self.cfg
+        last = cfg.total_step - cfg.tfinal
+        if step <= cfg.tinit:
+            return self.init_budget, False
+        if step > last:
+            return self.target_budget, True
+        rest = 1 - (step - cfg.tinit) / (last - cfg.tinit)
+        return int((self.init_budget - self.target_budget) * rest**3 + self.target_budget), step % cfg.deltaT == 0
+
+    def observe(self) -> None:
+        """Update the averages of |p·grad| and of its deviation; parameters without gradient are skipped."""
+        b1, b2 = self.cfg.beta1, self.cfg.beta2
+        for key, layer in self.layers.items():
+            for slot in ("lora_A", "lora_E", "lora_B"):
+                p = getattr(layer, slot)[self.name]
+                if p.grad is None:
+                    continue
+                now = (p * p.grad).abs().detach()
+                mean, spread = self.averages.get(f"{key}.{slot}", (torch.zeros_like(now), torch.zeros_like(now)))
+                mean = b1 * mean + (1 - b1) * now
+                spread = b2 * spread + (1 - b2) * (now - mean).abs()
+                self.averages[f"{key}.{slot}"] = (mean, spread)
+
+    def _scores(self, key: str) -> torch.Tensor | None:
+        """[r] importance of the triplets of one layer."""
+        parts = [self.averages.get(f"{key}.{slot}") for slot in ("lora_E", "lora_A", "lora_B")]
+        if any(p is None for p in parts):
+            return None
+        e, a, b = (mean * spread for mean, spread in parts)  # type: ignore[misc]
+        return e[:, 0] + a.mean(1) + b.mean(0)
+
+    @torch.no_grad()
+    def mask(self, budget: int) -> dict[str, list[bool]]:
+        """Set E_k = 0 for the least important triplets; returns which survive."""
+        scores = {key: s for key in self.layers if (s := self._scores(key)) is not None}
+        surplus = self.init_budget - budget
+        pattern = {}
+        threshold = torch.cat(list(scores.values())).kthvalue(surplus)[0] if scores and surplus > 0 else None
+        for key, s in scores.items():
+            dead = torch.zeros_like(s, dtype=torch.bool) if threshold is None else s <= threshold
+            self.layers[key].lora_E[self.name].masked_fill_(dead[:, None], 0.0)
+            pattern[f"{key}.lora_E.{self.name}"] = (~dead).tolist()
+        return pattern
+
+    @torch.no_grad()
+    def apply(self, pattern: dict[str, list[bool]]) -> None:
+        for key, layer in self.layers.items():
+            alive = pattern.get(f"{key}.lora_E.{self.name}", pattern.get(f"{key}.lora_E"))
+            if alive is not None:
+                E = layer.lora_E[self.name]
+                E.masked_fill_(~torch.tensor(alive, device=E.device)[:, None], 0.0)
+
+
+@register_method("adalora", config=AdaLoraConfig, prefix="lora_", mixed=True)
+class AdaLoraModel(TunerModel):
+    layer_cls = AdaLoraLayer
+    example = {"init_r": 4, "target_r": 2, "total_step": 10}
+
+    def check_config(self, name: str, cfg: Any) -> None:
+        super().check_config(name, cfg)
+        training = [n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
+        if len(training) > 1:
+            raise ValueError(
+                "AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode to True for all adapters "
+                f"except the one you want to train (now trainable: {training})."
+            )
+
+    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
+        """A stored pattern says how many triplets of the layer survived."""
+        for name, alive in (cfg.rank_pattern or {}).items():
+            if name == f"{key}.lora_E" or name.startswith(f"{key}.lora_E."):
+                return cfg.with_values(kept_r=sum(alive))
+        return cfg
+
+    def _check_patterns(self, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+        """Here rank_pattern holds masks, not ranks."""
+
+    @property
+    def trainable_adapter_name(self) -> str | None:
+        return next((n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode), None)
+
+    def _ada_layers(self, name: str) -> dict[str, AdaLoraLayer]:
+        return {k: m for k, m in self.named_layers().items() if isinstance(m, AdaLoraLayer) and name in m}
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        name = self.trainable_adapter_name
+        if name is None:
+            raise AttributeError("This model has no trainable AdaLoRA adapter, so there is no rank allocator.")
+        made = self.__dict__.get("_allocator")
+        if made is None or made.name != name:
+            made = self.__dict__["_allocator"] = RankAllocator(self._ada_layers(name), name, self.peft_config[name])
+        return made
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Rank schedule; call it after backward, before the gradients are cleared."""
+        allocator = self.rankallocator
+        cfg = allocator.cfg
+        last = cfg.total_step - cfg.tfinal
+        if global_step > last:
+            allocator.apply(cfg.rank_pattern or {})
+            return
+        if global_step < last:
+            allocator.observe()
+        budget, due = allocator.budget(global_step)
+        if due or global_step == last:
+            cfg.rank_pattern = allocator.mask(budget)
+        if global_step == last:
+            allocator.averages.clear()
+
+    def after_forward(self, out: Any) -> Any:
+        """Add the orthogonality loss to the model's own."""
+        name, loss = self.trainable_adapter_name, getattr(out, "loss", None)
+        if name is None or not isinstance(loss, torch.Tensor) or self.switch.disabled:
+            return out
+        weight = self.peft_config[name].orth_reg_weight
+        terms = [t for layer in self.layers() if isinstance(layer, AdaLoraLayer) and name in layer for t in layer.orthogonality(name)]
+        if weight > 0 and terms:
+            out.loss = loss + weight * torch.stack([t.to(loss.device) for t in terms]).mean()
+        return out
+
+    def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Leave the triplets out that did not survive; the pattern is stored without the adapter's name."""
+        cfg = self.peft_config[name]
+        if not cfg.rank_pattern:
+            return state
+        cfg.rank_pattern = {k.removesuffix(f".{name}"): v for k, v in cfg.rank_pattern.items()}
+        out = dict(state)
+        for key, alive in cfg.rank_pattern.items():
+            stem = key.removesuffix("lora_E")
+            for full in [k for k in state if k.endswith((stem + "lora_A", stem + "lora_E", stem + "lora_B"))]:
+                dim = 1 if full.endswith("lora_B") else 0
+                if state[full].shape[dim] == len(alive):
+                    index = torch.tensor(alive, device=state[full].device).nonzero()[:, 0]
+                    out[full] = state[full].index_select(dim, index)
+        return out
+
+    def on_delete(self, name: str) -> None:
+        self.__dict__.pop("_allocator", None)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning (2025, OpenReview 8ZdWmpYxT0).
+
+[ΔW | Δb][rows of cluster i] = B_i A_i V: the output rows are clustered by their left singular vectors, each cluster has a small trained
+map into the shared right singular space V of [W | b].
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import PeftConfig, layer_names, layer_range, option, saves, targets
+from ..core import kinds
+from ..core.layer import AdapterLayer
+from ..core.slots import Aux, PersistentBufferDict, Saved, Trainable
+from ..core.tuner import TunerModel
+from ..registry import register_method
+
+
+@dataclass
+class AdamssConfig(PeftConfig):
+    """Options of AdaMSS."""
+
+    r: int = option(100, "Rank of the decomposition.")
+    num_subspaces: int = option(5, "Number of clusters a layer.")
+    subspace_rank: int = option(1, "Rank of each cluster.")
+    target_modules: list[str] | set[str] | str | None = targets()
+    init_weights: Literal["orthogonal"] | None = option("orthogonal", "'orthogonal' starts at zero; None draws B.")
+    modules_to_save: list[str] | None = saves()
+    layers_to_transform: list[int] | int | None = layer_range()
+    layers_pattern: list[str] | str | None = layer_names()
+    use_asa: bool = option(False, "Adaptive subspace allocation: freeze unimportant clusters while training.")
+    asa_target_subspaces: int = option(50, "Clusters that stay trainable, over all layers.")
+    init_warmup: int = option(50, "Step at which allocation starts.")
+    final_warmup: int = option(1000, "Step at which it ends.")
+    mask_interval: int = option(100, "Steps between allocations.")
+    asa_importance_beta: float = option(0.85, "Decay of the averaged importance.")
+    asa_uncertainty_beta: float = option(0.85, "Decay of the averaged uncertainty.")
+    asa_schedule_exponent: float = option(3.0, "Exponent of the schedule.")
+    use_dynamic_rank: bool = option(False, "Choose the rank of each cluster by its singular values.")
+    svd_threshold: float = option(0.1, "Singular values below this share of the largest are dropped.")
+    random_seed: int = option(0, "Seed of the randomised decomposition.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights is False:
+            self.init_weights = None
+        if self.init_weights not in ("orthogonal", None):
+            raise ValueError(f"`init_weights` must be 'orthogonal' or None, got {self.init_weights!r}.")
+        if not self.use_asa:
+            return
+        for field in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"`{field}` must be positive, got {getattr(self, field)}.")
+        if self.init_warmup >= self.final_warmup:
+            raise ValueError(f"`init_warmup` ({self.init_warmup}) must be smaller than `final_warmup` ({self.final_warmup}).")
+
+    def _check_layer_range(self) -> None:
+        """Never checked by the published library."""
+
+
+def cluster(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Labels [n] of a seeded k-means on the rows; part of the file format."""
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as exc:
+        raise ImportError("AdaMSS clusters weights with scikit-learn: pip install scikit-learn.") from exc
+    means = KMeans(n_clusters=count, init="random", n_init=1, max_iter=10, random_state=123456789)
+    return torch.from_numpy(means.fit_predict(rows.float().cpu().numpy())).long()
+
+
+class AdamssLayer(AdapterLayer):
+    """One small map for each cluster of output rows."""
+
+    adamss_A: Trainable[nn.ModuleDict]  # clusters of [rank_i, R]
+    adamss_B: Trainable[nn.ModuleDict]  # clusters of [rows_i, rank_i]
+    adamss_newB: Saved[PersistentBufferDict]  # V [R, in] ([R, in + 1] with a bias)
+    num_subspaces: Aux[dict]
+    labels: Aux[dict]  # [out] cluster of each row
+    kinds = (kinds.Linear, kinds.Conv1D)
+    standalone_delta = False
+
+    def create(self, name: str, cfg: Any) -> None:
+        with torch.no_grad():
+            augmented, bias = self.base_weight().float(), self.base_bias()
+            if bias is not None:
+                augmented = torch.cat([augmented, bias.float()[:, None]], dim=1)
+            if augmented.device.type == "meta":
+                raise RuntimeError("AdaMSS clusters the base weights, so the base model must be loaded before the adapter is made.")
+            R, K = min(cfg.r, *augmented.shape), min(cfg.num_subspaces, self.out_features)
+            with torch.random.fork_rng(devices=[augmented.device] if augmented.is_cuda else []):
+                torch.manual_seed(cfg.random_seed)
+                U, _, V = torch.svd_lowrank(augmented, q=R, niter=2)
+            labels = cluster(U, K)
+            self.adamss_newB[name] = V.T.contiguous()
+            A = [self._directions(U[labels == i], cfg) for i in range(K)]
+        self.num_subspaces[name], self.labels[name] = K, labels
+        counts = [int((labels == i).sum()) for i in range(K)]
+        zero = cfg.init_weights is not None
+        B = [torch.zeros(n, a.shape[0]) if zero else 0.01 * torch.randn(n, a.shape[0]) for n, a in zip(counts, A, strict=True)]
+        if torch.empty(0).device.type == "meta":
+            A = [torch.empty(a.shape) for a in A]
+        self.adamss_A[name] = nn.ParameterList([nn.Parameter(a) for a in A])
+        self.adamss_B[name] = nn.ParameterList([nn.Parameter(b) for b in B])
+
+    @staticmethod
+    def _directions(U: torch.Tensor, cfg: Any) -> torch.Tensor:
+        """[rank, R] orthonormal rows that span (nearly) the top right singular space of the cluster's rows U [m, R]."""
+        rank = max(1, min(U.shape[0], cfg.subspace_rank))
+        gram = U @ U.T
+        left, S, _ = torch.svd_lowrank(gram)
+        if cfg.use_dynamic_rank:
+            rank = max(1, min(int((S > cfg.svd_threshold * S[0]).sum()), cfg.subspace_rank))
+        return torch.linalg.qr(U.T @ left[:, :rank])[0].T.contiguous()
+
+    def _maps(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(P [Σ rank, in(+1)], B [out, Σ rank]) with [ΔW | Δb] = B P; row o of B is non-zero for its own cluster."""
+        A, B = list(self.adamss_A[name]), list(self.adamss_B[name])
+        P = torch.cat(A) @ self.adamss_newB[name].to(A[0])
+        order = torch.argsort(self.labels[name], stable=True).to(P.device)
+        stacked = torch.block_diag(*B)  # clusters one after another
+        return P, stacked.new_zeros(stacked.shape).index_copy(0, order, stacked)
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        P, B = self._maps(name)
+        offset = P[:, self.in_features] if P.shape[1] > self.in_features else None
+        return F.linear(F.linear(x, P[:, : self.in_features], offset), B)
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        P, B = self._maps(name)
+        return B @ P[:, : self.in_features]
+
+    def delta_bias(self, name: str) -> torch.Tensor | None:
+        P, B = self._maps(name)
+        return B @ P[:, self.in_features] if P.shape[1] > self.in_features else None
+
+
+@dataclass
+class _Importance:
+    """Averages of |p · grad| and of its change for one parameter."""
+
+    mean: torch.Tensor
+    spread: torch.Tensor
+
+    def update(self, p: torch.Tensor, beta: float, gamma: float) -> None:
+        assert p.grad is not None
+        now = (p * p.grad).abs().detach()
+        change = (now - self.mean).abs()
+        self.mean = beta * self.mean + (1 - beta) * now
+        self.spread = gamma * self.spread + (1 - gamma) * change
+
+    def score(self) -> torch.Tensor:
+        return (self.mean * self.spread).mean()
+
+
+@register_method("adamss", config=AdamssConfig)
+class AdamssModel(TunerModel):
+    layer_cls = AdamssLayer
+    unsupported_error = TypeError
+    example = {"r": 8, "num_subspaces": 3}
+
+    def _subspaces(self, name: str) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        for layer in self.layers():
+            if isinstance(layer, AdamssLayer) and name in layer:
+                yield from zip(layer.adamss_A[name], layer.adamss_B[name], strict=True)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Adaptive subspace allocation; call it after each optimizer step, before the gradients are cleared."""
+        for name in self.active_adapters:
+            cfg = self.peft_config[name]
+            if cfg.use_asa and cfg.init_warmup <= global_step <= cfg.final_warmup:
+                self._observe(name, cfg)
+                if global_step % cfg.mask_interval == 0:
+                    self._prune(name, cfg, global_step)
+
+    def _observe(self, name: str, cfg: Any) -> None:
+        kept = self.__dict__.setdefault("_importance", {}).setdefault(name, {})
+        for pair in self._subspaces(name):
+            for p in pair:
+                if p.grad is None:
+                    continue
+                if id(p) not in kept:
+                    kept[id(p)] = _Importance(torch.zeros_like(p), torch.zeros_like(p))
+                kept[id(p)].update(p, cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
+
+    def _prune(self, name: str, cfg: Any, step: int) -> None:
+        """Freeze the clusters below the threshold; their values stay in the output."""
+        kept = self.__dict__.get("_importance", {}).get(name, {})
+        pairs = list(self._subspaces(name))
+        part = 1 - (step - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
+        target = int(cfg.asa_target_subspaces + (len(pairs) - cfg.asa_target_subspaces) * part**cfg.asa_schedule_exponent)
+        scored = [(float(kept[id(a)].score() + kept[id(b)].score()), (a, b)) for a, b in pairs if id(a) in kept and id(b) in kept]
+        if target < len(scored):
+            threshold = sorted((s for s, _ in scored), reverse=True)[target - 1] if target > 0 else float("inf")
+        else:
+            threshold = float("-inf")
+        active = {id(p) for s, pair in scored if s > threshold for p in pair}
+        for pair in pairs:
+            for p in pair:
+                p.requires_grad_(id(p) in active)
+                p.grad = p.grad if id(p) in active else None
+        kept.clear()
