@@ -39,6 +39,7 @@ class TunerModel(nn.Module):
     condense_targets: ClassVar[bool] = True
     unsupported_error: ClassVar[type[Exception]] = ValueError
     identity_at_init: ClassVar[bool] = True  # a new adapter with default options changes no output
+    second_example: ClassVar[dict[str, Any]] = {}  # what a second adapter needs besides
     inexact_gradients: ClassVar[tuple[str, ...]] = ()  # module constants that keep a published gradient that is no derivative
     example: ClassVar[dict[str, Any]] = {}  # options fit for layers of width 16 to 24; the contract tests use them
 

@@ -180,6 +180,7 @@ class RankAllocator:
 @register_method("adalora", config=AdaLoraConfig, prefix="lora_", mixed=True)
 class AdaLoraModel(TunerModel):
     layer_cls = AdaLoraLayer
+    second_example = {"inference_mode": True}  # only one adapter may be trained
     example = {"init_r": 4, "target_r": 2, "total_step": 10}
 
     def check_config(self, name: str, cfg: Any) -> None:

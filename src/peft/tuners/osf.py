@@ -20,6 +20,9 @@ from ..core.targets import default_targets
 from ..core.tuner import TunerModel
 from ..registry import register_method
 
+# The method itself: the gradients of U and V are projected, so they are not the derivatives.
+PROJECT_GRADIENTS = True
+
 
 @dataclass
 class OSFConfig(PeftConfig):
@@ -95,7 +98,7 @@ class OSFLayer(AdapterLayer):
         params: Any = self.osf_svd_params[name]
         U, S, V = params["U_low"], params["S_low"], params["V_low"]
         U0, S0, V0 = self._osf_U_low_init[name], self._osf_S_low_init[name], self._osf_V_low_init[name]
-        if torch.is_grad_enabled() and U.requires_grad:
+        if PROJECT_GRADIENTS and torch.is_grad_enabled() and U.requires_grad:
             high = name in self._osf_U_high
             U = ProjectGradient.apply(U, self._osf_U_high[name] if high else U0, not high, True)
             high = name in self._osf_V_high
@@ -107,6 +110,7 @@ class OSFLayer(AdapterLayer):
 @register_method("osf", config=OSFConfig)
 class OSFModel(TunerModel):
     layer_cls = OSFLayer
+    inexact_gradients = ("PROJECT_GRADIENTS",)
 
     def default_targets(self, cfg: Any, model: nn.Module) -> Any:
         """The method's own table; every linear layer of unknown architectures."""
