@@ -115,26 +115,6 @@ def str_to_bool(value: str) -> int:
     raise ValueError(f"invalid truth value {value}")
 
 
-def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
-    """Whether a file is in a repository of the Hub; None when that cannot be told (offline, no such repository)."""
-    if str_to_bool(os.environ.get("HF_HUB_OFFLINE", "0")):
-        return None
-    from huggingface_hub import file_exists
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    try:
-        return file_exists(repo_id, filename, **kwargs)
-    except (HFValidationError, EntryNotFoundError):
-        return None  # a local path, or no such thing
-    except Exception as error:  # noqa: BLE001 - network failures of any kind must not stop saving
-        warnings.warn(
-            f"Unable to fetch remote file due to the following error {error} - silently ignoring the lookup"
-            f" for the file {filename} in {repo_id}.",
-            stacklevel=2,
-        )
-        return None
-
-
 # ---- inputs
 
 
@@ -374,6 +354,7 @@ _HOMES = owners(
             "set_additional_trainable_modules"
         ),
         "peft.core.prompt:prepare_prompt_config": "_prepare_prompt_learning_config",
+        "peft.io.files": "check_file_exists_on_hf_hub",
         "peft.core.tied": "_get_module_names_tied_with_embedding",
     }
 )

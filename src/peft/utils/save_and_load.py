@@ -10,14 +10,14 @@ _HOMES = owners(
             "_insert_adapter_name_into_state_dict _maybe_shard_state_dict_for_tp get_embedding_layer_name "
             "has_valid_embedding_base_layer"
         ),
-        "peft.io.files": "load_peft_weights torch_load",
+        "peft.io.files": "check_file_exists_on_hf_hub load_peft_weights torch_load",
         "peft.core.wrappers": "AuxiliaryTrainingWrapper",
         "peft.mapping": "PEFT_TYPE_TO_TUNER_MAPPING",
         "peft.utils.constants": (
             "EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME"
         ),
         "peft.utils.integrations": "TpInfo dtensor_from_local_like",
-        "peft.utils.other": "check_file_exists_on_hf_hub infer_device match_target_against_key",
+        "peft.utils.other": "infer_device match_target_against_key",
         "peft.utils.peft_types": "PeftType",
         "peft.utils.warning": "PeftWarning",
     }

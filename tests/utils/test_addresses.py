@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Old addresses, lazy names, the cost of importing, and the functions of tuners_utils that are no re-exports."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import peft
+from peft import LoraConfig, get_peft_model
+from peft.tuners import tuners_utils
+from peft.utils._lazy import lazy_attributes, owners
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_is_cheap():
+    out = run(
+        "import sys, torch; n = len(sys.modules)\n"
+        "from peft import get_peft_model, LoraConfig, TaskType\n"
+        "heavy = {'transformers', 'accelerate', 'huggingface_hub'} & set(sys.modules)\n"
+        "print(len(sys.modules) - n, *heavy)"
+    )
+    count, *heavy = out.split()
+    assert int(count) <= 150 and heavy == []
+
+
+def test_submodules_are_attributes_without_importing_them():
+    assert run("import peft; print(peft.utils.other.ModulesToSaveWrapper.__name__)") == "ModulesToSaveWrapper"
+    assert run("import peft; print(peft.tuners.tuners_utils.BaseTunerLayer.__module__)") == "peft.core.layer"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "home", "owned"),
+    [
+        ("peft.utils.other", "AuxiliaryTrainingWrapper", "peft.core.wrappers", None),
+        ("peft.utils.other", "get_pattern_key", "peft.core.match", None),
+        ("peft.utils.other", "_prepare_prompt_learning_config", "peft.core.prompt", "prepare_prompt_config"),
+        ("peft.utils.peft_types", "register_peft_method", "peft.registry", None),
+        ("peft.utils.save_and_load", "get_peft_model_state_dict", "peft.io.state_dict", None),
+        ("peft.tuners.tuners_utils", "BaseTuner", "peft.core.tuner", "TunerModel"),
+        ("peft.tuners.tuners_utils", "BaseTunerLayer", "peft.core.layer", "AdapterLayer"),
+        ("peft.functional", "delete_adapter", "peft.core.trainable", None),
+        ("peft.utils.merge_utils", "ties", "peft.core.combine", None),
+    ],
+)
+def test_old_address_is_the_same_object(module, name, home, owned):
+    there = getattr(importlib.import_module(module), name)
+    assert there is getattr(importlib.import_module(home), owned or name)
+
+
+def test_errors_and_warnings():
+    assert issubclass(peft.NoMatchingPeftModuleError, (peft.PeftError, ValueError))
+    assert issubclass(peft.PeftWarning, UserWarning)
+    assert len(peft.PeftType) == 45 and peft.PeftType.LORA == "LORA" and str(peft.PeftType.LORA) == "PeftType.LORA"
+
+
+def test_lazy_attributes():
+    homes = owners({"math": "sqrt pi", "math:floor": "round_down", "math:nothing": "lost", "no_such_module": ["gone"]})
+    get, names = lazy_attributes(__name__, homes)
+    assert get("pi") > 3 and get("round_down")(1.7) == 1
+    assert {"sqrt", "round_down", "gone"} <= set(names())
+    for missing in ("unknown", "lost", "gone"):
+        with pytest.raises(AttributeError, match="unknown|nothing|gone"):
+            get(missing)
+
+
+# ---- tuners_utils
+
+
+def test_in_and_out_features():
+    sizes = tuners_utils._get_in_out_features
+    assert sizes(nn.Linear(3, 4)) == (3, 4)
+    assert sizes(nn.Conv2d(6, 4, 2, groups=2)) == (6, 4)
+    assert sizes(nn.Embedding(5, 6)) == (5, 6)
+    assert sizes(nn.MultiheadAttention(4, 2)) == (4, 12)
+    with pytest.warns(UserWarning, match="Unsupported layer type"):
+        assert sizes(nn.LayerNorm(3)) == (None, None)
+
+
+def test_all_linear_and_matched_modules():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    config = LoraConfig(target_modules="all-linear")
+    assert tuners_utils._maybe_include_all_linear_layers(config, model) is config
+    assert config.target_modules == {"0", "2"}
+    adapted = get_peft_model(model, LoraConfig(target_modules=["0"]))
+    found = tuners_utils.inspect_matched_modules(adapted.base_model)
+    assert found["matched"] == ["0"] and {"", "1", "2", "0.base_layer"} <= set(found["unmatched"])
+    prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(adapted)
+    assert "base_model.model.0.lora_A" in prefixes and len(prefixes) == 6
+    assert tuners_utils._get_tuner_state_dict_key_prefixes(adapted, "default") >= {"base_model.model.0.lora_B.default"}
+    with pytest.raises(ValueError, match="merged"):
+        adapted.merge_adapter()
+        tuners_utils._check_adapters_not_merged(adapted, "default")
+
+
+def test_module_helpers():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 4))
+    assert tuners_utils.find_parameter_name_by_module(model, model[1]) == "1"
+    assert tuners_utils.find_parameter_name_by_module(model, nn.Linear(2, 2)) == ""
+    assert tuners_utils.get_device_map(model) == {"": torch.device("cpu")}
+    assert tuners_utils.clone_module(model[0]).weight is not model[0].weight
+    shared = tuners_utils.clone_module(model[0], share_weights=True)
+    assert shared is not model[0] and shared.weight is model[0].weight
+
+
+def test_keys():
+    remove = tuners_utils._remove_adapter_name_from_state_dict_key
+    assert remove("a.lora_A.default.weight", "default") == "a.lora_A.weight"
+    assert remove("a.vec.default", "default") == "a.vec" and remove("a.defaults", "default") == "a.defaults"
+    assert tuners_utils._filter_state_dict_by_key_prefixes({"a.b": 1, "ab": 2, "a": 3}, {"a"}) == {"a.b": 1, "a": 3}
+
+
+def test_mamba_modules():
+    model = nn.Linear(2, 2)
+    model.config = type("Config", (), {"model_type": "mamba"})()
+    with pytest.raises(ValueError, match="Mamba"):
+        tuners_utils._check_lora_target_modules_mamba(LoraConfig(), model, "out_proj")
+    tuners_utils._check_lora_target_modules_mamba(LoraConfig(), model, "q_proj")
