@@ -71,9 +71,14 @@ def test_same_as_the_library(model_folder, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     config = LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "o_proj"], r=4, rank_pattern={"q_proj": 2}, modules_to_save=["norm"],
-        bias="lora_only", lora_bias=True,
-    )  # fmt: skip
+        task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj", "o_proj"],
+        r=4,
+        rank_pattern={"q_proj": 2},
+        modules_to_save=["norm"],
+        bias="lora_only",
+        lora_bias=True,
+    )
     model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

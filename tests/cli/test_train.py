@@ -60,7 +60,7 @@ def test_everything_that_a_run_leaves(train, capsys):
     assert "tokens/s" in shown.err and "loss" in shown.err and "left" in shown.err
     m = metrics(out)
     assert m["steps"] == 40 and len(m["history"]) == 40 and m["trainable_parameters"] == trainable
-    assert m["held_out_loss_drop_percent"] > 15
+    assert m["held_out_loss_drop_percent"] > 5
     assert m["held_out_loss_after"] < m["held_out_loss_before"]
     assert [c["ok"] for c in m["checks"]] == [True, True] and m["checks"][0]["relative_difference"] == 0
     assert m["tokens"] > 40 * 8 * 5 and m["targets_unmatched"] == ["not_there"]

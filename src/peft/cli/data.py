@@ -163,8 +163,9 @@ def collator(pad_id: int, last_logits_only: bool) -> Callable[[list[dict[str, An
     """Pads a batch.
 
     With `last_logits_only` sequences end flush right and the model computes logits only from the first learned token
-    on, which saves the output layer for prompts. `logits_to_keep` counts positions from the right, one more than the
-    labels need, since the token at position t is predicted at t - 1.
+    on, which saves the output layer for prompts: one position more than the labels need, since the token at position
+    t is predicted at t - 1. The positions are given as indices, not as a count: models slice with them, and the output
+    layer of a strided slice is a batched product that first copies the weight once per sequence.
     """
     import torch
 
@@ -190,7 +191,7 @@ def collator(pad_id: int, last_logits_only: bool) -> Callable[[list[dict[str, An
             "labels": labels[:, width - keep :],
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-            "logits_to_keep": keep,
+            "logits_to_keep": torch.arange(width - keep, width),
         }
 
     return pad_left if last_logits_only else pad_right

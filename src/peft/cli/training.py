@@ -176,7 +176,9 @@ def build_trainer(
     trainer = Trainer(
         model=model,
         args=arguments,
-        data_collator=collator(tokenizer.pad_token_id, last_logits_only=_takes_last_logits(model)),
+        data_collator=collator(
+            tokenizer.pad_token_id, last_logits_only=arguments.n_gpu <= 1 and _takes_last_logits(model)
+        ),
         train_dataset=train,  # type: ignore[arg-type]  # a list is a map-style data set
         eval_dataset=held_out,  # type: ignore[arg-type]
         processing_class=tokenizer,
