@@ -5,6 +5,7 @@ A failing injection leaves the model as it was: checks come first, and what was 
 """
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -71,6 +72,19 @@ def walk(model: nn.Module) -> Iterator[Node]:
         stack += [(f"{key}.{name}", c, module, name) for name, c in reversed(module._modules.items()) if c is not None]
 
 
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Tens of thousands of new objects that all stay would only make the garbage collector walk them again and again."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class Injection:
     """One run of injecting adapter `name` of configuration `cfg` into the model of `tuner`."""
 
@@ -91,7 +105,7 @@ class Injection:
         self.tuner.shared(self.name, self.cfg, {t.key: t.node.module for t in targets})
         try:
             context = torch.device("meta") if self.low_cpu else contextlib.nullcontext()
-            with context:
+            with context, without_collector():
                 for target in targets:
                     self.apply(target)
             self.tuner.after_inject(self.name, self.cfg, self.layers)

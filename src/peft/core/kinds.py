@@ -15,23 +15,17 @@ from ..storage.base import resolve
 Shape = tuple[int, ...]
 
 
-def blank(cls: type[nn.Module], **attrs) -> nn.Module:
-    """A module with attributes set and no initialisation run: parameters are filled in by the caller."""
-    module = cls.__new__(cls)
-    nn.Module.__init__(module)
-    for name, value in attrs.items():
-        setattr(module, name, value)
-    return module
-
-
 def linear(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
     """nn.Linear; on the meta device without the (useless, slow) initialisation."""
     weight = torch.empty(n_out, n_in)
     if weight.device.type != "meta":
         return nn.Linear(n_in, n_out, bias=bias)
-    made = blank(nn.Linear, in_features=n_in, out_features=n_out, weight=nn.Parameter(weight))
-    made.bias = nn.Parameter(torch.empty(n_out)) if bias else None  # type: ignore[assignment]
-    return made  # type: ignore[return-value]
+    made = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(made)
+    made.__dict__.update(in_features=n_in, out_features=n_out)  # past nn.Module's slow __setattr__
+    made._parameters["weight"] = nn.Parameter(weight)
+    made._parameters["bias"] = nn.Parameter(torch.empty(n_out)) if bias else None
+    return made
 
 
 class LayerKind:

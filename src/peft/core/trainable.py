@@ -38,10 +38,8 @@ def mark_trainable(model: nn.Module, tuner: "TunerModel", name: str, cfg: Any, f
         first = all(n == name for layer in tuner.layers() for n in layer.adapter_names)
     if not first:
         return
-    keep = {id(p) for p in adapter_parameters(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in keep:
-            parameter.requires_grad_(False)
+    for parameter in base_parameters(model):
+        parameter.requires_grad_(False)
     train_biases(model, getattr(cfg, "bias", "none"), [m for m in tuner.layers() if isinstance(m, tuner.layer_cls)])
 
 
@@ -50,16 +48,18 @@ def _saved_parameters(model: nn.Module) -> set[int]:
     return {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
 
 
-def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters that belong to adapter layers (their base layers left out) or lie under auxiliary wrappers."""
-    for module in model.modules():
+def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of the base model: those of adapter layers themselves and of auxiliary wrappers are left out."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
         if isinstance(module, AuxiliaryTrainingWrapper):
-            yield from module.parameters()
-        elif isinstance(module, AdapterLayer):
-            yield from module._parameters.values()  # type: ignore[misc]
-            for leaf, child in module._modules.items():
-                if leaf != "base_layer" and child is not None:
-                    yield from child.parameters()
+            continue
+        if isinstance(module, AdapterLayer):
+            stack.append(module.base_layer)
+            continue
+        yield from (p for p in module._parameters.values() if p is not None)
+        stack.extend(m for m in module._modules.values() if m is not None)
 
 
 def train_biases(model: nn.Module, mode: str, layers: Iterable[AdapterLayer]) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of LoRA (arXiv 2106.09685), of its initialisations and of its variants."""
 
+import functools
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -268,13 +269,18 @@ class LoraConfig(PeftConfig):
     @classmethod
     def active_variants(cls, config: Any) -> tuple[str, ...]:
         """Names of the variant fields that are on in `config`, "init_lora_weights" for schemes that are variants."""
-        found = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
+        found = [name for name in _variant_fields(type(config)) if getattr(config, name)]
         init = config.init_lora_weights
         return (*found, "init_lora_weights") if isinstance(init, str) and init.lower() == "mica" else tuple(found)
 
     def _register_custom_module(self, mapping: dict[type, type]) -> None:
         """Experimental: LoRA classes for types of layers that the library does not know, {layer type: class}."""
         self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
+
+@functools.cache
+def _variant_fields(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls) if f.metadata.get("is_lora_variant"))
 
 
 def _sub_config(name: str, cls: type, value: Any) -> Any:
