@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..config import PeftConfig, option
@@ -17,6 +16,7 @@ from ..core import kinds, tied
 from ..core.layer import AdapterLayer
 from ..core.slots import Aux, BufferDict, Trainable
 from ..core.tuner import TunerModel
+from ..ops import rows as ops
 from ..registry import register_method
 
 _SLOT = "trainable_tokens_delta"
@@ -46,6 +46,8 @@ class TrainableTokensLayer(AdapterLayer):
         self._tied: dict[str, TrainableTokensLayer] = {}  # adapter -> layer that holds its rows
         # adapter -> (sorted distinct token ids, their rows in delta or None for 0..k-1)
         self._rows: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._tables: dict[str, torch.Tensor] = {}
+        self._padding: dict[str, int | None] = {}  # adapter -> row of the padding token, which has no gradient
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
     # ---- state
@@ -79,13 +81,18 @@ class TrainableTokensLayer(AdapterLayer):
         last = {token: row for row, token in enumerate(indices)}
         tokens = sorted(last)
         order = None if tokens == indices else torch.tensor([last[t] for t in tokens], dtype=torch.long, device="cpu")
-        self._rows[name] = (torch.tensor(tokens, dtype=torch.long, device="cpu"), order)
+        ids = torch.tensor(tokens, dtype=torch.long, device="cpu")
+        self._rows[name] = (ids, order)
+        if self.kind is kinds.Embedding:
+            base: Any = self.get_base_layer()
+            self._tables[name] = ops.slots(ids, size)
+            self._padding[name] = tokens.index(base.padding_idx) if base.padding_idx in last else None
         return rows
 
     def drop(self, name: str) -> None:
         super().drop(name)
-        self._tied.pop(name, None)
-        self._rows.pop(name, None)
+        for held in (self._tied, self._rows, self._tables, self._padding):
+            held.pop(name, None)
 
     def delta_rows(self, name: str) -> torch.Tensor:
         """The trained rows of an adapter, also when another layer holds them. [k, dim]"""
@@ -120,44 +127,34 @@ class TrainableTokensLayer(AdapterLayer):
         self.check_overlap(self._plan)
 
     # ---- maths
+    def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.base_layer
+        if self.kind is not kinds.Linear or not self._base_is_plain(base):
+            return super()._adapt_activations(names, x, *args, **kwargs)
+        patches = [self._patch(n, self.delta_rows(n).to(x.device)) for n in names]  # of different tokens
+        tokens, delta = patches[0] if len(patches) == 1 else map(torch.cat, zip(*patches, strict=True))
+        return ops.head(x, base.weight, base.bias, tokens, delta)  # type: ignore[arg-type]
+
     def map_output(self, name: str, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        delta = self.delta_rows(name)
-        delta = delta if delta.device == y.device else delta.to(y.device)
-        tokens, delta = self._patch(name, delta)
+        base: Any = self.get_base_layer()
+        tokens, delta = self._patch(name, self.delta_rows(name).to(y.device))
         if not len(tokens):
             return y
-        base = self.get_base_layer()
-        return (
-            self._patch_rows(base, tokens, delta, y, x)
-            if self.kind is kinds.Embedding
-            else self._patch_columns(base, tokens, delta, y, x)
-        )
-
-    def _patch_rows(
-        self, base: Any, tokens: torch.Tensor, delta: torch.Tensor, y: torch.Tensor, x: torch.Tensor
-    ) -> torch.Tensor:
-        """Exchange the looked-up rows of the trained tokens. x [...], y [..., dim]"""
+        if self.kind is kinds.Linear:
+            return ops.patch(y, x, kinds.Linear.bias(base), tokens, delta)
         if base.max_norm is not None:  # the lookup limits norms without a gradient
             delta = delta + (torch.renorm(delta.detach(), base.norm_type, 0, base.max_norm) - delta.detach())
-        row = torch.searchsorted(tokens, x).clamp(max=len(tokens) - 1)
-        hit = tokens[row] == x
-        found = F.embedding(row, delta.to(y.dtype))
-        if base.padding_idx is not None:  # has no gradient
-            found = torch.where((x == base.padding_idx).unsqueeze(-1), found.detach(), found)
         scale = kinds.Embedding.scale(base)
         if scale is not None:
-            found = found * (scale.to(found) if isinstance(scale, torch.Tensor) else scale)
-        return torch.where(hit.unsqueeze(-1), found, y)
+            delta = delta.to(y.dtype)
+            delta = delta * (scale.to(delta) if isinstance(scale, torch.Tensor) else scale)
+        return ops.embed(y, x, self._table(name, x.device), delta, fixed=self._padding.get(name))
 
-    def _patch_columns(
-        self, base: Any, tokens: torch.Tensor, delta: torch.Tensor, y: torch.Tensor, x: torch.Tensor
-    ) -> torch.Tensor:
-        """Exchange the logits of the trained tokens. x [..., dim], y [..., vocab]"""
-        bias = kinds.Linear.bias(base)
-        columns = F.linear(x, delta.to(x.dtype), None if bias is None else bias[tokens].to(x.dtype)).to(y.dtype)
-        if self._base_is_plain(self.base_layer):  # a fresh tensor that nothing else needs
-            return y.index_copy_(-1, tokens, columns)
-        return y.index_copy(-1, tokens, columns)
+    def _table(self, name: str, device: torch.device) -> torch.Tensor:
+        """Row of the sorted tokens for each id, -1 for ids that are not trained. [vocab]"""
+        if self._tables[name].device != device:
+            self._tables[name] = self._tables[name].to(device)
+        return self._tables[name]
 
     def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
         return self._with_rows(name, w, self.delta_rows(name))
@@ -201,6 +198,7 @@ class TrainableTokensModel(TunerModel):
 
     layer_cls = TrainableTokensLayer
     ties_weights = True
+    example = {"token_indices": [1, 3, 6]}
 
     def prepare(self, cfg: Any, model: nn.Module) -> None:
         self.user_targets = cfg.target_modules is not None
