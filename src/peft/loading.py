@@ -292,10 +292,7 @@ def save_pretrained(
             f"You passed an invalid `selected_adapters` argument, current supported adapter names are {known} - got "
             f"{selected_adapters}.{nearest(unknown[0], known)}"
         )
-    if is_main_process:
-        root.mkdir(parents=True, exist_ok=True)
-        if names:
-            model.create_or_update_model_card(str(root))
+    ready = []  # nothing is written before everything is known to be fine
     for name in names:
         state = get_peft_model_state_dict(
             model,
@@ -304,10 +301,20 @@ def save_pretrained(
             save_embedding_layers=save_embedding_layers,
         )
         config = saved_config(model, name)
-        folder = root if name == "default" else root / name
-        folder.mkdir(parents=True, exist_ok=True)
         if path_initial_model_for_weight_conversion is not None:
-            state, config = _converted(model, name, config, state, path_initial_model_for_weight_conversion, kwargs)
+            from .io.initial import convert_to_plain_lora, mark_initial_as_plain
+
+            initial = path_initial_model_for_weight_conversion
+            state, doubled = convert_to_plain_lora(state, config, initial)
+            if is_main_process:
+                mark_initial_as_plain(initial, config)
+            config = doubled
+        ready.append((root if name == "default" else root / name, state, config))
+    root.mkdir(parents=True, exist_ok=True)
+    if is_main_process and names:
+        model.create_or_update_model_card(str(root))
+    for folder, state, config in ready:
+        folder.mkdir(parents=True, exist_ok=True)
         if is_main_process:
             save_adapter(folder, state, config, safe_serialization=safe_serialization)
 
@@ -326,13 +333,3 @@ def saved_config(model: "PeftModel", name: str) -> PeftConfig:
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     return config
-
-
-def _converted(
-    model: "PeftModel", name: str, config: PeftConfig, state: dict, path: str, kwargs: dict[str, Any]
-) -> tuple[dict, PeftConfig]:
-    """A LoRA whose initialisation changed the base weights, as a plain LoRA of the unchanged base."""
-    convert = getattr(model.base_model, "convert_initial", None)
-    if convert is None:
-        raise ValueError("`path_initial_model_for_weight_conversion` only works with LoRA adapters.")
-    return convert(model, name, config, state, path, **kwargs)
