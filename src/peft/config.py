@@ -162,7 +162,9 @@ class PeftConfigMixin:
 
     @staticmethod
     def _find_config(name: str | os.PathLike, subfolder: str | None, hub_kwargs: dict[str, Any]) -> str:
-        local = Path(name, subfolder or "", CONFIG_NAME)
+        from .io.atomic import current
+
+        local = current(Path(name, subfolder or ""), CONFIG_NAME)
         if local.is_file():
             return str(local)
         try:

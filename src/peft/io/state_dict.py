@@ -228,11 +228,11 @@ def load_adapter_state(
             f"The adapter weights{_from(source)} hold NaN in {len(not_finite)} of {len(state)} tensors: {_some(not_finite)}. The training run "
             "that wrote them diverged; nothing was loaded."
         )
-    state = _converted(model, config, adapter_name, state)
     if method.is_prompt:
         report = _load_prompt(model, config, adapter_name, state, ignore_mismatched_sizes, low_cpu_mem_usage, source)
     else:
         entries = adapter_entries(model, adapter_name, config)
+        state = _converted(model, config, adapter_name, state, entries)
         plan = _make_plan(model, adapter_name, config, entries, state, ignore_mismatched_sizes)
         _raise(model, plan, source)
         _assign(plan.copies, adapter_name, low_cpu_mem_usage)
@@ -260,12 +260,14 @@ def _has_nan(tensor: torch.Tensor) -> bool:
     return not bool(torch.isfinite(total)) and bool(torch.isnan(tensor).any())
 
 
-def _converted(model: Any, config: Any, adapter_name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _converted(
+    model: Any, config: Any, adapter_name: str, state: dict[str, torch.Tensor], entries: list[Entry]
+) -> dict[str, torch.Tensor]:
     """Files of other layouts: transformers' re-arranged experts, then whatever the method's own hook knows."""
     if config.peft_type == PeftType.LORA:
         from .convert import convert_weights
 
-        state = convert_weights(model, state, adapter_name)
+        state = convert_weights(model, state, {e.file for e in entries})
     tuner = tuner_of(model, adapter_name, "import_state")
     return state if tuner is None else tuner.import_state(adapter_name, state)
 
