@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from .layer import AdapterLayer
 
 
-def check_adapters_to_merge(layer: "AdapterLayer", adapter_names: Iterable[str] | None = None) -> list[str]:
+def check_adapters_to_merge(module: "AdapterLayer", adapter_names: Iterable[str] | None = None) -> list[str]:
     """The adapters to merge now: the given ones (default: the active ones) that are not merged yet."""
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
-    names = list(layer.active_adapters if adapter_names is None else adapter_names)
-    if layer.merged:
-        done = set(layer.merged_adapters)
+    names = list(module.active_adapters if adapter_names is None else adapter_names)
+    if module.merged:
+        done = set(module.merged_adapters)
         names = [n for n in names if n not in done]
         if names:
             warnings.warn(

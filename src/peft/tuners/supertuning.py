@@ -25,12 +25,12 @@ class SupertuningConfig(PeftConfig):
     """Options of Super-Tuning."""
 
     target_modules: list[str] | set[str] | str | None = targets()
+    modules_to_save: list[str] | None = saves()
     sparsity: float = option(0.99, "Share of entries that are left alone, in [0, 1).")
     select_top: bool = option(True, "Train the largest magnitudes; False the smallest.")
     r: int | None = option(None, "Rank of an additional LoRA; None for none.")
     lora_alpha: float | None = option(None, "The LoRA is scaled by lora_alpha / r; default 2 r.")
     lora_dropout: float = option(0.0, "Dropout on the input of the LoRA.")
-    modules_to_save: list[str] | None = saves()
     init_weights: bool = option(True, "Start at zero.")
     save_precomputed_indices: bool = option(True, "Store the positions; otherwise they are found again from the base weight.")
 

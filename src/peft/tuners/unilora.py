@@ -26,18 +26,18 @@ class UniLoraConfig(PeftConfig):
     """Options of Uni-LoRA."""
 
     r: int = option(4, "Rank.")
-    target_modules: list[str] | set[str] | str | None = targets()
     proj_seed: int = option(42, "Seed of the assignment; part of the file format.")
     theta_d_length: int = option(256, "Length of the trained vector.")
+    target_modules: list[str] | set[str] | str | None = targets()
     unilora_dropout: float = option(0.0, "Dropout on the input.")
     fan_in_fan_out: bool = fan_in_fan_out()
     bias: str = biases("unilora_only")
     modules_to_save: list[str] | None = saves()
     init_theta_d_bound: float = option(0.02, "The vector starts as U(-bound, bound).")
     init_weights: bool = option(True, "False draws the vector from N(0, 1).")
+    save_indices: bool = option(False, "Store the assignment; otherwise it is drawn again, for the same layers in the same order.")
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
-    save_indices: bool = option(False, "Store the assignment; otherwise it is drawn again, for the same layers in the same order.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
