@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 # Package in sys.modules -> storage module that knows its layers. Looked at in this order.
-_PACKAGES: dict[str, str] = {}
+_PACKAGES: dict[str, str] = {"bitsandbytes": "bnb", "hqq": "hqq", "torchao": "torchao"}
 # Layers whose weights can only be used by their own kernel.
 _FORWARD_ONLY = "forward_only"
 

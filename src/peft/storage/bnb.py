@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bitsandbytes: 8-bit (vector-wise int8) and 4-bit (NF4, FP4) linear layers.
+
+Merging dequantises, changes and quantises again, so it rounds; the copy that unmerging needs is the old quantised weight itself.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _BnbStorage:
+    label: str | None
+    readable = True
+    writable = True
+
+    def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
+        return self.dequantise(module, module.weight)
+
+    def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
+        return self.write(module, self.read(module, name) + delta, name)
+
+    def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
+        return module.weight
+
+    def restore(self, module: nn.Module, saved: Any, name: str = "weight") -> nn.Module:
+        module.weight = saved
+        return module
+
+    def thaw(self, saved: Any, module: nn.Module) -> torch.Tensor:
+        return self.dequantise(module, saved)
+
+    def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
+        warnings.warn(f"Merging into a {self.label} weight rounds it again: outputs may differ slightly.", stacklevel=6)
+        self._quantise(module, value)
+        return module
+
+    def guard(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    def dequantise(self, module: nn.Module, weight: Any) -> torch.Tensor:
+        raise NotImplementedError("given by the 8-bit and 4-bit storages")
+
+    def _quantise(self, module: nn.Module, value: torch.Tensor) -> None:
+        raise NotImplementedError("given by the 8-bit and 4-bit storages")
+
+
+class Int8Storage(_BnbStorage):
+    label = "bnb 8bit"
+
+    def _scale(self, module: Any, weight: Any) -> torch.Tensor:
+        """Row scales: on the weight until the first forward, then in the layer's state."""
+        scale = getattr(weight, "SCB", None)
+        return module.state.SCB if scale is None else scale
+
+    def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
+        scale = self._scale(module, weight)
+        return weight.data.float() * (scale.float().view(-1, 1) / 127)
+
+    def snapshot(self, module: Any, name: str = "weight") -> Any:
+        return module.weight, self._scale(module, module.weight).clone()
+
+    def restore(self, module: Any, saved: Any, name: str = "weight") -> nn.Module:
+        module.weight, scale = saved
+        module.state.reset_grads()
+        module.weight.CB, module.weight.SCB = module.weight.data, scale
+        return module
+
+    def thaw(self, saved: Any, module: Any) -> torch.Tensor:
+        weight, scale = saved
+        return weight.data.float() * (scale.float().view(-1, 1) / 127)
+
+    def _quantise(self, module: Any, value: torch.Tensor) -> None:
+        import bitsandbytes as bnb
+
+        old = module.weight
+        fresh = bnb.nn.Int8Params(value.detach().to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+        module.weight = fresh.to(old.device)
+        module.state.reset_grads()
+
+
+class Int4Storage(_BnbStorage):
+    label = "bnb 4bit"
+
+    def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
+        import bitsandbytes as bnb
+
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+    def _quantise(self, module: Any, value: torch.Tensor) -> None:
+        import bitsandbytes as bnb
+
+        old = module.weight
+        kept = {
+            k: getattr(old, k) for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage") if hasattr(old, k)
+        }
+        fresh = bnb.nn.Params4bit(value.detach().to("cpu"), requires_grad=False, **kept)
+        module.weight = fresh.to(old.device)
+
+    def guard(self, y: torch.Tensor) -> torch.Tensor:
+        return y.clone()  # some kernels return a view that must not be changed in place
+
+
+INT8, INT4 = Int8Storage(), Int4Storage()
+
+
+def detect(module: nn.Module) -> _BnbStorage | None:
+    """By the class of the layer, not by a flag of the model, which may be missing."""
+    names = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("bitsandbytes.")}
+    if "Linear8bitLt" in names and not getattr(module.weight, "has_fp16_weights", False):
+        return INT8
+    return INT4 if "Linear4bit" in names else None
