@@ -69,6 +69,15 @@ class LoraLayer(AdapterLayer):
         if variant is not None:
             with torch.no_grad():
                 variant.create(self, name, cfg)
+            for slot_name in variant.frozen:
+                for parameter in self._parameters_in(slot_name, name):
+                    parameter.requires_grad_(False)
+
+    def _parameters_in(self, slot_name: str, name: str) -> list[nn.Parameter]:
+        container = getattr(self, slot_name)
+        if name not in container:
+            return []
+        return list(container[name].parameters()) if isinstance(container, nn.ModuleDict) else [container[name]]
 
     def allocate(self, name: str, cfg: Any) -> None:
         """Make the factors by torch's own initialisation: A, then B."""

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA on a whole model: patterns, checks before injection, replicated and tied layers, weighted combination."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...core import kinds
@@ -26,26 +29,100 @@ class LoraModel(TunerModel):
     layer_cls = LoraLayer
     supports_parameters = True
 
+    # ---- before injection
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        if not (cfg.rank_pattern or cfg.alpha_pattern):
-            return cfg
-        return cfg.with_values(
-            r=pattern_value(cfg.rank_pattern, key, cfg.r),
-            lora_alpha=pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha),
-        )
+        changes: dict[str, Any] = {}
+        if cfg.rank_pattern:
+            changes["r"] = pattern_value(cfg.rank_pattern, key, cfg.r)
+        if cfg.alpha_pattern:
+            changes["lora_alpha"] = pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha)
+        if cfg.use_bdlora:
+            from .variants.bdlora import blocked_factor
+
+            changes["_bd_factor"] = blocked_factor(cfg.use_bdlora, key)
+        return cfg.with_values(**changes) if changes else cfg
 
     def check_config(self, name: str, cfg: Any) -> None:
         super().check_config(name, cfg)
-        variant_class(cfg, gptq=False)
+        variant_class(cfg)
         init.scheme(cfg.init_lora_weights)
+        others = [c for n, c in self.peft_config.items() if n != name and isinstance(c, LoraConfig)]
+        if any(bool(c.kasa_config) != bool(cfg.kasa_config) for c in others):
+            raise ValueError("KaSA adapters change the base weights: they cannot be mixed with adapters that do not use KaSA.")
+        if any(set(c.target_parameters or ()) != set(cfg.target_parameters or ()) for c in others) and (
+            cfg.target_parameters or any(c.target_parameters for c in others)
+        ):
+            raise ValueError("All adapters of a model must have the same `target_parameters`.")
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
         leaf = key.rsplit(".", 1)[-1]
+        if leaf in _MAMBA_LEAVES and self.get_model_config(self.model).get("model_type") in _MAMBA_TYPES:
+            raise ValueError(
+                f"Module {key!r} can't be adapted by {self.method_label}: the fused kernels of Mamba-like models read its weight directly. "
+                "Leave it out of target_modules."
+            )
         kind = kinds.pick(base, self.layer_cls.kinds)
-        if kind is None or (leaf in base._parameters and leaf != "weight" and cfg.target_parameters):
+        if kind is None or (cfg.target_parameters and self._is_parameter(key, base)):
             kind = kinds.parameter_kind(leaf)
-        init.check(self.layer_config(cfg, key, module), key, kind, base)
-        variant = variant_class(cfg, resolve(base).label == "gptq")
+        own, storage = self.layer_config(cfg, key, module), resolve(base)
+        init.check(own, key, kind, base)
+        variant = variant_class(cfg, storage.label == "gptq")
         if variant is not None:
-            variant.check(cfg, key, kind, resolve(base))
+            variant.check(own, key, kind, storage, base)
+
+    @staticmethod
+    def _is_parameter(key: str, base: nn.Module) -> bool:
+        return key.rsplit(".", 1)[-1] in base._parameters
+
+    def prepare_model(self, name: str, cfg: Any, model: nn.Module) -> None:
+        if cfg.layer_replication:
+            from .replication import replicate_layers
+
+            self._undo_replication = replicate_layers(model, cfg.layer_replication)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self._undo_replication = None
+        try:
+            super().inject_adapter(*args, **kwargs)
+        except BaseException:
+            if self._undo_replication is not None:
+                self._undo_replication()
+            raise
+
+    # ---- calls
+    @contextlib.contextmanager
+    def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if "alora_offsets" in kwargs or any(getattr(c, "alora_invocation_tokens", None) for c in self.peft_config.values()):
+            from .variants.alora import open_call
+
+            open_call(self, kwargs)
+        yield kwargs
+
+    # ---- merging
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if getattr(self.model, "quantization_method", None) == "gptq":
+            raise ValueError("Cannot merge LoRA layers when the model is gptq quantized")
+        if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
+            raise ValueError("Cannot merge LoRA layers when base model layers are replicated: the copies share their weights.")
+
+    # ---- losses of variants
+    def _layers_with(self, slot: str, adapter_names: str | list[str] | None) -> Iterator[tuple[LoraLayer, str]]:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or self.active_adapters
+        for layer in self.layers():
+            for name in names:
+                if isinstance(layer, LoraLayer) and slot in layer.slots and name in getattr(layer, slot):
+                    yield layer, name
+
+    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> torch.Tensor | float:
+        """Regularisation of KaSA over all layers; to be added to the loss by the caller."""
+        from .variants.kasa import loss
+
+        return sum(loss(layer, name, self.peft_config[name].kasa_config) for layer, name in self._layers_with("lora_diag", adapter_names)) or 0.0
+
+    def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> torch.Tensor | float:
+        """Mean KL loss of the MonteCLoRA samplers; 0.0 in evaluation."""
+        found = [layer.lora_monteclora_sampler[name] for layer, name in self._layers_with("lora_monteclora_sampler", adapter_names)]
+        losses = [sampler.loss() for sampler in found if sampler.training]
+        return sum(losses) / len(losses) if losses else 0.0

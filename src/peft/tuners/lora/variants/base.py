@@ -4,6 +4,7 @@
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from ....core import kinds
 from ....core.kinds import LayerKind
@@ -35,7 +36,7 @@ class LoraVariant:
         """Take the options that the hooks need."""
 
     @classmethod
-    def check(cls, cfg: Any, key: str, kind: type[LayerKind], layer_storage: Any) -> None:
+    def check(cls, cfg: Any, key: str, kind: type[LayerKind], layer_storage: Any, base: nn.Module) -> None:
         """Refuse a layer before anything is created."""
         if kind not in cls.kinds or (layer_storage.label is not None and not cls.quantised):
             what = kind.class_name if layer_storage.label is None else f"{layer_storage.label} {kind.class_name}"

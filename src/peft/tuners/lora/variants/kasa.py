@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KaSA: Knowledge-Aware Singular-Value Adaptation (arXiv 2412.06071).
+
+The base loses its r smallest singular triplets once; then y = W x + s·B diag(d) A x, with d trained.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ....core import kinds
+from ....core.slots import Slot
+from ....ops.low_rank import Factors
+from .base import LoraVariant
+
+DIAG = Slot("lora_diag", nn.ParameterDict, "trainable", saved=True)
+
+
+class Kasa(LoraVariant):
+    name = "KaSA"
+    kinds = (kinds.Linear,)
+    slots = (DIAG,)
+    standalone = False  # it belongs to the truncated base
+
+    @classmethod
+    def check(cls, cfg: Any, key: str, kind: Any, layer_storage: Any, base: nn.Module) -> None:
+        super().check(cfg, key, kind, layer_storage, base)
+        n_out, n_in = kind.shape(base)
+        if cfg.r >= min(n_out, n_in):
+            raise ValueError(f"KaSA needs r < min(in_features, out_features) = {min(n_out, n_in)} at {key!r}, got r={cfg.r}.")
+
+    def create(self, layer, name: str, cfg: Any) -> None:
+        layer.lora_diag[name] = nn.Parameter(torch.randn(cfg.r))
+        weight = layer.kind.parameter(layer.get_base_layer())
+        if weight.device.type != "meta":
+            truncate(layer, cfg.r)
+
+    def factors(self, layer, name: str) -> Factors:
+        f = layer.plain_factors(name)
+        return f._replace(A=f.A * layer.lora_diag[name][:, None])
+
+
+def truncate(layer, r: int) -> None:
+    """Take the r smallest singular triplets out of the base weight."""
+    if layer.merged:
+        raise RuntimeError("KaSA changes the base weight: call `unmerge_adapter` before adding the adapter.")
+    W = layer.base_weight()
+    wide = W.float()
+    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+    layer.set_base_weight((wide - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(W.dtype))
+
+
+def loss(layer, name: str, options: Any) -> torch.Tensor:
+    """beta·Σ d² + gamma·(‖BᵀB - I‖ + ‖AAᵀ - I‖), in float32."""
+    A, B, d = (t.float() for t in (*layer.factor_tensors(name), layer.lora_diag[name]))
+    eye = torch.eye(len(d), device=d.device)
+    spread = torch.linalg.matrix_norm(B.T @ B - eye) + torch.linalg.matrix_norm(A @ A.T - eye)
+    return options.beta * d.square().sum() + options.gamma * spread
