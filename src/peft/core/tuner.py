@@ -139,7 +139,12 @@ class TunerModel(nn.Module):
 
     def make_layer(self, module: nn.Module, kind: type[kinds.LayerKind] | None, cfg: Any, key: str) -> AdapterLayer:
         """Wrap one module; LoRA looks at custom layer types first."""
-        return self.layer_cls.wrap(module, self.switch, kind)
+        layer = self.layer_cls.wrap(module, self.switch, kind)
+        if layer.storage.label == "torchao":  # writing needs the model's quantisation settings
+            from ..storage.torchao import with_config
+
+            layer.storage = with_config(self.model)
+        return layer
 
     def shared(self, name: str, cfg: Any, targets: dict[str, nn.Module]) -> None:
         """Fill the shared containers (attributes of the tuner) before the layers are made."""
@@ -398,13 +403,13 @@ class TunerModel(nn.Module):
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
         self._check_merge_allowed()
-        for layer in self.layers():
+        for layer in reversed(self.layers()):  # of nested layers the inner one first
             with onload_layer(layer):
                 layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Take merged adapters out again. Last layer first, so that tied weights get back what they were."""
-        for layer in reversed(self.layers()):
+        """Take merged adapters out again, in the opposite order of merging: tied weights and nested layers get back what they were."""
+        for layer in self.layers():
             with onload_layer(layer):
                 layer.unmerge()
 

@@ -6,7 +6,6 @@ average rank is `target_r`; an orthogonality loss keeps A and B near orthonormal
 """
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,10 +106,19 @@ class AdaLoraLayer(AdapterLayer):
     def _choose_path(self) -> str:
         return "factored" if self.factored else "activation"
 
-    def orthogonality(self, name: str) -> Iterator[torch.Tensor]:
-        """‖A Aᵀ - I‖ and ‖Bᵀ B - I‖."""
-        for M in (self.lora_A[name] @ self.lora_A[name].T, self.lora_B[name].T @ self.lora_B[name]):
-            yield (M - torch.eye(M.shape[0], dtype=M.dtype, device=M.device)).norm()
+
+def orthogonality(layers: list["AdaLoraLayer"], name: str) -> torch.Tensor:
+    """Mean over layers of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖; factors of one shape are taken together."""
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for layer in layers:
+        for M in (layer.lora_A[name], layer.lora_B[name].T):
+            groups.setdefault((M.shape, M.device, M.dtype), []).append(M)
+    norms = []
+    for members in groups.values():
+        M = torch.stack(members)
+        gram = torch.baddbmm(torch.eye(M.shape[1], dtype=M.dtype, device=M.device)[None], M, M.transpose(1, 2), beta=-1)
+        norms.append(torch.linalg.vector_norm(gram, dim=(1, 2)).to(layers[0].lora_A[name].device))
+    return torch.cat(norms).mean()
 
 
 class RankAllocator:
@@ -241,9 +249,9 @@ class AdaLoraModel(TunerModel):
         if name is None or not isinstance(loss, torch.Tensor) or self.switch.disabled:
             return out
         weight = self.peft_config[name].orth_reg_weight
-        terms = [t for layer in self.layers() if isinstance(layer, AdaLoraLayer) and name in layer for t in layer.orthogonality(name)]
-        if weight > 0 and terms:
-            out.loss = loss + weight * torch.stack([t.to(loss.device) for t in terms]).mean()
+        layers = [m for m in self.layers() if isinstance(m, AdaLoraLayer) and name in m]
+        if weight > 0 and layers:
+            out.loss = loss + weight * orthogonality(layers, name).to(loss.device)
         return out
 
     def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

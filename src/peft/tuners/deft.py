@@ -14,9 +14,11 @@ from torch import nn
 
 from ..config import PeftConfig, biases, excludes, fan_in_fan_out, layer_names, layer_range, nearest, option, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer, dropout
+from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
+from ..ops import low_rank
+from ..ops.low_rank import Factors
 from ..registry import register_method
 
 METHODS = ("relu", "qr")
@@ -92,21 +94,24 @@ class DeftLayer(AdapterLayer):
         Q = torch.linalg.qr(P.float())[0].to(P.dtype)
         return Q, Q
 
-    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """[s·drop(x) Rᵀ - (y - b) right] Qᵀ: everything wide stays in the dtype of the base, products are r wide."""
-        (Q, right), bias = self._projector(name), self.base_bias()
-        t = -(y @ right.to(y.dtype)).to(Q.dtype)
-        if bias is not None:
-            t = t + bias.to(Q.dtype) @ right
-        if not self.deft_para[name]:
-            R = self.deft_R[name]
-            t = t + F.linear(self.deft_dropout[name](x), R.to(x.dtype)).to(Q.dtype) * self.deft_scaling[name]
-        return F.linear(t.to(y.dtype), Q.to(y.dtype))
-
-    def delta_weight(self, name: str) -> torch.Tensor:
+    def factors(self, name: str) -> Factors:
+        """Q (s R - rightᵀ W): the part taken out is low-rank in x too, so the base output is not needed."""
         Q, right = self._projector(name)
-        kept = right.T @ self.base_weight().to(right.dtype)
-        return Q @ (-kept if self.deft_para[name] else self.deft_R[name] * self.deft_scaling[name] - kept)
+        A = -(right.T @ self.base_weight().to(right.dtype))
+        return Factors(A if self.deft_para[name] else A + self.deft_R[name] * self.deft_scaling[name], Q)
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not self._drops(name):
+            return low_rank.delta(x, self.factors(name))
+        Q, right = self._projector(name)  # the dropout is on the input of R alone
+        t = F.linear(self.deft_dropout[name](x), self.deft_R[name].to(x.dtype)) * self.deft_scaling[name]
+        return F.linear(t - F.linear(x, (right.T @ self.base_weight().to(right.dtype)).to(x.dtype)), Q.to(x.dtype))
+
+    def _drops(self, name: str) -> bool:
+        return self.training and dropout_p(self.deft_dropout[name]) > 0 and not self.deft_para[name]
+
+    def _choose_path(self) -> str:
+        return "activation" if any(self._drops(n) for n in self._plan) else "factored"
 
 
 @register_method("deft", config=DeftConfig)

@@ -39,6 +39,24 @@ class LoHaConfig(LycorisConfig):
     modules_to_save: list[str] | None = saves()
 
 
+class Hadamard(torch.autograd.Function):
+    """(a b) ⊙ (c d) for a, c [out, r] and b, d [r, in]: keeps the factors alone and multiplies them again in backward."""
+
+    @staticmethod
+    def forward(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        return (a @ b) * (c @ d)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        a, b, c, d = ctx.saved_tensors
+        first, second = grads[0] * (c @ d), grads[0] * (a @ b)
+        return first @ b.T, a.T @ first, second @ d.T, c.T @ second
+
+
 class LoHaLayer(LycorisLayer):
     """Hadamard product of two low-rank matrices."""
 
@@ -68,14 +86,17 @@ class LoHaLayer(LycorisLayer):
             if PUBLISHED_TUCKER_GRADIENT and torch.is_grad_enabled():
                 first = with_gradient_of(cp_weight(t1, w1_a.detach(), w1_b), cp_weight(t2.detach(), w1_a, w2_b.detach()))
                 second = with_gradient_of(cp_weight(t2, w2_a.detach(), w2_b), cp_weight(t1.detach(), w2_a, w1_b.detach()))
+            product = first * second
         else:
-            first, second = w1_a @ w1_b, w2_a @ w2_b
-        return (first * second * self.scaling[name]).view(self.kind.shape(self.get_base_layer()))
+            product = Hadamard.apply(w1_a, w1_b, w2_a, w2_b)
+        return (product * self.scaling[name]).view(self.kind.shape(self.get_base_layer()))
 
     def thin_product_pays(self, name: str) -> bool:
-        """The factored form has rank r²: cheaper than a dense product while r² < in·out / (in + out)."""
+        """The factored form has rank r². A training step costs 3 r² (in + out) products a token, against in·out for the gradient of
+        a dense delta.
+        """
         n_in, n_out = self.in_features, self.out_features
-        return self.kind.is_linear and self.r[name] ** 2 * (n_in + n_out) < n_in * n_out
+        return self.kind.is_linear and 3 * self.r[name] ** 2 * (n_in + n_out) < n_in * n_out
 
     def apply_factored(self, name: str, x: torch.Tensor) -> torch.Tensor:
         w1_a, w1_b, w2_a, w2_b = self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]

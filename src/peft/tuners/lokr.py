@@ -14,6 +14,7 @@ from torch import nn
 from ..config import excludes, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.slots import Trainable
+from ..ops import kronecker
 from ..registry import register_method
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, cp_weight
 
@@ -108,14 +109,8 @@ class LoKrLayer(LycorisLayer):
         return self.kind.is_linear
 
     def apply_factored(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """x [.., in_m·in_n] -> w2 on the inner axis, w1 on the outer one."""
-        w1 = self._first(name)
-        z = x.unflatten(-1, (w1.shape[1], -1))  # [.., in_m, in_n]
-        if name in self.lokr_w2:
-            z = nn.functional.linear(z, self.lokr_w2[name])
-        else:
-            z = nn.functional.linear(nn.functional.linear(z, self.lokr_w2_b[name]), self.lokr_w2_a[name])
-        return torch.matmul(w1, z).flatten(-2)
+        """w2 on the inner axis, w1 on the outer one."""
+        return kronecker.apply(x, self._first(name), self._second(name, (self.out_features, self.in_features)))
 
 
 @register_method("lokr", config=LoKrConfig, mixed=True)
