@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every published name is importable from its address, with the published parameters and defaults.
+
+tests/data/public_api.json was made by introspection of the published package. Names of a method that the registry does
+not have are expected to be missing: the list gets shorter by itself. A signature may have more optional parameters than
+the published one, but those that were published stay where they were. Private members may be absent; those that are
+there have the published signature.
+"""
+
+import dataclasses
+import enum
+import functools
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import peft
+from peft.registry import methods
+
+DATA = json.loads((Path(__file__).parent / "data" / "public_api.json").read_text())
+NAMES = [(module, name) for module, names in DATA["names"].items() for name in names]
+MEMBERS = [(cls, name) for cls, names in DATA["members"].items() for name in names]
+IMPORTS = [(module, name) for module, names in DATA["ecosystem"].items() for name in names.split()]
+OF_METHOD = {name: method for method, names in DATA["methods"].items() for name in names.split()}
+
+
+# ---- signatures as text
+
+
+def default_text(parameter):
+    value = parameter.default
+    if value is inspect.Parameter.empty:
+        return None
+    if isinstance(value, enum.Enum):
+        return repr(str(value.value))
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__name__")):
+        return f"<{value.__name__}>"
+    if dataclasses.is_dataclass(value):
+        return f"<{type(value).__name__}>"
+    text = repr(value)
+    return "<factory>" if "factory" in text else text
+
+
+def parameters_of(function):
+    """[(name, default text or None, kind)] of a callable."""
+    return [(p.name, default_text(p), p.kind) for p in inspect.signature(function).parameters.values()]
+
+
+@functools.cache
+def split(text):
+    """["a", "b=1", "*", ...] of a signature text; commas inside of defaults do not count."""
+    parts, depth, current = [], 0, ""
+    for char in text + ",":
+        if char == "," and depth == 0:
+            parts.append(current.strip())
+            current = ""
+            continue
+        depth += (char in "([{") - (char in ")]}")
+        current += char
+    return [part for part in parts if part]
+
+
+def expanded(text):
+    for short, full in sorted(DATA["abbreviations"].items(), reverse=True):
+        text = text.replace(short, full)
+    return text
+
+
+# Our names of base classes in defaults, and of the first arguments of tuners, which are passed by position.
+SYNONYMS = {"<AdapterLayer>": "<BaseTunerLayer>", "config": "peft_config", "configs": "peft_config"}
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def differences(published, function, is_tuner=False):
+    """What of a published signature text a callable does not offer."""
+    ours = parameters_of(function)
+    by_name = {name: (position, default, kind) for position, (name, default, kind) in enumerate(ours)}
+    wrong, position, keyword_only, known = [], 0, False, set()
+    for part in split(expanded(published)):
+        if part.startswith("*"):
+            keyword_only = True
+            continue
+        name, _, default = part.partition("=")
+        name = SYNONYMS.get(name, name) if is_tuner else name
+        known.add(name)
+        if name not in by_name:
+            if not (default and inspect.Parameter.VAR_KEYWORD in {kind for *_, kind in ours}):
+                wrong.append(f"no parameter {name!r}")
+        else:
+            where, our_default, kind = by_name[name]
+            if default and default != SYNONYMS.get(our_default or "", our_default):
+                wrong.append(f"default of {name!r} is {our_default}, published {default}")
+            if not keyword_only and (where != position or kind is inspect.Parameter.KEYWORD_ONLY):
+                wrong.append(f"{name!r} is not parameter number {position}")
+        position += 1
+    open_ended = "*args" in published or "**" in published
+    for name, default, kind in ours:
+        if name not in known and default is None and kind not in VARIABLE and not open_ended:
+            wrong.append(f"{name!r} is required, and was not published")
+    return wrong
+
+
+# ---- names
+
+
+# Being written; an entry has no effect once the name is there.
+PENDING: tuple[str, ...] = (
+    *("peft.tuners.lora.", "peft.convert_to_lora", "peft.tuners.convert_to_lora", "peft.save_as_lora"),
+    *("peft.tuners.save_as_lora", "peft.preprocess_loraga", "peft.tuners.preprocess_loraga", "peft.get_eva_state_dict"),
+    *("peft.tuners.get_eva_state_dict", "peft.initialize_lora_eva_weights", "peft.create_arrow_model"),
+    *("peft.tuners.initialize_lora_eva_weights", "peft.tuners.create_arrow_model", "peft.utils.hotswap."),
+    *("BaseTunerLayer.get_base_weight", "BaseTunerLayer.set_base_weight", "BaseTunerLayer.frozen_peft_weight_names"),
+    *("LoraModel.add_weighted_adapter", "LoraModel.subtract_mutated_init", "LoraModel.target_module_mapping"),
+    "LoraModel.tuner_layer_cls",
+)
+# Signatures that are not the published ones, and why.
+DIFFERENT = {
+    "peft.PeftModelForTokenClassification": "published with a default of None for the config, and fails with it",
+    "peft.tuners.tuners_utils.BaseTunerLayer": "a class of its own, not a mixin: it takes the base layer",
+    "peft.tuners.lora.LoraLayer": "layers are made by the tuner",
+    "AuxiliaryTrainingWrapper.init_modules": "of internal use",
+}
+
+
+def missing_method(module, name):
+    """The method that a name belongs to, if the registry does not have it."""
+    parts = module.split(".")
+    of_module = parts[2].upper() if parts[:2] == ["peft", "tuners"] and len(parts) > 2 else None
+    method = OF_METHOD.get(name, of_module)
+    return method if method in DATA["methods"] and method not in {t.value for t in methods()} else None
+
+
+def look_up(module, name):
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        if absent := missing_method(module, name):
+            pytest.skip(f"{absent} is not implemented yet")
+        if f"{module}.{name}".startswith(PENDING):
+            pytest.xfail("being written")
+        pytest.fail(f"{module}.{name}: {error}")
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=lambda v: v)
+def test_name(module, name):
+    published = DATA["names"][module][name]
+    if published == "= peft":
+        published = DATA["names"]["peft"][name]
+    found = look_up(module, name)
+    kind, _, rest = published.partition(": ")
+    if kind == "const":
+        assert repr(found) == rest
+    elif kind == "enum":
+        assert " ".join(m.name if m.name == m.value else f"{m.name}={m.value}" for m in found) == rest
+    elif kind == "text":
+        assert isinstance(found, str)
+    elif published.startswith("dict"):
+        size = int(published.split()[1])
+        views = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")
+        expected = len(methods()) if name in views else size
+        if name != "PEFT_TYPE_TO_MIXED_MODEL_MAPPING":
+            assert isinstance(found, dict) and len(found) == expected
+    else:
+        assert isinstance(found, type) == (kind == "class")
+        if f"{module}.{name}" in DIFFERENT or not rest or (name.startswith("_") and kind == "func"):
+            return
+        wrong = differences(rest, found, is_tuner=name in OF_METHOD and name.endswith("Model"))
+        assert not wrong, f"{module}.{name}: {'; '.join(wrong)}"
+
+
+def test_all_lists():
+    for module in ("peft", "peft.utils", "peft.tuners", "peft.functional", "peft.optimizers"):
+        absent = set(DATA["names"][module]) - set(importlib.import_module(module).__all__)
+        assert {name for name in absent if missing_method(module, name) is None} == set()
+
+
+def test_registry_is_complete_up_to_the_known_gap():
+    known = {t.value for t in methods()}
+    assert known <= set(DATA["methods"])
+    for record in methods().values():
+        names = DATA["methods"][record.peft_type.value].split()
+        assert [record.config.__name__, record.tuner.__name__] == names
+
+
+# ---- members of classes
+
+
+def owner(cls):
+    from peft.tuners import tuners_utils
+    from peft.utils import other
+
+    for place in (peft, tuners_utils, other):
+        if hasattr(place, cls):
+            return getattr(place, cls)
+    raise AssertionError(cls)
+
+
+@functools.cache
+def instances():
+    """Attributes may be set on instances."""
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), peft.LoraConfig(target_modules=["0"]))
+    return {"BaseTuner": model.base_model, "LoraModel": model.base_model, "BaseTunerLayer": model.base_model.model[0]}
+
+
+@pytest.mark.parametrize(("cls", "name"), MEMBERS, ids=lambda v: v)
+def test_member(cls, name):
+    kind, _, published = DATA["members"][cls][name].partition(": ")
+    found = inspect.getattr_static(owner(cls), name, None)
+    if found is None and kind in ("property", "attribute") and hasattr(instances().get(cls, owner(cls)), name):
+        return
+    if found is None and name.startswith("_"):
+        pytest.skip("of internal use in the published class")
+    if found is None and f"{cls}.{name}" in PENDING:
+        pytest.xfail("being written")
+    assert found is not None or hasattr(owner(cls), name), f"{cls} has no member {name!r}"
+    if kind in ("property", "attribute") or f"{cls}.{name}" in DIFFERENT:
+        return
+    assert type(found).__name__ == {"method": "function"}.get(kind, kind)
+    function = found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+    assert not (wrong := differences(published, function)), f"{cls}.{name}: {'; '.join(wrong)}"
+
+
+# ---- what other libraries import
+
+
+@pytest.mark.parametrize(("module", "name"), IMPORTS, ids=lambda v: v)
+def test_import_of_other_libraries(module, name):
+    assert look_up(module, name) is not None
