@@ -45,8 +45,8 @@ def convert_to_plain_lora(
     before = load_peft_weights(initial, device="cpu")
     out = {}
     for key, value in state.items():
-        axis = 0 if "lora_A" in key or "lora_embedding_A" in key else 1
-        if not any(part in key for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")):
+        axis = _rank_axis(key)
+        if axis is None:
             out[key] = value
             continue
         if key not in before:
@@ -54,6 +54,12 @@ def convert_to_plain_lora(
         first = before[key].to(value.device, value.dtype)
         out[key] = torch.cat([value, first if axis == 0 else -first], dim=axis)
     return out, _doubled(config)
+
+
+def _rank_axis(key: str) -> int | None:
+    """The dimension of a factor that counts the rank; None for everything else in the file (biases, saved modules ...)."""
+    slot = key.removesuffix(".weight").rpartition(".")[2]
+    return {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}.get(slot)
 
 
 def _doubled(config: Any) -> PeftConfig:

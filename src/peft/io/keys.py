@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..core.layer import AdapterLayer
-from ..core.slots import BufferDict
+from ..core.slots import BufferDict, Slot
 from ..core.tuner import TunerModel
 from ..core.wrappers import AuxiliaryTrainingWrapper
 
@@ -99,13 +99,24 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 # ---- what one container, layer, tuner or wrapper holds
 
 
+class _Roles(NamedTuple):
+    shared: frozenset[str]  # owned by the tuner
+    unsaved: frozenset[str]  # metadata that happens to be a frozen parameter (AdaLoRA's ranknum); buffers follow their own persistence
+    bare: frozenset[str]  # modules whose weight is stored under the slot's name
+
+
 @functools.cache
-def _kept_out(cls: type[AdapterLayer]) -> tuple[frozenset[str], frozenset[str]]:
-    """(children of a layer that are no slots of its own, bare slots)."""
-    shared = {s.name for s in cls.slots.values() if s.role == "shared"}
-    # metadata that happens to be a frozen parameter (AdaLoRA's ranknum); buffers follow their own persistence
-    shared |= {s.name for s in cls.slots.values() if s.role == "aux" and not s.saved and issubclass(s.container, nn.ParameterDict)}
-    return frozenset(shared | {"base_layer"}), frozenset(s.name for s in cls.slots.values() if s.bare)
+def _of_class(cls: type[AdapterLayer]) -> _Roles:
+    return _roles(cls.slots)
+
+
+def _roles(slots: dict[str, Slot]) -> _Roles:
+    found = slots.values()
+    return _Roles(
+        frozenset(s.name for s in found if s.role == "shared"),
+        frozenset(s.name for s in found if s.role == "aux" and not s.saved and issubclass(s.container, nn.ParameterDict)),
+        frozenset(s.name for s in found if s.bare),
+    )
 
 
 def _persistent(module: nn.Module) -> Iterator[str]:
@@ -157,10 +168,11 @@ def _is_container(module: nn.Module | None) -> bool:
 
 def layer_entries(path: str, layer: AdapterLayer, name: str, with_shared: bool = False) -> Iterator[Entry]:
     """Saved tensors of adapter `name` on one layer."""
-    kept_out, bare = _kept_out(type(layer))
+    own = layer.__dict__.get("slots")  # variants add slots to single layers
+    shared, unsaved, bare = _of_class(type(layer)) if own is None else _roles(own)
     dot = path + "." if path else ""
     for slot, container in layer._modules.items():
-        if container is None or slot == "base_layer" or (slot in kept_out and not with_shared):
+        if container is None or slot == "base_layer" or slot in unsaved or (slot in shared and not with_shared):
             continue
         if _is_container(container):
             yield from _container_entries(dot + slot, container, name, slot in bare, layer, "slot")

@@ -57,6 +57,10 @@ def get_peft_model_state_dict(
         state, entries = {}, adapter_entries(model, adapter_name, config)
     if state_dict is None:
         state.update((e.file, _whole(e.tensor)) for e in entries)
+        if config.peft_type == PeftType.LORA:
+            from .hotswap import trim_padding
+
+            state.update(trim_padding(entries, adapter_name, config))
         _check_gathered(config, state)
     else:
         state.update(_pick(entries, state_dict))

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replacing the weights of a loaded LoRA by those of another file, in place: no new modules, so a compiled model stays compiled."""
+
+import copy
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig, nearest
+from ..core.layer import AdapterLayer
+from ..core.match import pattern_value
+from ..utils.peft_types import PeftType
+from .files import load_peft_weights
+from .keys import COMPILE_INFIX, PEFT_PREFIX, Entry, clean, layer_entries, resolve, walk
+
+# Options that must agree, since they are part of the computation and not of the weights.
+CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
+
+
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
+    """ValueError when an adapter of `config1` cannot take the place of one of `config0`. Ranks and alphas may differ."""
+    if config0.peft_type != config1.peft_type:
+        raise ValueError(f"Incompatible PEFT types found: {_name(config0)} and {_name(config1)}")
+    if config0.peft_type not in CONFIG_KEYS_TO_CHECK:
+        raise ValueError(
+            f"Hotswapping only works for {', '.join(t.value for t in CONFIG_KEYS_TO_CHECK)} but {_name(config0)} was passed."
+        )
+    for key in CONFIG_KEYS_TO_CHECK[PeftType(config0.peft_type)]:
+        values = [getattr(c, key, None) for c in (config0, config1)]
+        if values[0] != values[1]:
+            raise ValueError(f"Configs are incompatible: for {key}, {values[0]} != {values[1]}")
+
+
+def _name(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+) -> None:
+    """Put the weights of the LoRA in a folder or hub repository into adapter `adapter_name` of `model`.
+
+    The adapter keeps its name; its configuration in `model.peft_config` becomes the one of the file. Modules that the new adapter lacks
+    are turned off, modules that only it has are an error. A failing call changes nothing.
+    """
+    hub = {k: v for k, v in kwargs.items() if v is not None}
+    subfolder = hub.pop("subfolder", None)
+    if "use_auth_token" in hub:
+        hub.setdefault("token", hub.pop("use_auth_token"))
+    config = PeftConfig.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
+    configs: dict[str, Any] = model.peft_config  # type: ignore[assignment]
+    if adapter_name not in configs:
+        raise ValueError(f"There is no adapter {adapter_name!r} to replace.{nearest(adapter_name, configs)}")
+    check_hotswap_configs_compatible(configs[adapter_name], config)
+    state = load_peft_weights(model_name_or_path, device=torch_device, subfolder=subfolder, **hub)
+    prefix = "lora_"
+    hotswap_adapter_from_state_dict(model, _insert_adapter_name_into_state_dict(state, adapter_name, prefix), adapter_name, config, prefix)
+
+
+def _insert_adapter_name_into_state_dict(
+    state_dict: Mapping[str, torch.Tensor], adapter_name: str, parameter_prefix: str
+) -> dict[str, torch.Tensor]:
+    """Names in memory of the keys of a file: the adapter's name comes after the part that starts with the prefix."""
+    named = {}
+    for key, value in state_dict.items():
+        parts = key.split(".")
+        at = next((i for i in range(len(parts) - 1, -1, -1) if parts[i].startswith(parameter_prefix)), None)
+        if at is not None:
+            parts.insert(at + 1, adapter_name)
+            if parts[at] == "lora_magnitude_vector" and at + 2 == len(parts):
+                parts.append("weight")
+        named[".".join(parts)] = value
+    return named
+
+
+@dataclass
+class _Swap:
+    key: str
+    owner: nn.Module
+    attr: str
+    layer: AdapterLayer | None
+    value: torch.Tensor | None  # None: filled with zeros
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    config: Any,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """Swap in tensors named as in memory (with the adapter's name). Parameters keep their identity, and their storage if it is big enough."""
+    swaps, layers = _plan(model, state_dict, adapter_name, parameter_prefix)
+    with torch.no_grad():
+        for swap in swaps:
+            _write(swap)
+    for path, layer in layers.items():
+        _set_scaling(layer, path, adapter_name, config)
+    _refresh_config(model, adapter_name, config)
+
+
+def _plan(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], name: str, prefix: str
+) -> tuple[list[_Swap], dict[str, AdapterLayer]]:
+    """What to write where; all errors are raised here."""
+    layers = {p.removeprefix(COMPILE_INFIX): m for p, m in walk(model) if isinstance(m, AdapterLayer) and name in m}
+    merged = [p for p, layer in layers.items() if name in layer.merged_adapters or layer.merged]
+    if merged:
+        raise ValueError(f"Cannot hotswap when the adapter {name!r} is merged (in {merged[0]!r}). Call `unmerge_adapter` first.")
+    present = _present(layers, name, prefix)
+    swaps, unexpected = [], []
+    given = {clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}
+    for key, value in given.items():
+        held = present.get(key)
+        if held is None and (other := resolve(model, key)) is not None and prefix not in key:
+            held = (*other, None)  # biases, saved modules
+        if held is None:
+            unexpected.append(key)
+        else:
+            swaps.append(_Swap(key, *held, value))
+    if unexpected:
+        hints = "".join(nearest(k, present, prefix=f" Nearest to {k!r}: ").rstrip("?") for k in unexpected[:2])
+        raise RuntimeError(
+            f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:10])}"
+            f"{' ...' if len(unexpected) > 10 else ''}.{hints} Only modules that the loaded adapter has can be swapped."
+        )
+    swaps += [_Swap(key, *held, None) for key, held in present.items() if key not in given]
+    for swap in swaps:
+        _check(swap)
+    return swaps, layers
+
+
+def _present(layers: dict[str, AdapterLayer], name: str, prefix: str) -> dict[str, tuple[nn.Module, str, AdapterLayer]]:
+    return {
+        entry.memory.removeprefix(COMPILE_INFIX): (entry.owner, entry.attr, layer)
+        for path, layer in layers.items()
+        for entry in layer_entries(path, layer, name)
+        if prefix in entry.memory
+    }
+
+
+def _tensor(swap: _Swap) -> torch.Tensor:
+    tensor = swap.owner._parameters.get(swap.attr)
+    tensor = swap.owner._buffers[swap.attr] if tensor is None else tensor
+    assert tensor is not None
+    return tensor
+
+
+def _check(swap: _Swap) -> None:
+    old, new = _tensor(swap), swap.value
+    if new is None or old.shape == new.shape:
+        return
+    if old.dim() != new.dim():
+        raise ValueError(f"{swap.key}: the loaded weight has shape {tuple(new.shape)}, expected {tuple(old.shape)}.")
+    if new.numel() < old.numel():
+        if old.dim() not in (2, 4) or _is_bias(swap):
+            raise NotImplementedError(
+                f"{swap.key}: weights of shape {tuple(new.shape)} cannot be padded to {tuple(old.shape)}; only linear and Conv2d factors can."
+            )
+        grows_rows = old.shape[0] > new.shape[0] and old.shape[1:] == new.shape[1:]
+        grows_columns = old.shape[1] > new.shape[1] and old.shape[0] == new.shape[0] and old.shape[2:] == new.shape[2:]
+        if not (grows_rows or grows_columns):
+            raise ValueError(f"{swap.key}: incompatible shapes {tuple(old.shape)} (loaded) and {tuple(new.shape)} (new).")
+
+
+def _is_bias(swap: _Swap) -> bool:
+    return swap.attr == "bias"
+
+
+@torch.no_grad()
+def _write(swap: _Swap) -> None:
+    old, new = _tensor(swap), swap.value
+    if new is None:
+        old.zero_()
+    elif old.shape == new.shape:
+        old.copy_(new)
+    elif new.numel() < old.numel():
+        _write_smaller(old, new, swap)
+    else:
+        _grow(old, new)
+
+
+def _write_smaller(old: torch.Tensor, new: torch.Tensor, swap: _Swap) -> None:
+    """Zeros around the new values: the product of the factors does not change."""
+    new = new.to(old.device, old.dtype)
+    groups = _groups(swap) if old.shape[0] != new.shape[0] else 1
+    old.zero_()
+    if groups > 1:  # the outputs of A feed the groups of B block by block
+        size, pad = new.shape[0] // groups, old.shape[0] // groups
+        for g in range(groups):
+            old[g * pad : g * pad + size].copy_(new[g * size : (g + 1) * size])
+    elif old.shape[0] != new.shape[0]:
+        old[: new.shape[0]].copy_(new)
+    else:
+        old[:, : new.shape[1]].copy_(new)
+
+
+def _groups(swap: _Swap) -> int:
+    return 1 if swap.layer is None else int(getattr(swap.layer.get_base_layer(), "groups", 1))
+
+
+def _grow(old: torch.Tensor, new: torch.Tensor) -> None:
+    """A bigger storage behind the same parameter object."""
+    value = new.detach().to(old.device, old.dtype).clone()
+    if not isinstance(old, nn.Parameter):
+        old.set_(value)  # type: ignore[call-overload]
+        return
+    try:
+        torch.utils.swap_tensors(old, nn.Parameter(value, requires_grad=old.requires_grad))
+    except RuntimeError:  # something holds a weak reference to the old tensor
+        old.data = value
+
+
+def _set_scaling(layer: Any, path: str, name: str, config: Any) -> None:
+    if name not in getattr(layer, "scaling", {}):
+        return
+    module = _module_name(path, layer)
+    r, alpha = pattern_value(config.rank_pattern, module, config.r), pattern_value(config.alpha_pattern, module, config.lora_alpha)
+    scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+    current = layer.scaling[name]
+    if isinstance(current, torch.Tensor):
+        current.fill_(scaling)
+    else:
+        layer.scaling[name] = scaling
+    layer.r[name], layer.lora_alpha[name] = r, alpha
+    layer.__dict__.pop("_norm_cache", None)
+    layer._seen = None
+
+
+def _module_name(path: str, layer: Any) -> str:
+    """The name that patterns are matched with: the one in the base model, of a raw parameter with its own."""
+    name = path.removeprefix(PEFT_PREFIX).replace(".base_layer", "")
+    return f"{name}.{layer.kind.weight_name}" if layer.kind.class_name == "ParamWrapper" else name
+
+
+def _refresh_config(model: Any, name: str, config: Any) -> None:
+    """The options that go with the new weights, in the configuration object that the model has."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict) or name not in configs:
+        return
+    fresh = copy.copy(configs[name])
+    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        setattr(fresh, field, copy.copy(getattr(config, field)))
+    configs[name] = fresh
+
+
+# ---- saving
+
+
+def trim_padding(entries: Iterable[Entry], name: str, config: Any) -> dict[str, torch.Tensor]:
+    """Factors that are padded with zeros beyond the rank of the configuration, cut to it: file key -> tensor.
+
+    Zero rows of A and the zero columns of B that go with them get no gradients, so they stay zero in training.
+    """
+    padded: dict[int, list[Entry]] = {}
+    for entry in entries:
+        layer: Any = entry.layer
+        if layer is None or entry.attr != "weight" or name not in layer._modules.get("lora_A", ()):
+            continue
+        if layer._modules["lora_A"]._modules[name].weight.shape[0] != layer.r[name]:
+            padded.setdefault(id(layer), []).append(entry)
+    trimmed: dict[str, torch.Tensor] = {}
+    for found in padded.values():
+        trimmed.update(_trim(found, name, config))
+    return trimmed
+
+
+def _trim(entries: list[Entry], name: str, config: Any) -> dict[str, torch.Tensor]:
+    layer: Any = entries[0].layer
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    place = next(e.file for e in entries if e.owner is layer.lora_A[name]).removesuffix(".lora_A.weight")
+    rank, groups = pattern_value(config.rank_pattern, _module_name(place, layer), config.r), int(getattr(layer.get_base_layer(), "groups", 1))
+    if rank >= A.shape[0] or rank % groups:
+        return {}
+    blocks = A.detach().unflatten(0, (groups, -1))
+    keep = rank // groups
+    columns = rank if B.shape[1] == A.shape[0] else keep
+    if blocks[:, keep:].any() or B.detach()[:, columns:].any():
+        return {}
+    return {
+        e.file: blocks[:, :keep].flatten(0, 1) if e.owner is layer.lora_A[name] else B.detach()[:, :columns]
+        for e in entries
+        if e.owner in (layer.lora_A[name], layer.lora_B[name])
+    }
+
+
+# ---- compiled models
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: Any = None,
+    check_compiled: Literal["error", "warn", "ignore"] = "error",
+) -> None:
+    """Before compiling: scalings become tensors, and factors are zero padded to `target_rank`, the largest rank that will be swapped in.
+
+    `config` (one or a dict of them) gets the new rank too.
+    """
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        text = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
+        if check_compiled == "error":
+            raise ValueError(text)
+        if check_compiled == "warn":
+            warnings.warn(text, stacklevel=2)
+        elif check_compiled != "ignore":
+            raise ValueError(f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}.")
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer) and "lora_A" in m.slots]
+    if not layers:
+        raise ValueError("No LoRA layers were found on the model: load the first adapter before preparing it for hot swapping.")
+    if target_rank is not None:
+        for layer in layers:
+            _check_rank(layer, target_rank)
+    for layer in layers:
+        _tensor_scaling(layer)
+        if target_rank is not None:
+            _pad(layer, target_rank)
+    if config is not None and target_rank is not None:
+        for one in config.values() if isinstance(config, dict) else [config]:
+            one.r = target_rank
+            one.rank_pattern = dict.fromkeys(one.rank_pattern or {}, target_rank)
+
+
+def _tensor_scaling(layer: Any) -> None:
+    device = layer.weight.device
+    for name, value in layer.scaling.items():
+        if not isinstance(value, torch.Tensor):
+            layer.scaling[name] = torch.tensor(float(value), device=device)
+    layer._seen = None
+
+
+def _padded_kinds(layer: AdapterLayer) -> bool:
+    return layer.kind.class_name in ("Linear", "Conv2d")
+
+
+def _check_rank(layer: Any, rank: int) -> None:
+    if not _padded_kinds(layer):
+        return
+    groups = int(getattr(layer.get_base_layer(), "groups", 1))
+    for name, module in layer.lora_A.items():
+        if module.weight.shape[0] > rank:
+            raise ValueError(
+                f"Trying to pad the adapter {name!r} to the target rank {rank}, but its rank is larger: {module.weight.shape[0]}."
+            )
+        if rank % groups or module.weight.shape[0] % groups:
+            raise ValueError(f"The ranks {module.weight.shape[0]} and {rank} must be multiples of the layer's {groups} groups.")
+
+
+@torch.no_grad()
+def _pad(layer: Any, rank: int) -> None:
+    if not _padded_kinds(layer):
+        return
+    for name in layer.lora_A:
+        A, B = layer.lora_A[name], layer.lora_B[name]
+        if A.weight.shape[0] == rank:
+            continue
+        for module, dim in ((A, 0), (B, 1)):
+            old = module.weight
+            groups = int(getattr(layer.get_base_layer(), "groups", 1))
+            size = rank if dim == 0 else rank // groups
+            shape = list(old.shape)
+            shape[dim] = size
+            new = old.new_zeros(shape)
+            _write_smaller(new, old.data, _Swap("", module, "weight", layer, old.data))
+            module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        _rename_sizes(A, B, rank)
+    layer._seen = None
+
+
+def _rename_sizes(A: nn.Module, B: nn.Module, rank: int) -> None:
+    if isinstance(A, nn.Linear) and isinstance(B, nn.Linear):
+        A.out_features = B.in_features = rank
+    elif isinstance(A, nn.Conv2d) and isinstance(B, nn.Conv2d):
+        A.out_channels = B.in_channels = rank
