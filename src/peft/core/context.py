@@ -5,6 +5,8 @@ Layers read the switch, so turning adapters on and off is one assignment for the
 (`layer.set_adapter`); such an override holds until the next switch of the model.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,16 @@ class Call:
     @property
     def routed(self) -> bool:
         return self.adapter_names is not None
+
+    @contextlib.contextmanager
+    def only(self, name: str, count: int) -> Iterator[None]:
+        """Inside the block the batch is `count` rows of one adapter: for layers inside a layer that takes a part of the batch."""
+        before = self.adapter_names, self.rows
+        self.adapter_names, self.rows = (name,) * count, None
+        try:
+            yield
+        finally:
+            self.adapter_names, self.rows = before
 
     def row_index(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Rows of the batch for each adapter name, as index tensors on `device`."""

@@ -8,6 +8,7 @@
 - replacement: another module instead of the base layer.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -196,6 +197,8 @@ class ForwardPaths:
             raise TypeError(
                 f"Mixed batches are not possible on {type(self.get_base_layer()).__name__} layers, whose output is not a tensor."
             )
+        nested = isinstance(self.base_layer, ForwardPaths)
         for name, index in rows.items():
-            y = y.index_copy(0, index, self._adapt((name,), x[index], *args, **kwargs))
+            with call.only(name, len(index)) if nested else contextlib.nullcontext():
+                y = y.index_copy(0, index, self._adapt((name,), x[index], *args, **kwargs))
         return y
