@@ -125,6 +125,11 @@ class LoraLayer(AdapterLayer):
         variant = self.lora_variant.get(name)
         return self.plain_factors(name) if variant is None else variant.factors(self, name)
 
+    def static_factors(self, name: str) -> Factors:
+        """Factors without what training adds at random."""
+        variant = self.lora_variant.get(name)
+        return self.plain_factors(name) if variant is None else variant.static_factors(self, name)
+
     def product(self, f: Factors) -> torch.Tensor:
         """s·B A as a canonical weight; half precision on the CPU is multiplied in float32."""
         A, B, s = f.A, f.B, f.scale

@@ -2,13 +2,14 @@
 """LoRA on a whole model: patterns, checks before injection, replicated and tied layers, weighted combination."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ...core import kinds
+from ...core import kinds, tied
 from ...core.layer import AdapterLayer
 from ...core.match import pattern_value
 from ...core.tuner import TunerModel
@@ -79,16 +80,87 @@ class LoraModel(TunerModel):
         if cfg.layer_replication:
             from .replication import replicate_layers
 
-            self._undo_replication = replicate_layers(model, cfg.layer_replication)
+            self._undo.append(replicate_layers(model, cfg.layer_replication))
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self._undo_replication = None
+        self._undo: list[Callable[[], Any]] = []
         try:
             super().inject_adapter(*args, **kwargs)
         except BaseException:
-            if self._undo_replication is not None:
-                self._undo_replication()
+            for step in reversed(self._undo):
+                step()
             raise
+        self._undo = []
+
+    def convert_config(self, cfg: Any, model: nn.Module) -> None:
+        """Configurations made for the expert layout of older transformers versions."""
+        if hasattr(model, "config"):
+            from ...io.convert import convert_config
+
+            convert_config(cfg, model)
+
+    def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+        self._set_orientation(cfg, layers)
+        if getattr(cfg, "target_modules_to_tie", None):
+            from .tied import tie_layers
+
+            self._undo.append(tie_layers(self, name, cfg, layers))
+
+    @staticmethod
+    def _set_orientation(cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+        """`fan_in_fan_out` as published files have it: what the last linear layer is. Layers know their orientation by themselves."""
+        linear = [layer for layer in layers.values() if layer.kind.is_linear]
+        if linear and linear[-1].fan_in_fan_out != cfg.fan_in_fan_out:
+            actual = linear[-1].fan_in_fan_out
+            kind = "`transformers.pytorch_utils.Conv1D`" if actual else "`torch.nn.Linear`"
+            warnings.warn(f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is {kind}. Setting fan_in_fan_out to {actual}.", stacklevel=6)
+            cfg.fan_in_fan_out = actual
+
+    # ---- tied layers
+    def _add_targets_to_tie(self, cfg: Any, names: list[str]) -> None:
+        tied.add_targets_to_tie(cfg, names, self.model)
+
+    def _add_modules_to_save_to_tie(self, cfg: Any, names: list[str]) -> None:
+        tied.add_modules_to_save_to_tie(cfg, names, self.model)
+
+    def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self._with_tied(name, state, keep=True)
+
+    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self._with_tied(name, state, keep=False)
+
+    def _with_tied(self, name: str, state: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+        """Files hold the factors of tied layers too; in memory these belong to the embedding."""
+        if not getattr(self.peft_config.get(name), "target_modules_to_tie", None):
+            return state
+        from .tied import tied_tensors
+
+        found = tied_tensors(self, name)
+        return {**state, **found} if keep else {k: v for k, v in state.items() if k not in found}
+
+    # ---- combination
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter that combines others, frozen and inactive; see `weighted.combine`. An existing name is left as it is.
+
+        `svd_full_matrices` has no effect: the singular vectors that are cut off are never needed.
+        """
+        from .weighted import combine
+
+        if adapter_name not in self.peft_config:
+            options = {"clamp": svd_clamp, "driver": svd_driver, "density": density, "majority_sign_method": majority_sign_method}
+            combine(self, adapters, weights, adapter_name, combination_type, svd_rank, options)
 
     # ---- calls
     @contextlib.contextmanager

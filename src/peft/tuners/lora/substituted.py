@@ -12,8 +12,20 @@ from ...core.kinds import LayerKind
 from ...ops.low_rank import Factors
 from .layer import LoraLayer
 
-# Published adapters for nn.MultiheadAttention were trained with the delta of out_proj added this often. Gradients count it once.
+# Published adapters for nn.MultiheadAttention were trained (and are merged) with the delta of out_proj added this often, while gradients
+# count it once.
 OUT_PROJ_COUNT = 2
+
+
+class OutProjection(LoraLayer.by_kind["Linear"], _of_kind=True):
+    """out_proj of an attention module. It is never called: the attention module reads its weight."""
+
+    def delta_weight(self, name: str) -> torch.Tensor:
+        delta = super().delta_weight(name)
+        return delta + (OUT_PROJ_COUNT - 1) * delta.detach()
+
+    def _get_name(self) -> str:
+        return f"{self.method_name}.Linear"
 
 
 class MultiheadAttention(LoraLayer, _of_kind=True):
@@ -23,8 +35,10 @@ class MultiheadAttention(LoraLayer, _of_kind=True):
         inner = self._inner()
         if inner is None:
             base = self.get_base_layer()
-            base.out_proj = inner = LoraLayer.wrap(base.out_proj, self.switch)  # type: ignore[assignment, arg-type]
+            inner = OutProjection(base.out_proj, kind=kinds.Linear, switch=self.switch)  # type: ignore[arg-type]
+            base.out_proj = inner  # type: ignore[assignment]
             inner.update_layer(name, cfg)  # these draws are made again below; they belong to the published sequence
+        inner.__class__ = OutProjection  # it may have been adapted as a plain linear layer before
         super().create(name, cfg)
         inner.update_layer(name, cfg)
 
@@ -46,8 +60,7 @@ class MultiheadAttention(LoraLayer, _of_kind=True):
             weight = inner.base_weight()
             dtype = weight.dtype
             for n in active:
-                delta = inner.delta_weight(n)
-                weight = weight + delta + (OUT_PROJ_COUNT - 1) * delta.detach()
+                weight = weight + inner.delta_weight(n)
             found["out_proj.base_layer.weight"] = weight.to(dtype)
         return found
 

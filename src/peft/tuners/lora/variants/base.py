@@ -56,6 +56,10 @@ class LoraVariant:
     def factors(self, layer: "LoraLayer", name: str) -> Factors:
         return layer.plain_factors(name)
 
+    def static_factors(self, layer: "LoraLayer", name: str) -> Factors:
+        """Factors without what training adds at random."""
+        return self.factors(layer, name)
+
     def advance(self, layer: "LoraLayer", name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """The running output `y` after the adapter."""
         return y + layer.delta(name, x, base)
@@ -68,7 +72,7 @@ class LoraVariant:
         raise NotImplementedError
 
     def delta_weight(self, layer: "LoraLayer", name: str) -> torch.Tensor:
-        return layer.product(self.factors(layer, name))
+        return layer.product(self.static_factors(layer, name))
 
     def map_weight(self, layer: "LoraLayer", name: str, w: torch.Tensor) -> torch.Tensor:
         """The weight after the adapter, given the weight with delta_weight added; for variants that are not additive."""

@@ -115,5 +115,5 @@ class MonteCLora(LoraVariant):
         noise = layer.lora_monteclora_sampler[name].noise()
         return f if noise is None else f._replace(A=f.A + noise.to(f.A.dtype))
 
-    def delta_weight(self, layer, name: str) -> torch.Tensor:
-        return layer.product(layer.plain_factors(name))
+    def static_factors(self, layer, name: str) -> Factors:
+        return layer.plain_factors(name)
