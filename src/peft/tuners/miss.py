@@ -93,6 +93,14 @@ class MissLayer(AdapterLayer):
         delta = blocks @ M[:, None] + M[:, None]
         return delta.transpose(1, 2).reshape(W.shape)
 
+    def lora_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(B, A) with B A = ΔW exactly: A sums the shards of the input, B is the block."""
+        if self.variant[name] == "bat":
+            return None
+        M, r = self.miss_block[name], self.miss_r[name]
+        A = torch.eye(r, dtype=M.dtype, device=M.device).repeat(1, -(-self.in_features // r))[:, : self.in_features]
+        return M.repeat(1, self.out_features // M.shape[1]).T, A
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
