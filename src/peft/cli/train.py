@@ -219,11 +219,9 @@ def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
     from .generate import sample
 
     stop = training.GracefulStop(args.max_seconds)
-    trainer, job.recorder = training.build_trainer(
-        job.peft_model, job.arguments, job.tokenizer, job.train, job.held_out, stop
-    )
+    trainer, job.recorder = training.build_trainer(job.peft_model, job.arguments, job.tokenizer, job.train, stop)
     clock = time.perf_counter()
-    job.before = trainer.evaluate()["eval_loss"]
+    job.before = training.held_out_loss(trainer, job.held_out)
     job.said_before = sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
     job.timings["held-out loss before"] = time.perf_counter() - clock
     _say(job, f"held-out loss before: {job.before:.4f}")
@@ -236,14 +234,14 @@ def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
     if stop.out_of_time:
         _say(job, f"stopped after {trainer.state.global_step} steps: --max-seconds {args.max_seconds:g} are over")
     clock = time.perf_counter()
-    job.after = trainer.evaluate()["eval_loss"]
+    job.after = training.held_out_loss(trainer, job.held_out)
     trainer.accelerator.wait_for_everyone()
     job.steps = trainer.state.global_step
     job.peft_model.eval()
     job.said_after = sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
     job.timings["held-out loss after"] = time.perf_counter() - clock
     drop = 100 * (1 - job.after / job.before)
-    _say(job, f"held-out loss after:  {job.after:.4f} ({drop:+.1f} % lower)" if drop >= 0 else
+    _say(job, f"held-out loss after:  {job.after:.4f} ({drop:.1f} % lower)" if drop >= 0 else
          f"held-out loss after:  {job.after:.4f} (it rose by {-drop:.1f} %)")  # fmt: skip
     return True
 

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import collator
+from .data import IGNORE, collator
 from .errors import CliError
 
 
@@ -166,7 +166,7 @@ def _any_process(flag: bool, args: TrainingArguments) -> bool:
 
 
 def build_trainer(
-    model: Any, arguments: TrainingArguments, tokenizer: Any, train: list[Any], held_out: list[Any], stop: GracefulStop
+    model: Any, arguments: TrainingArguments, tokenizer: Any, train: list[Any], stop: GracefulStop
 ) -> tuple[Trainer, Recorder]:
     recorder = Recorder(shown=arguments.process_index == 0)
     callbacks: list[TrainerCallback] = [recorder, stop]
@@ -180,13 +180,36 @@ def build_trainer(
             tokenizer.pad_token_id, last_logits_only=arguments.n_gpu <= 1 and _takes_last_logits(model)
         ),
         train_dataset=train,  # type: ignore[arg-type]  # a list is a map-style data set
-        eval_dataset=held_out,  # type: ignore[arg-type]
         processing_class=tokenizer,
         callbacks=callbacks,
     )
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer, recorder
+
+
+def held_out_loss(trainer: Trainer, rows: list[Any]) -> float:
+    """Loss per learned token, exact for any batch size and number of processes.
+
+    (`Trainer.evaluate` averages over batches, and repeats examples where processes would get unequal shares.)
+    """
+    args, model = trainer.args, trainer.model
+    mine = sorted(rows, key=lambda row: len(row["input_ids"]))[args.process_index :: args.world_size]
+    total = torch.zeros(2, dtype=torch.float64)
+    assert model is not None
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(mine), args.eval_batch_size):
+            batch = trainer.data_collator(mine[start : start + args.eval_batch_size])
+            count = int((batch["labels"][:, 1:] != IGNORE).sum())
+            loss = model(**{name: value.to(args.device) for name, value in batch.items()}).loss
+            total += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+    model.train(training)
+    if args.world_size > 1:
+        total = total.to(args.device)
+        torch.distributed.all_reduce(total)
+    return float(total[0] / total[1])
 
 
 def _takes_last_logits(model: Any) -> bool:
