@@ -122,3 +122,12 @@ def test_mamba_modules():
     with pytest.raises(ValueError, match="Mamba"):
         tuners_utils._check_lora_target_modules_mamba(LoraConfig(), model, "out_proj")
     tuners_utils._check_lora_target_modules_mamba(LoraConfig(), model, "q_proj")
+
+
+def test_adapter_name_goes_into_keys():
+    from peft.utils.save_and_load import _insert_adapter_name_into_state_dict as insert
+
+    keys = {"a.lora_A.weight": 1, "b.lora_vec": 2, "c.weight": 3, "lora_x.q.lora_B.weight": 4}
+    assert insert(keys, "ad", "lora_") == {
+        "a.lora_A.ad.weight": 1, "b.lora_vec.ad": 2, "c.weight": 3, "lora_x.q.lora_B.ad.weight": 4,
+    }  # fmt: skip

@@ -243,3 +243,27 @@ def test_transformers_flags():
     assert {"is_transformers_ge_v5_17_0", "is_transformers_dtensor_tp"} <= set(dir(import_utils))
     with pytest.raises(AttributeError):
         import_utils.is_transformers_ge_v99  # noqa: B018
+
+
+def test_with_bitsandbytes(tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+    from peft.utils.integrations import dequantize_module_weight
+
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128)
+    layer = bnb.nn.Linear4bit(128, 64, quant_type="nf4", compute_dtype=torch.float32)
+    layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
+    layer = layer.to("cpu")
+    if getattr(layer.weight, "quant_state", None) is None:
+        pytest.skip("this version of bitsandbytes quantises on accelerators only")
+    dense = dequantize_module_weight(layer)
+    backend = resolve_quantization_backend(layer)
+    assert backend.backend_name == "bnb 4bit" and torch.equal(backend.get_base_weight(layer).float(), dense.float())
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(r=16, lora_alpha=16, target_modules=["0"]))
+    save_file({"0.weight": weight}, tmp_path / "model.safetensors")
+    loftq_utils.replace_lora_weights_loftq(model, str(tmp_path))
+    adapted = model.base_model.model[0]
+    assert adapted.quantization_backend == "bnb 4bit" or adapted.quantization_backend.backend_name == "bnb 4bit"
+    update = adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight
+    S = torch.linalg.svdvals(weight - dense)
+    assert (weight - dense - update).norm().item() == pytest.approx(S[16:].norm().item(), rel=1e-3)

@@ -4,6 +4,7 @@
 B is trained with `lr * loraplus_lr_ratio`, A with `lr`.
 """
 
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +67,7 @@ def _parameters_without_decay(model: nn.Module) -> set[int]:
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    import bitsandbytes  # type: ignore[import-not-found]
-
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
     manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
     for module in model.modules():
         if isinstance(module, nn.Embedding):

@@ -2,6 +2,7 @@
 """Glue to DeepSpeed, accelerate-style device maps, bitsandbytes, tensor parallelism, and initialisation on meta."""
 
 import functools
+import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -70,8 +71,7 @@ def dequantize_module_weight(module: nn.Module) -> torch.Tensor:
 
 def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tensor:
     """A bitsandbytes weight as floats; anything else as it is. 8-bit weights need the `state` of their layer."""
-    import bitsandbytes as bnb  # type: ignore[import-not-found]
-
+    bnb: Any = importlib.import_module("bitsandbytes")
     kind = get_bnb_param_type(weight)
     if not kind:
         return weight
