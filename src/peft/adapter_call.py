@@ -40,6 +40,8 @@ def adapter_call(
         return
     call = tuner.switch.call
     call.clear()
+    call.generating = generate
+    call.generating = generate
     with contextlib.ExitStack() as stack:
         stack.callback(_clear_if_done, call)
         if names is not None and not tuner.switch.disabled:

@@ -214,10 +214,29 @@ def load_adapter(
         if is_new:
             model.delete_adapter(adapter_name)
         raise
-    model._cast_adapter(adapter_name, autocast_adapter_dtype)
+    if not is_new:
+        model._cast_adapter(adapter_name, autocast_adapter_dtype)
     if not is_trainable:
-        model.eval()
+        _to_eval(model, adapter_name)
     return result
+
+
+def _to_eval(model: nn.Module, name: str) -> None:
+    """`model.eval()`, except that of the adapters of a layer in evaluation mode only the new one is looked at."""
+    from .core.layer import AdapterLayer
+
+    stack: list[Any] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None:
+            continue
+        if module.training:
+            module.eval()
+        elif isinstance(module, AdapterLayer):
+            containers = (c for c in module._modules.values() if isinstance(c, nn.ModuleDict) and name in c)
+            stack += [module.base_layer, *(c[name] for c in containers)]
+        else:
+            stack += module._modules.values()
 
 
 def _put(model: "PeftModel", name: str, weights: dict, ignore: bool, low_cpu: bool, source: str) -> Any:

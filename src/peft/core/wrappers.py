@@ -260,6 +260,12 @@ def set_additional_trainable_modules(
         for place in plan.tokens_tied:
             source = wrappers[str(plan.embedding)]
             placing.wrap(place, TrainableTokensWrapper, token_indices=[], tied_adapter=source.token_adapter)
-    for module in model.modules():
+    stack: list[Any] = [model]
+    while stack:
+        module = stack.pop()
         if isinstance(module, AuxiliaryTrainingWrapper):
             module._known.add(adapter_name)
+        elif isinstance(module, AdapterLayer):  # what adapters own is not searched: there may be many
+            stack.append(module.base_layer)
+        elif module is not None:
+            stack += module._modules.values()
