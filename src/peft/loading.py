@@ -261,6 +261,8 @@ def _put(model: "PeftModel", name: str, weights: dict, ignore: bool, low_cpu: bo
             f"The adapter weights in {source} hold NaN: {report.not_finite[:8]}. The run that wrote them diverged.",
             stacklevel=4,
         )
+    if not report.missing:  # otherwise both are said together
+        report.warn_unexpected(source)
     shared = _shared_names(model)
     report.missing[:] = [k for k in report.missing if not any(f"{s}.{name}" in k for s in shared)]
     return report.incompatible()

@@ -27,6 +27,20 @@ def _offloading(module: nn.Module) -> Any:
     return next((h for h in parts if isinstance(h, types[0]) and h.offload), None)
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether the module's own weights are kept elsewhere between calls."""
+    return _offloading(module) is not None
+
+
+def compute_device(module: nn.Module, weight: torch.Tensor) -> torch.device:
+    """Where a module computes: that of its weight, unless accelerate keeps the weight elsewhere (then it is on meta)."""
+    hook = _offloading(module) if weight.device.type == "meta" else None
+    if hook is None or hook.execution_device is None:
+        return weight.device
+    device = hook.execution_device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
 @contextlib.contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
     """The weights of `layer` and its sub-modules are real inside the block; what is changed there is kept."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..config import nearest
+from ..core.offload import compute_device, is_offloaded, onload_layer
 from ..core.prompt import export_prompt_state, load_prompt_state
 from ..core.tuner import TunerModel
 from ..registry import method_of
@@ -160,17 +161,13 @@ class LoadReport:
         missing = self.missing if model is None else [k for k in state_keys(model) if k not in self.touched]
         return _IncompatibleKeys(missing, self.unexpected)
 
-    def warn(self, source: str = "") -> None:
-        """Say what a caller who ignores the result would miss."""
-        where = f" from {source}" if source else ""
-        if self.missing:
-            warnings.warn(
-                f"Found missing adapter keys while loading the checkpoint{where}: {_some(self.missing)}. They keep their initial values.",
-                stacklevel=4,
-            )
+    def warn_unexpected(self, source: str = "") -> None:
+        """Say which keys of a file have no place in the model."""
         if self.unexpected:
-            hints = "".join(f" {k!r}: nearest valid key {v!r}." for k, v in self.hints.items())
-            warnings.warn(f"Unexpected keys{where} were not loaded: {_some(self.unexpected)}.{hints}", stacklevel=4)
+            hints = "".join(f" {k!r}: the nearest valid key is {v!r}." for k, v in self.hints.items())
+            warnings.warn(
+                f"Keys{_from(source)} that the model does not have were not loaded: {_some(self.unexpected)}.{hints}", stacklevel=4
+            )
 
 
 def _some(keys: list[str], limit: int = 8) -> str:
@@ -424,6 +421,9 @@ def _assign(copies: list[tuple[Entry, torch.Tensor]], name: str, low_cpu: bool) 
         assert tensor is not None
         if tensor.device.type != "meta":
             _copy(tensor, value)
+        elif entry.layer is None and is_offloaded(entry.owner):
+            with onload_layer(entry.owner):
+                _copy(entry.owner.get_parameter(entry.attr), value)
         elif low_cpu:
             new = replaced.get(id(tensor))
             if new is None:
@@ -461,9 +461,11 @@ def _materialise(tensor: torch.Tensor, value: torch.Tensor, entry: Entry) -> tor
     """A real tensor in place of one on meta: on the device of the base layer, in the dtype the parameter was made with."""
     device = value.device
     if entry.layer is not None:
-        base = entry.layer._reference_tensor(entry.layer.get_base_layer())
-        if base is not None and base.device.type != "meta":
-            device = base.device
+        base = entry.layer.get_base_layer()
+        weight = entry.layer._reference_tensor(base)
+        home = None if weight is None else compute_device(base, weight)
+        if home is not None and home.type != "meta":
+            device = home
     new = value.detach().to(device, tensor.dtype)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(new, requires_grad=tensor.requires_grad)
