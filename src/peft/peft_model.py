@@ -223,6 +223,7 @@ class PeftModel(nn.Module):
                 _set_adapter(self.base_model, adapter_name, inference_mode)
         else:
             self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+            self.base_model.switch.call.clear()
         self.active_adapter = adapter_name
 
     def _known(self, name: str) -> None:
@@ -275,6 +276,7 @@ class PeftModel(nn.Module):
             )
         all_off = tuner.switch.disabled if not states else states == {True}
         tuner.disable_adapter_layers()
+        tuner.switch.call.clear()
         try:
             yield
         finally:

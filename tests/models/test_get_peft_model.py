@@ -2,6 +2,7 @@
 """get_peft_model: arguments, warnings, published numbers, failures that change nothing; the lazy public names."""
 
 import copy
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -190,3 +191,16 @@ def test_public_names():
     from peft.mapping_func import get_peft_model as again
 
     assert again is get_peft_model
+
+
+def test_stub_for_type_checkers_names_the_same_objects():
+    import re
+    from pathlib import Path
+
+    text = Path(peft.__file__).with_suffix(".pyi").read_text()
+    listed = {name: module for module, name in re.findall(r"from (\.[\w.]+) import \(?\s*(\w+) as", text)}
+    assert set(peft.__all__) <= set(listed)
+    for name in set(peft.__all__):
+        module = "peft" + listed[name]
+        if importlib.util.find_spec(module) is not None and hasattr(peft, name):
+            assert getattr(importlib.import_module(module), name) is getattr(peft, name), name

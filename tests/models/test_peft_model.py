@@ -534,3 +534,36 @@ def test_calls_trace_without_graph_break():
         warnings.simplefilter("ignore")
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.allclose(compiled(X), want, atol=1e-6)
+
+
+def test_base_model_with_layers_on_disk(tmp_path):
+    transformers, accelerate = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=2, intermediate_size=16, num_attention_heads=2, vocab_size=20
+    )
+    base = transformers.LlamaForCausalLM(config).eval()
+    model = get_peft_model(copy.deepcopy(base), lora("q_proj", "down_proj", task_type="CAUSAL_LM")).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(6)[None]
+    want = model(input_ids=ids).logits
+    places = {n: "cpu" for n in ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")}
+    places["model.layers.1"] = "disk"
+    base = accelerate.dispatch_model(
+        base, places, main_device="cpu", offload_dir=tmp_path / "weights", force_hooks=True
+    )
+    assert base.model.layers[1].mlp.down_proj.weight.device.type == "meta"
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", offload_dir=str(tmp_path / "weights"))
+    assert {p.device.type for n, p in loaded.named_parameters() if "lora_" in n} == {"cpu"}
+    assert torch.allclose(loaded(input_ids=ids).logits, want, atol=1e-6)
+    assert torch.allclose(loaded.merge_and_unload()(input_ids=ids).logits, want, atol=1e-5)
+
+
+def test_a_layer_called_by_itself_forgets_the_last_mixed_batch():
+    model = peft_model("a", "b")
+    model(X, adapter_names=["a"] * 4)
+    model.set_adapter("b")
+    assert model.get_base_model()(X[:2]).shape == (2, 2)
+    model(X, adapter_names=["a"] * 4)
+    with model.disable_adapter():
+        assert torch.equal(model.get_base_model()(X[:2]), Net()(X[:2]))
