@@ -6,14 +6,27 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from ...config import PeftConfig, biases, excludes, fan_in_fan_out, layer_names, layer_range, nearest, option, saves, targets
+from ...config import (
+    PeftConfig,
+    biases,
+    excludes,
+    fan_in_fan_out,
+    layer_names,
+    layer_range,
+    nearest,
+    option,
+    saves,
+    targets,
+)
 
 
 @dataclass
 class LoraRuntimeConfig:
     """Options of the running process; never saved."""
 
-    ephemeral_gpu_offload: bool = option(False, "Compute DoRA norms on the accelerator although the factors are on the CPU.")
+    ephemeral_gpu_offload: bool = option(
+        False, "Compute DoRA norms on the accelerator although the factors are on the CPU."
+    )
 
 
 @dataclass
@@ -58,7 +71,9 @@ class CordaConfig:
 class LoraGAConfig:
     """LoRA-GA, arXiv 2407.05000."""
 
-    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = option("ArB2r", "Which singular vectors of the gradient A and B get.")
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = option(
+        "ArB2r", "Which singular vectors of the gradient A and B get."
+    )
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = option("stable", "How the factors are scaled.")
     stable_gamma: int = option(16, "Divisor of the scale 'stable'.")
 
@@ -69,7 +84,9 @@ class VeloraConfig:
 
     num_groups: int = option(64, "Groups an input is cut into.")
     scale: float = option(1.0, "Factor on the reconstructed input.")
-    init_type: Literal["batch_average", "batch_average_once", "random"] = option("batch_average", "Where the projection comes from.")
+    init_type: Literal["batch_average", "batch_average_once", "random"] = option(
+        "batch_average", "Where the projection comes from."
+    )
 
     def __post_init__(self) -> None:
         if self.num_groups <= 0:
@@ -78,7 +95,9 @@ class VeloraConfig:
             raise ValueError(f"`scale` must be positive, got {self.scale}.")
         valid = ("batch_average", "batch_average_once", "random")
         if self.init_type not in valid:
-            raise ValueError(f"Unknown `init_type` {self.init_type!r}; use one of {', '.join(valid)}.{nearest(self.init_type, valid)}")
+            raise ValueError(
+                f"Unknown `init_type` {self.init_type!r}; use one of {', '.join(valid)}.{nearest(self.init_type, valid)}"
+            )
 
 
 @dataclass
@@ -120,7 +139,7 @@ class ArrowConfig:
     top_k: int = option(3, "Experts used for a token.")
     router_temperature: float = option(1.0, "Temperature of the softmax over experts.")
     use_gks: bool = option(False, "Subtract the mean of the general experts (GenKnowSub).")
-    rng_seed: int | None = option(None, "Seed of the prototypes' power iteration.")
+    rng_seed: int | None = option(None, "Without effect: prototypes are computed exactly, not by a seeded power iteration.")
     task_adapter_names: list[str] | None = field(default=None, init=False, repr=False)
     gks_adapter_names: list[str] = field(default_factory=list, init=False, repr=False)
 
@@ -162,7 +181,18 @@ class LoraConfig(PeftConfig):
     modules_to_save: list[str] | None = saves()
     init_lora_weights: (
         bool
-        | Literal["gaussian", "eva", "olora", "pissa", "pissa_niter_[number of iters]", "corda", "loftq", "orthogonal", "lora_ga", "mica"]
+        | Literal[
+            "gaussian",
+            "eva",
+            "olora",
+            "pissa",
+            "pissa_niter_[number of iters]",
+            "corda",
+            "loftq",
+            "orthogonal",
+            "lora_ga",
+            "mica",
+        ]
     ) = option(
         True,
         "True (A uniform, B zero: no change at first), False (both random), or the name of a scheme: gaussian, orthogonal, pissa, "
@@ -172,8 +202,12 @@ class LoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     rank_pattern: dict | None = option(factory=dict, help="Ranks of modules that differ from r: {name or regex: rank}.")
-    alpha_pattern: dict | None = option(factory=dict, help="Alphas of modules that differ from lora_alpha: {name or regex: alpha}.")
-    megatron_config: dict | None = option(None, "TransformerConfig arguments of Megatron, for its parallel linear layers.")
+    alpha_pattern: dict | None = option(
+        factory=dict, help="Alphas of modules that differ from lora_alpha: {name or regex: alpha}."
+    )
+    megatron_config: dict | None = option(
+        None, "TransformerConfig arguments of Megatron, for its parallel linear layers."
+    )
     megatron_core: str | None = option("megatron.core", "Module that the parallel linear layers come from.")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         None, "Embedding rows to train besides: indices (input embedding), or {module name: indices}."
@@ -185,22 +219,32 @@ class LoraConfig(PeftConfig):
     use_dora: bool = option(
         False, "Train the norm of each row separately (DoRA). https://arxiv.org/abs/2402.09353", is_lora_variant=True
     )
-    velora_config: VeloraConfig | None = option(None, "VeLoRA: keep rank-1 projections of inputs for backward.", is_lora_variant=True)
+    velora_config: VeloraConfig | None = option(
+        None, "VeLoRA: keep rank-1 projections of inputs for backward.", is_lora_variant=True
+    )
     alora_invocation_tokens: list[int] | None = option(
         None, "aLoRA: the adapter acts from the last occurrence of these tokens on (CAUSAL_LM).", is_lora_variant=True
     )
     use_qalora: bool = option(False, "QA-LoRA: pool inputs over quantisation groups (GPTQ layers only).")
     qalora_group_size: int = option(16, "Group size of QA-LoRA.")
-    monteclora_config: MontecloraConfig | None = option(None, "MonteCLoRA: noisy mixture of A in training.", is_lora_variant=True)
+    monteclora_config: MontecloraConfig | None = option(
+        None, "MonteCLoRA: noisy mixture of A in training.", is_lora_variant=True
+    )
     layer_replication: list[tuple[int, int]] | None = option(
         None, "Rebuild the stack of layers from these [start, end) ranges; copies share their base weights."
     )
-    runtime_config: LoraRuntimeConfig = option(factory=LoraRuntimeConfig, help="Options of the running process; never saved.")
+    runtime_config: LoraRuntimeConfig = option(
+        factory=LoraRuntimeConfig, help="Options of the running process; never saved."
+    )
     lora_bias: bool = option(False, "B has a bias.")
-    target_parameters: list[str] | None = option(None, "Raw parameters (2-D, or experts in 3-D) to adapt: names or dotted suffixes.")
+    target_parameters: list[str] | None = option(
+        None, "Raw parameters (2-D, or experts in 3-D) to adapt: names or dotted suffixes."
+    )
     use_bdlora: BdLoraConfig | None = option(None, "BD-LoRA: block-diagonal factors.", is_lora_variant=True)
     arrow_config: ArrowConfig | None = option(None, "Arrow: route tokens to experts.", is_lora_variant=True)
-    kasa_config: KasaConfig | None = option(None, "KaSA: drop the smallest singular values of the base.", is_lora_variant=True)
+    kasa_config: KasaConfig | None = option(
+        None, "KaSA: drop the smallest singular values of the base.", is_lora_variant=True
+    )
     ensure_weight_tying: bool = option(False, "Tie the adapters of layers whose base weights are tied.")
 
     # Field -> class of its sub-configuration.
@@ -234,17 +278,26 @@ class LoraConfig(PeftConfig):
         if init == "loftq" and not self.loftq_config:
             raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
         if self.loftq_config and init != "loftq":
-            warnings.warn(f"`loftq_config` specified but will be ignored when `init_lora_weights` is {init!r}.", stacklevel=4)
+            warnings.warn(
+                f"`loftq_config` specified but will be ignored when `init_lora_weights` is {init!r}.", stacklevel=4
+            )
             self.loftq_config = {}
         for scheme, field_name in (("eva", "eva_config"), ("corda", "corda_config")):
             given = getattr(self, field_name)
             if init == scheme and given is None:
-                warnings.warn(f"`init_lora_weights` is {scheme!r} but `{field_name}` is not specified. Using the default.", stacklevel=4)
+                warnings.warn(
+                    f"`init_lora_weights` is {scheme!r} but `{field_name}` is not specified. Using the default.",
+                    stacklevel=4,
+                )
                 setattr(self, field_name, self._sub_configs[field_name]())
             elif init != scheme and given is not None:
-                warnings.warn(f"`{field_name}` specified but will be ignored when `init_lora_weights` is {init!r}.", stacklevel=4)
+                warnings.warn(
+                    f"`{field_name}` specified but will be ignored when `init_lora_weights` is {init!r}.", stacklevel=4
+                )
         if self.lora_bias and init not in (True, False):
-            raise ValueError(f"The argument lora_bias=True is only supported with init_lora_weights=True or False, got {init!r}.")
+            raise ValueError(
+                f"The argument lora_bias=True is only supported with init_lora_weights=True or False, got {init!r}."
+            )
         changes_base = isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))
         if self.use_rslora and (self.rank_pattern or self.alpha_pattern) and changes_base:
             warnings.warn(
@@ -259,7 +312,10 @@ class LoraConfig(PeftConfig):
         if self.use_dora and self.lora_bias:
             raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False.")
         if self.alora_invocation_tokens is not None and self.task_type != "CAUSAL_LM":
-            warnings.warn("`alora_invocation_tokens` works with task_type CAUSAL_LM only; elsewhere the adapter stays off.", stacklevel=4)
+            warnings.warn(
+                "`alora_invocation_tokens` works with task_type CAUSAL_LM only; elsewhere the adapter stays off.",
+                stacklevel=4,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

@@ -98,15 +98,21 @@ def corda(layer: "LoraLayer", name: str, cfg: Any) -> None:
     base, s, r = layer.get_base_layer(), layer.scaling[name], layer.r[name]
     eigens: Any = getattr(base, "eigens", None)
     if eigens is None:
-        raise ValueError("`eigens` attribute not found for layer, please run `preprocess_corda` before creating the adapter.")
+        raise ValueError(
+            "`eigens` attribute not found for layer, please run `preprocess_corda` before creating the adapter."
+        )
     W = compute_weight(layer, name)
     U, S, V = (t.to(W.device, W.dtype) for t in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
     if not all(torch.isfinite(t).all() for t in (U, S, V)):
-        raise ValueError("Invalid value found in the CorDA decomposition (NaN or infinity). Please file an issue with the covariance data.")
+        raise ValueError(
+            "Invalid value found in the CorDA decomposition (NaN or infinity). Please file an issue with the covariance data."
+        )
     sizes = {"U_WC": (U, (layer.out_features, r)), "S_WC": (S, (r,)), "V_WC": (V, (layer.in_features, r))}
     for label, (tensor, wanted) in sizes.items():
         if tuple(tensor.shape) != wanted:
-            raise ValueError(f"Size mismatch of {label}: {tuple(tensor.shape)}, expected {wanted}; was the rank the same in `preprocess_corda`?")
+            raise ValueError(
+                f"Size mismatch of {label}: {tuple(tensor.shape)}, expected {wanted}; was the rank the same in `preprocess_corda`?"
+            )
     root = (S / s).sqrt()
     _replace(layer, name, W, root[:, None] * V.T, U * root)
     del base.eigens
@@ -129,7 +135,9 @@ def lora_ga(layer: "LoraLayer", name: str, cfg: Any) -> None:
     return None
 
 
-def gradient_factors(G: torch.Tensor, W: torch.Tensor, r: int, s: float, options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient_factors(
+    G: torch.Tensor, W: torch.Tensor, r: int, s: float, options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r, in] and B [out, r] of LoRA-GA from the gradient G [out, in]."""
     n_out, n_in = G.shape
     if 2 * r > min(n_out, n_in):
@@ -146,7 +154,9 @@ def gradient_factors(G: torch.Tensor, W: torch.Tensor, r: int, s: float, options
         rows = columns = torch.randperm(2 * r)[:r]
     else:
         valid = ("ArBr", "A2rBr", "ArB2r", "random")
-        raise ValueError(f"Unknown LoRA-GA direction {direction!r}; use one of {', '.join(valid)}.{nearest(direction, valid)}")
+        raise ValueError(
+            f"Unknown LoRA-GA direction {direction!r}; use one of {', '.join(valid)}.{nearest(direction, valid)}"
+        )
     rows, columns = rows.to(G.device), columns.to(G.device)
     A, B = V.T[rows], U[:, columns] * S[columns]
     if scale == "stable":
@@ -197,7 +207,9 @@ def scheme(value: Any) -> Scheme | None:
         return corda
     if key not in SCHEMES:
         valid = (*SCHEMES, "pissa_niter_<iterations>")
-        raise ValueError(f"Unknown initialization init_lora_weights={value!r}; use True, False or one of {', '.join(valid)}.{nearest(key, valid)}")
+        raise ValueError(
+            f"Unknown initialization init_lora_weights={value!r}; use True, False or one of {', '.join(valid)}.{nearest(key, valid)}"
+        )
     return SCHEMES[key]
 
 
@@ -218,7 +230,9 @@ def check(cfg: Any, key: str, kind: type[kinds.LayerKind], base: nn.Module) -> N
     if function in _READ_BASE:
         weight = getattr(base, kind.weight_name, None)
         if function is not olora and (weight is None or weight.dtype not in ALLOWED_COMPUTE_DTYPES):
-            raise TypeError(f"{text}: it needs a float weight. Load the base model in float32, float16 or bfloat16, or quantise it afterwards.")
+            raise TypeError(
+                f"{text}: it needs a float weight. Load the base model in float32, float16 or bfloat16, or quantise it afterwards."
+            )
         limit = min(kind.shape(base)[:2])
         if function in (pissa, olora, mica) and cfg.r > limit:
             raise ValueError(f"{text}: r={cfg.r} is more than the smallest dimension of the weight, {limit}.")
@@ -242,7 +256,9 @@ def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
 def compute_weight(layer: "LoraLayer", name: str) -> torch.Tensor:
     """The canonical base weight [out, in] in float32 (float64 stays)."""
     if layer.merged:
-        raise RuntimeError("This initialization reads the base weight: call `unmerge_adapter` before adding the adapter.")
+        raise RuntimeError(
+            "This initialization reads the base weight: call `unmerge_adapter` before adding the adapter."
+        )
     W = layer.base_weight()
     return W if W.dtype in (torch.float32, torch.float64) else W.to(torch.float32)
 

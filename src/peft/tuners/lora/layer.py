@@ -148,7 +148,11 @@ class LoraLayer(AdapterLayer):
     def _choose_path(self) -> str:
         if self.kind.substituted:
             return "substitution"
-        if len(self._plan) == 1 and (variant := self.lora_variant.get(self._plan[0])) is not None and variant.fuses(self):
+        if (
+            len(self._plan) == 1
+            and (variant := self.lora_variant.get(self._plan[0])) is not None
+            and variant.fuses(self)
+        ):
             return "fused"
         return "factored" if all(self._is_factored(n) for n in self._plan) else "activation"
 
@@ -159,7 +163,10 @@ class LoraLayer(AdapterLayer):
             return False
         if variant is not None and variant.replaces_factors:
             return True
-        return all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in (self.lora_A[name], self.lora_B[name]))
+        return all(
+            type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks
+            for m in (self.lora_A[name], self.lora_B[name])
+        )
 
     def fused(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One variant alone: base product and adapter in one operator."""
@@ -253,12 +260,16 @@ class _Conv(LoraLayer, _of_kind=True):
     def allocate(self, name: str, cfg: Any) -> None:
         groups = self.get_base_layer().groups
         if cfg.r % groups:  # type: ignore[operator]
-            raise ValueError(f"Targeting a layer with {groups} groups and rank {cfg.r}: set the rank to a multiple of the groups.")
+            raise ValueError(
+                f"Targeting a layer with {groups} groups and rank {cfg.r}: set the rank to a multiple of the groups."
+            )
         super().allocate(name, cfg)
 
     def product(self, f: Factors) -> torch.Tensor:
         if self.get_base_layer().groups != 1:  # type: ignore[operator]
-            raise NotImplementedError("The LoRA delta of a grouped convolution mixes all groups: it has no weight of the base's shape.")
+            raise NotImplementedError(
+                "The LoRA delta of a grouped convolution mixes all groups: it has no weight of the base's shape."
+            )
         return super().product(Factors(f.A.flatten(1), f.B.flatten(1), f.scale)).view(f.B.shape[0], *f.A.shape[1:])
 
     def check_merge(self, name: str) -> None:

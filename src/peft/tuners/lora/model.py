@@ -49,7 +49,9 @@ class LoraModel(TunerModel):
         init.scheme(cfg.init_lora_weights)
         others = [c for n, c in self.peft_config.items() if n != name and isinstance(c, LoraConfig)]
         if any(bool(c.kasa_config) != bool(cfg.kasa_config) for c in others):
-            raise ValueError("KaSA adapters change the base weights: they cannot be mixed with adapters that do not use KaSA.")
+            raise ValueError(
+                "KaSA adapters change the base weights: they cannot be mixed with adapters that do not use KaSA."
+            )
         if any(set(c.target_parameters or ()) != set(cfg.target_parameters or ()) for c in others) and (
             cfg.target_parameters or any(c.target_parameters for c in others)
         ):
@@ -113,7 +115,10 @@ class LoraModel(TunerModel):
         if linear and linear[-1].fan_in_fan_out != cfg.fan_in_fan_out:
             actual = linear[-1].fan_in_fan_out
             kind = "`transformers.pytorch_utils.Conv1D`" if actual else "`torch.nn.Linear`"
-            warnings.warn(f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is {kind}. Setting fan_in_fan_out to {actual}.", stacklevel=6)
+            warnings.warn(
+                f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is {kind}. Setting fan_in_fan_out to {actual}.",
+                stacklevel=6,
+            )
             cfg.fan_in_fan_out = actual
 
     # ---- tied layers
@@ -159,13 +164,20 @@ class LoraModel(TunerModel):
         from .weighted import combine
 
         if adapter_name not in self.peft_config:
-            options = {"clamp": svd_clamp, "driver": svd_driver, "density": density, "majority_sign_method": majority_sign_method}
+            options = {
+                "clamp": svd_clamp,
+                "driver": svd_driver,
+                "density": density,
+                "majority_sign_method": majority_sign_method,
+            }
             combine(self, adapters, weights, adapter_name, combination_type, svd_rank, options)
 
     # ---- calls
     @contextlib.contextmanager
     def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        if "alora_offsets" in kwargs or any(getattr(c, "alora_invocation_tokens", None) for c in self.peft_config.values()):
+        if "alora_offsets" in kwargs or any(
+            getattr(c, "alora_invocation_tokens", None) for c in self.peft_config.values()
+        ):
             from .variants.alora import open_call
 
             open_call(self, kwargs)
@@ -177,7 +189,9 @@ class LoraModel(TunerModel):
         if getattr(self.model, "quantization_method", None) == "gptq":
             raise ValueError("Cannot merge LoRA layers when the model is gptq quantized")
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
-            raise ValueError("Cannot merge LoRA layers when base model layers are replicated: the copies share their weights.")
+            raise ValueError(
+                "Cannot merge LoRA layers when base model layers are replicated: the copies share their weights."
+            )
 
     # ---- losses of variants
     def _layers_with(self, slot: str, adapter_names: str | list[str] | None) -> Iterator[tuple[LoraLayer, str]]:
@@ -191,10 +205,19 @@ class LoraModel(TunerModel):
         """Regularisation of KaSA over all layers; to be added to the loss by the caller."""
         from .variants.kasa import loss
 
-        return sum(loss(layer, name, self.peft_config[name].kasa_config) for layer, name in self._layers_with("lora_diag", adapter_names)) or 0.0
+        return (
+            sum(
+                loss(layer, name, self.peft_config[name].kasa_config)
+                for layer, name in self._layers_with("lora_diag", adapter_names)
+            )
+            or 0.0
+        )
 
     def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> torch.Tensor | float:
         """Mean KL loss of the MonteCLoRA samplers; 0.0 in evaluation."""
-        found = [layer.lora_monteclora_sampler[name] for layer, name in self._layers_with("lora_monteclora_sampler", adapter_names)]
+        found = [
+            layer.lora_monteclora_sampler[name]
+            for layer, name in self._layers_with("lora_monteclora_sampler", adapter_names)
+        ]
         losses = [sampler.loss() for sampler in found if sampler.training]
         return sum(losses) / len(losses) if losses else 0.0

@@ -38,10 +38,14 @@ def replicate_layers(model: nn.Module, layer_map: Ranges) -> Callable[[], None]:
     done = getattr(layers, "_peft_layer_map", None)
     if done is not None:
         if done != ranges:
-            raise ValueError(f"The layers are replicated with {done} already; an adapter with layer_replication={ranges} can't be added.")
+            raise ValueError(
+                f"The layers are replicated with {done} already; an adapter with layer_replication={ranges} can't be added."
+            )
         return lambda: None
     if any(isinstance(m, AdapterLayer) for m in layers.modules()):
-        raise ValueError("`layer_replication` must be set for the first adapter of a model; there are adapters already.")
+        raise ValueError(
+            "`layer_replication` must be set for the first adapter of a model; there are adapters already."
+        )
     count = len(layers)
     for start, end in ranges:
         if not 0 <= start < end <= count:

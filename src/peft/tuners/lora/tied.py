@@ -66,7 +66,11 @@ def tie_layers(tuner: "LoraModel", name: str, cfg: Any, layers: dict[str, Adapte
 
 
 def _tie(layer: LoraLayer, source: LoraLayer, name: str, cfg: Any) -> None:
-    layer.r[name], layer.lora_alpha[name], layer.scaling[name] = source.r[name], source.lora_alpha[name], source.scaling[name]
+    layer.r[name], layer.lora_alpha[name], layer.scaling[name] = (
+        source.r[name],
+        source.lora_alpha[name],
+        source.scaling[name],
+    )
     layer.use_rslora[name], layer.lora_bias[name], layer.use_dora[name] = cfg.use_rslora, False, False
     layer.lora_dropout[name] = dropout(cfg.lora_dropout)
     layer.lora_A[name] = Transposed(source, "lora_embedding_B", name)

@@ -19,7 +19,13 @@ _PLAIN = {"use_bdlora": None, "monteclora_config": None, "velora_config": None}
 
 
 def combine(
-    tuner: "LoraModel", adapters: Sequence[str], weights: Sequence[float], name: str, kind: str, svd_rank: int | None, options: dict[str, Any]
+    tuner: "LoraModel",
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    kind: str,
+    svd_rank: int | None,
+    options: dict[str, Any],
 ) -> None:
     """Add adapter `name`: on each layer, the combination of the sources that are there. Nothing stays behind on an error."""
     if missing := [n for n in adapters if n not in tuner.peft_config]:
@@ -28,7 +34,9 @@ def combine(
     if with_parameters := [n for n, c in zip(adapters, configs, strict=True) if c.target_parameters]:
         raise ValueError(f"add_weighted_adapter does not support target_parameters, which {with_parameters} use.")
     if any(c.kasa_config or c.arrow_config for c in configs):
-        raise ValueError("KaSA and Arrow adapters cannot be combined: they belong to a changed base model or route to other adapters.")
+        raise ValueError(
+            "KaSA and Arrow adapters cannot be combined: they belong to a changed base model or route to other adapters."
+        )
     ranks = [max([c.r, *(c.rank_pattern or {}).values()]) for c in configs]
     cfg = combined_config(tuner, adapters, weights)
     kind, rank = resolve_combination(kind, ranks, svd_rank)
@@ -54,7 +62,13 @@ def combine(
 
 @torch.no_grad()
 def _combine_layer(
-    layer: LoraLayer, adapters: Sequence[str], weights: Sequence[float], name: str, kind: str, rank: int, options: dict[str, Any]
+    layer: LoraLayer,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    kind: str,
+    rank: int,
+    options: dict[str, Any],
 ) -> None:
     sources = [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer]
     parameters = layer.factor_tensors(name)
@@ -64,7 +78,9 @@ def _combine_layer(
         return
     factors = [layer.static_factors(n) for n, _ in sources]
     own_rank = rank if "svd" in kind else None
-    A, B = combine_factors(kind, [(f.A, f.B, f.scale) for f in factors], [w for _, w in sources], rank=own_rank, **options)
+    A, B = combine_factors(
+        kind, [(f.A, f.B, f.scale) for f in factors], [w for _, w in sources], rank=own_rank, **options
+    )
     missing = rank - A.shape[0]
     if missing > 0:  # ranks that differ by layer
         A = torch.cat([A, A.new_zeros(missing, *A.shape[1:])])

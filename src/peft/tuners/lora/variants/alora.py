@@ -53,7 +53,10 @@ def offsets_tensor(offsets: Offsets, device: torch.device) -> torch.Tensor:
 
 
 def calculate_alora_offsets(
-    peft_config: dict[str, Any], active_adapter: str | Sequence[str], input_ids: torch.Tensor, adapter_names: Sequence[str] | None = None
+    peft_config: dict[str, Any],
+    active_adapter: str | Sequence[str],
+    input_ids: torch.Tensor,
+    adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
     """For each row, how many tokens from the end the adapter acts on: from the last occurrence of its tokens. None: not at all."""
     if input_ids is None:
@@ -113,7 +116,9 @@ def open_call(tuner: Any, kwargs: dict[str, Any]) -> None:
     if not causal:
         return
     if ids is None:
-        warnings.warn("Cannot calculate aLoRA offsets from inputs_embeds; the adapter is off. Pass input_ids.", stacklevel=4)
+        warnings.warn(
+            "Cannot calculate aLoRA offsets from inputs_embeds; the adapter is off. Pass input_ids.", stacklevel=4
+        )
         return
     if call.adapter_names is None and len(active) > 1:
         raise ValueError("aLoRA needs exactly one active adapter; use `adapter_names` for mixed batches.")

@@ -60,7 +60,9 @@ class LoraVariant:
         """Factors without what training adds at random."""
         return self.factors(layer, name)
 
-    def advance(self, layer: "LoraLayer", name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def advance(
+        self, layer: "LoraLayer", name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor
+    ) -> torch.Tensor:
         """The running output `y` after the adapter."""
         return y + layer.delta(name, x, base)
 

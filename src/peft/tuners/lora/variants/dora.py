@@ -81,7 +81,9 @@ class Dora(LoraVariant):
 
     def fused(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
         base, m = layer.base_layer, layer.lora_magnitude_vector[name].weight
-        return ops.dora_linear(x, base.weight, base.bias, layer.plain_factors(name), m, self.norm(layer, name), layer.training)
+        return ops.dora_linear(
+            x, base.weight, base.bias, layer.plain_factors(name), m, self.norm(layer, name), layer.training
+        )
 
     def advance(self, layer, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """y + (g - 1) ⊙ (y - b) + g ⊙ s·B(A(x)); with dropout acting the fresh product W drop(x) stands for y - b."""
@@ -92,7 +94,14 @@ class Dora(LoraVariant):
             m, f = layer.lora_magnitude_vector[name].weight, layer.plain_factors(name)
             bias = layer.base_bias()
             return ops.dora_accumulate(
-                y, x, bias, f, m, self.norm(layer, name), layer.training, product=lambda h: F.linear(h, layer.base_weight().to(h.dtype))
+                y,
+                x,
+                bias,
+                f,
+                m,
+                self.norm(layer, name),
+                layer.training,
+                product=lambda h: F.linear(h, layer.base_weight().to(h.dtype)),
             )
         return self._advance_conv(layer, name, x, y)
 

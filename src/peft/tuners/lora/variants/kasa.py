@@ -28,7 +28,9 @@ class Kasa(LoraVariant):
         super().check(cfg, key, kind, layer_storage, base)
         n_out, n_in = kind.shape(base)
         if cfg.r >= min(n_out, n_in):
-            raise ValueError(f"KaSA needs r < min(in_features, out_features) = {min(n_out, n_in)} at {key!r}, got r={cfg.r}.")
+            raise ValueError(
+                f"KaSA needs r < min(in_features, out_features) = {min(n_out, n_in)} at {key!r}, got r={cfg.r}."
+            )
 
     def create(self, layer, name: str, cfg: Any) -> None:
         layer.lora_diag[name] = nn.Parameter(torch.randn(cfg.r))

@@ -91,7 +91,9 @@ def _advance_generator(r: int, n_in: int, options: Any) -> None:
             chunk.normal_()
             count -= len(chunk)
         torch.randn(count)
-    wishart = torch.distributions.Wishart(df=torch.tensor(float(r)), covariance_matrix=torch.eye(r), validate_args=False)
+    wishart = torch.distributions.Wishart(
+        df=torch.tensor(float(r)), covariance_matrix=torch.eye(r), validate_args=False
+    )
     for _ in range(buffer):
         wishart._bartlett_sampling(torch.Size())
 

@@ -24,7 +24,9 @@ class QALora(LoraVariant):
         super().check(cfg, key, kind, layer_storage, base)
         n_in = kind.shape(base)[1]
         if n_in % cfg.qalora_group_size:
-            raise ValueError(f"in_features {n_in} of {key!r} must be divisible by qalora_group_size={cfg.qalora_group_size}.")
+            raise ValueError(
+                f"in_features {n_in} of {key!r} must be divisible by qalora_group_size={cfg.qalora_group_size}."
+            )
 
     def create(self, layer, name: str, cfg: Any) -> None:
         layer.lora_A[name] = nn.Linear(layer.in_features // self.group_size, cfg.r, bias=False)

@@ -79,5 +79,3 @@ class _Project(torch.autograd.Function):
         coefficients = g.T @ c.to(g.dtype)  # [r, groups]
         dA = (ctx.scale * coefficients[..., None] * embed.to(g.dtype)).flatten(1)[:, : A.shape[1]].to(A.dtype)
         return dx, dA, None, None, None
-
-

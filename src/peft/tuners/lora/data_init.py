@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the initialisations from data share: finding the target layers before injection, progress bars, cache files."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core import kinds
+from ...core.match import ALL_LINEAR, Matcher
+from ...core.targets import default_targets
+from ...core.tuner import TunerModel
+from ...storage.base import is_quantised
+
+
+def target_layers(model: nn.Module, cfg: Any) -> dict[str, nn.Module]:
+    """The linear layers that the configuration targets, by name. `target_modules` is filled from the defaults if it is None."""
+    if cfg.target_modules is None:
+        model_type = TunerModel.get_model_config(model).get("model_type", "custom")
+        found = default_targets("lora", model_type)
+        if found is None:
+            raise ValueError(f"Please specify `target_modules` in `peft_config`: there are no defaults for model type {model_type!r}.")
+        cfg.target_modules = found if isinstance(found, str) else set(found)
+    everything = isinstance(cfg.target_modules, str) and cfg.target_modules.lower() == ALL_LINEAR
+    head = model.get_output_embeddings() if everything and hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    matcher = Matcher(cfg.with_values(target_modules=".*") if everything else cfg)
+    layers = {}
+    for name, module in model.named_modules():
+        kind = kinds.kind_of(module)
+        if kind is not None and kind.is_linear and matcher.match(name) and module is not head:
+            layers[name] = module
+    return layers
+
+
+def refuse_quantised(layers: dict[str, nn.Module], what: str) -> None:
+    for name, module in layers.items():
+        if is_quantised(module):
+            raise ValueError(f"{what} needs float weights, {name!r} is quantised. Load the base model unquantised.")
+
+
+def progress(items: Any, text: str, show: bool = True, total: int | None = None) -> Any:
+    """The items with a progress bar on the terminal."""
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc=text, total=total)
+
+
+def save(path: str, value: Any) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    partial = f"{path}.{os.getpid()}.part"
+    torch.save(value, partial)
+    os.replace(partial, path)
+
+
+def load(path: str) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def hooks(handles: list[Any]) -> Iterator[None]:
+    """Remove hooks after the block, whatever happens in it."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Train or eval mode within the block; every module gets its own mode back."""
+    before = [(m, m.training) for m in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before:
+            module.training = flag
