@@ -13,7 +13,11 @@ def test_equals_the_dense_product_in_value_and_gradient(shape):
     expected = x @ torch.kron(w1, w2).T
     torch.testing.assert_close(y, expected)
     weight = torch.randn(y.shape, dtype=torch.float64, generator=generator)
-    for a, b in zip(torch.autograd.grad((y * weight).sum(), (x, w1, w2)), torch.autograd.grad((expected * weight).sum(), (x, w1, w2)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((y * weight).sum(), (x, w1, w2)),
+        torch.autograd.grad((expected * weight).sum(), (x, w1, w2)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
     with plain():
         torch.testing.assert_close(kronecker.apply(x, w1, w2), expected)
@@ -26,7 +30,11 @@ def test_gradcheck_twice():
 
 
 def test_keeps_the_input_alone():
-    x, w1, w2 = torch.randn(64, 12, requires_grad=True), torch.randn(2, 3, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    x, w1, w2 = (
+        torch.randn(64, 12, requires_grad=True),
+        torch.randn(2, 3, requires_grad=True),
+        torch.randn(5, 4, requires_grad=True),
+    )
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         kronecker.apply(x, w1, w2)

@@ -3,8 +3,8 @@ r"""Raw parameters, above all stacks of experts [E, d1, d2], with low-rank addit
 
 `LowRankWeight` stands in for the parameter while its module runs. Indexing an expert, transposing, and the products
 that expert layers use (linear, matmul, bmm, grouped_mm) keep it factored, so the cost follows the routed tokens:
-rank-wide products instead of E weight-sized sums. Any other use turns it into the dense sum, which is always right but for
-dropout: that acts on the input of a product and has no meaning for a dense sum, so there it does not act.
+rank-wide products instead of E weight-sized sums. Any other use turns it into the dense sum, which is always right but
+for dropout: that acts on the input of a product and has no meaning for a dense sum, so there it does not act.
 """
 
 from __future__ import annotations
