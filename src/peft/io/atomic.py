@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing files so that a process killed at any moment leaves the old content or the new, never half of it.
 
-One file: written under another name in the same folder, synced, renamed. Several files that belong together (configuration and weights):
+One file: written under another name in the same folder, synced, renamed. Several files that belong together
+(configuration and weights):
 
 1. all of them are written into a hidden folder `.adapter_new.<host>.<pid>.<random>` and synced;
 2. that folder is renamed to `.adapter_pending`: from here on the new content counts;
 3. the files are renamed into place, and the empty folder is removed.
 
-A crash before 2 leaves the old files (and a hidden folder that the next save removes). After a crash between 2 and 3 `recover` finishes the
-renames; every reader of this package calls it first, and one without permission to write reads the pending files where they are.
+A crash before 2 leaves the old files (and a hidden folder that the next save removes). After a crash between 2 and 3
+`recover` finishes the renames; every reader of this package calls it first, and one without permission to write reads
+the pending files where they are.
 """
 
 import contextlib
@@ -41,7 +43,9 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replaced(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path in the folder of `path`; what is written there takes the place of `path` when the block ends without error."""
+    """A temporary path in the folder of `path`; what is written there takes the place of `path` when the block ends
+    without error.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:

@@ -51,7 +51,9 @@ def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
     return state
 
 
-def set_base_model_state_dict(model: Any, state_dict: Mapping[str, torch.Tensor], strict: bool = True) -> IncompatibleKeys:
+def set_base_model_state_dict(
+    model: Any, state_dict: Mapping[str, torch.Tensor], strict: bool = True
+) -> IncompatibleKeys:
     """Load a state dict of the original base model into the base weights of an adapted one.
 
     With `strict`, keys that are missing or too many raise RuntimeError before anything is loaded.
@@ -69,7 +71,10 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, torch.Tensor]
     if strict and (missing or unexpected):
         lines = [f"Missing key(s): {missing}."] if missing else []
         lines += [f"Unexpected key(s): {unexpected}."] if unexpected else []
-        raise RuntimeError(f"Error(s) in loading the base model state_dict of {type(base).__name__}: {' '.join(lines)} Nothing was loaded.")
+        raise RuntimeError(
+            f"Error(s) in loading the base model state_dict of {type(base).__name__}: {' '.join(lines)} Nothing was "
+            "loaded."
+        )
     _check_shapes(base, renamed, given)
     base.load_state_dict({renamed[k]: v for k, v in given.items() if k in renamed}, strict=False)
     return IncompatibleKeys(missing, unexpected)
@@ -88,4 +93,7 @@ def _check_shapes(base: nn.Module, renamed: dict[str, str], given: dict[str, tor
         if isinstance(value, torch.Tensor) and own is not None and own.shape != value.shape:
             wrong.append(f"size mismatch for {key}: shape {value.shape} in the state dict, {own.shape} in the model")
     if wrong:
-        raise RuntimeError(f"Error(s) in loading the base model state_dict of {type(base).__name__}: {'; '.join(wrong)}. Nothing was loaded.")
+        raise RuntimeError(
+            f"Error(s) in loading the base model state_dict of {type(base).__name__}: {'; '.join(wrong)}. Nothing was "
+            "loaded."
+        )

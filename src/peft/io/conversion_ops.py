@@ -51,7 +51,9 @@ class FlattenDims(ConversionOps):
 
 
 class PeftConcatenate(Concatenate):
-    """lora_B of fused projections: block diagonal for each expert, experts folded into the columns. [out * n, rank * n * experts]"""
+    """lora_B of fused projections: block diagonal for each expert, experts folded into the columns. [out * n, rank * n
+    * experts]
+    """
 
     @torch.no_grad()
     def convert(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters made for another layout of the same architecture.
 
-transformers 5 holds the experts of mixture models in stacked parameters (`experts.gate_up_proj`, `experts.down_proj`) where it had a module
-for each expert. LoRA configurations and files that name the old modules are rewritten for the new parameters; the deltas stay exactly the
-same. Other architectures had modules renamed, which is applied to the keys of LoRA files too.
+transformers 5 holds the experts of mixture models in stacked parameters (`experts.gate_up_proj`, `experts.down_proj`)
+where it had a module for each expert. LoRA configurations and files that name the old modules are rewritten for the new
+parameters; the deltas stay exactly the same. Other architectures had modules renamed, which is applied to the keys of
+LoRA files too.
 """
 
 import functools
@@ -18,12 +19,12 @@ from torch import nn
 
 from ..core.layer import AdapterLayer
 from ..core.match import ALL_LINEAR
-from ..utils._lazy import lazy_attributes
+from ..utils._lazy import lazy_attributes, owners
 from ..utils.peft_types import PeftType
 from .experts import fold_a, fold_b
 from .keys import PEFT_PREFIX, find_tuner, walk
 
-_OPS = dict.fromkeys(("FlattenDims", "PeftConcatenate", "PermuteDims"), "peft.io.conversion_ops")
+_OPS = owners({"peft.io.conversion_ops": "FlattenDims PeftConcatenate PermuteDims"})
 __getattr__, __dir__ = lazy_attributes(__name__, _OPS)
 
 # Family of conversion -> old projection name -> parameter that holds it now.
@@ -57,13 +58,17 @@ def _family(model_type: str) -> str | None:
 
 
 def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, conversions: Sequence[Any] | None) -> None:
-    """Move old expert projections from `target_modules` to `target_parameters`, in place; no conversions, nothing to do."""
+    """Move old expert projections from `target_modules` to `target_parameters`, in place; no conversions, nothing to
+    do.
+    """
     if conversions:
         convert_config(peft_config, model)
 
 
 def convert_config(config: Any, model: nn.Module) -> None:
-    """See the module's docstring. Names that exist as modules too (dense layers, shared experts) stay targets as well."""
+    """See the module's docstring. Names that exist as modules too (dense layers, shared experts) stay targets as
+    well.
+    """
     model_type = _model_type(model)
     if config.peft_type != PeftType.LORA or model_type is None or config.target_modules is None:
         return
@@ -129,7 +134,8 @@ def _check_fused(leaves: set[str], table: dict[str, str]) -> None:
     lost = [leaf for leaf in fused if leaf not in leaves]
     if found and lost:
         raise ValueError(
-            f"Cannot convert PEFT target(s) {', '.join(found)} without also targeting {', '.join(lost)} because they are fused into {FUSED}."
+            f"Cannot convert PEFT target(s) {', '.join(found)} without also targeting {', '.join(lost)} because they "
+            f"are fused into {FUSED}."
         )
 
 
@@ -237,7 +243,11 @@ def _conversions(model: Any) -> list[Any] | None:
     except ImportError:
         return None
     model_type = _model_type(base)
-    if not isinstance(base, PreTrainedModel) or model_type is None or get_checkpoint_conversion_mapping(model_type) is None:
+    if (
+        not isinstance(base, PreTrainedModel)
+        or model_type is None
+        or get_checkpoint_conversion_mapping(model_type) is None
+    ):
         return None
     return get_model_conversion_mapping(base)
 
@@ -298,7 +308,9 @@ def _fold(factor: str, sources: int, tensors: dict[tuple[int, int], torch.Tensor
 # ---- what transformers' own loader is told
 
 
-def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: Any = None) -> list[Any]:
+def build_peft_weight_mapping(
+    weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: Any = None
+) -> list[Any]:
     """The conversions of a base model, for the keys of an adapter file: prefix off, adapter name in, experts fused."""
     if not weight_conversions:
         return []
@@ -347,5 +359,8 @@ def _lora_converter(conversion: Any, factor: str, adapter_name: str, alone: bool
     else:
         operations += [PermuteDims((2, 0, 1)), FlattenDims((0, 1)), Transpose(0, 1)]
     made = conversion.copy(sources, f"{head}.{inner}lora_{factor}.{adapter_name}.weight", operations=operations)
-    made.distributed_operation, made.quantization_operation = conversion.distributed_operation, conversion.quantization_operation
+    made.distributed_operation, made.quantization_operation = (
+        conversion.distributed_operation,
+        conversion.quantization_operation,
+    )
     return made

@@ -27,7 +27,9 @@ def embedding_entries(model: nn.Module, name: str, config: Any, option: bool | s
     if not option:
         return []
     if not hasattr(model, "get_input_embeddings"):
-        warnings.warn("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=4)
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=4
+        )
         return []
     layers = [m for m in (_call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")) if m is not None]
     wanted = {id(m) for m in layers}
@@ -72,7 +74,9 @@ def _entries(path: str, module: nn.Module, name: str, targeted: bool) -> Iterato
 
 
 def _is_targeted(model: nn.Module, config: Any) -> bool:
-    """Whether the adapter sits on an embedding: `embed_tokens` or `lm_head` literally listed, or matched by the regex."""
+    """Whether the adapter sits on an embedding: `embed_tokens` or `lm_head` literally listed, or matched by the
+    regex.
+    """
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
@@ -89,9 +93,13 @@ def _in_base(path: str) -> str:
 
 
 def _decide(model: nn.Module, config: Any, targeted: bool) -> bool:
-    tokens = config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None
+    tokens = (
+        config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None
+    )
     if targeted and not tokens:
-        warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=5)
+        warnings.warn(
+            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=5
+        )
         return True
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     origin = getattr(config, "base_model_name_or_path", None)
@@ -100,12 +108,14 @@ def _decide(model: nn.Module, config: Any, targeted: bool) -> bool:
     original = _vocab_size(origin, getattr(config, "revision", None))
     if original is None:
         warnings.warn(
-            f"Could not find a config file in {origin} - will assume that the vocabulary was not modified.", stacklevel=5
+            f"Could not find a config file in {origin} - will assume that the vocabulary was not modified.",
+            stacklevel=5,
         )
         return False
     if original != size:
         warnings.warn(
-            "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.", stacklevel=5
+            "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
+            stacklevel=5,
         )
         return True
     return False

@@ -1,206 +1,233 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter files: reading and writing folders and hub repositories.
+"""Files of adapters: reading from folders and the hub, writing, uploading. Writing is atomic, see `io/atomic.py`."""
 
-Files are written to a temporary name in the same folder, flushed to disk and renamed: whoever reads sees the old file or the new one. An
-adapter is two files, so `save_adapter` writes both temporaries first and then renames weights before configuration; a reader that was
-killed in between finds the new weights with the old configuration, which differ only where the adapter's shape changed, and then loading
-says so. Pickles are read with `weights_only=True`.
-"""
-
-import contextlib
 import os
+import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import CONFIG_NAME, PeftConfig
+from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..utils.error import AdapterFileError
+from .atomic import current, replaced, transaction
+from .atomic import write_text_atomic as write_text_atomic
 
-WEIGHTS_NAME = "adapter_model.bin"
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file next to `path` that takes its place when the block ends without error."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _flush(temporary)
-        _match_umask(temporary)
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+Tensors = dict[str, torch.Tensor]
 
 
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+# ---- writing
 
 
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def split_shared(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Contiguous tensors with a storage each: of those that share one, all but the first are copied."""
+    seen: set[tuple[Any, ...]] = set()
+    split: Tensors = {}
+    for key, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise RuntimeError(
+                f"Cannot save {key!r}: it is on the meta device and has no values. Load the adapter's weights first; "
+                "a model built with `low_cpu_mem_usage=True` gets them from a file."
+            )
+        tensor = tensor.detach()
+        storage = tensor.untyped_storage()
+        place = (tensor.device, storage.data_ptr(), storage.nbytes())
+        if place in seen and storage.nbytes() > 0:
+            tensor = tensor.clone()
+        seen.add(place)
+        split[key] = tensor.contiguous()
+    return split
 
 
-def _match_umask(path: Path) -> None:
-    """mkstemp makes private files; saved files get the usual permissions."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write a text file so that readers see the old content or the new one."""
-    with _replacing(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def save_safetensors_atomic(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: dict | None = None) -> None:
+def _save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    with _replacing(Path(path)) as temporary:
-        save_file(split_shared(tensors), temporary, metadata={"format": "pt", **(metadata or {})})
+    save_file(split_shared(tensors), str(path), metadata={"format": "pt"})
 
 
-def split_shared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors of which no two share storage: safetensors stores each name by itself."""
-    seen: set[tuple] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        identity = (tensor.device, storage.data_ptr(), storage.nbytes())
-        shared = identity in seen and storage.nbytes() > 0
-        seen.add(identity)
-        partial = storage.nbytes() != tensor.numel() * tensor.element_size()
-        out[name] = tensor.detach().clone().contiguous() if shared or partial else tensor.detach().contiguous()
-    return out
+def save_safetensors_atomic(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file in one step."""
+    with replaced(path) as temporary:
+        _save_safetensors(tensors, temporary)
 
 
-def save_adapter(folder: str | os.PathLike, state: Mapping[str, torch.Tensor], config: PeftConfig, *, safe_serialization: bool = True) -> None:
-    """Write one adapter: weights, then configuration; a previous adapter stays whole until both are on disk.
-
-    The weight file of the other format is removed, as it would be read first or be out of date.
-    """
-    folder = Path(folder)
-    name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safe_serialization else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
-    with _replacing(folder / CONFIG_NAME) as new_config:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".config-") as scratch:
-            config.save_pretrained(scratch)
-            new_config.write_bytes(Path(scratch, CONFIG_NAME).read_bytes())
+def save_adapter(
+    folder: str | os.PathLike, state: Mapping[str, torch.Tensor], config: PeftConfig, *, safe_serialization: bool = True
+) -> None:
+    """Write weights and configuration of one adapter; together they replace what is in `folder`, or nothing does."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    stale = WEIGHTS_NAME if safe_serialization else SAFETENSORS_WEIGHTS_NAME  # readers would find the other format
+    with transaction(folder, remove=(stale,)) as new:
         if safe_serialization:
-            save_safetensors_atomic(folder / name, state)
+            _save_safetensors(state, new / SAFETENSORS_WEIGHTS_NAME)
         else:
-            with _replacing(folder / name) as temporary:
-                torch.save(dict(state), temporary)
-    (folder / other).unlink(missing_ok=True)
+            torch.save(dict(state), new / WEIGHTS_NAME)
+        config.save_pretrained(new)
 
 
 # ---- reading
+
+
+def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
+    """torch.load that runs no code from the file, unless asked to."""
+    return torch.load(*args, weights_only=weights_only, **kwargs)
+
+
+def read_tensors(path: str | os.PathLike, device: str = "cpu") -> Tensors:
+    """Tensors of a weights file (.safetensors or .bin), with errors that say what is wrong with it."""
+    path = Path(path)
+    return _read_safetensors(path, device) if path.suffix == ".safetensors" else _read_bin(path, device)
+
+
+def _read_safetensors(path: Path, device: str) -> Tensors:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path), device=device)
+    except SafetensorError as error:
+        raise AdapterFileError(
+            f"Cannot read the adapter weights {str(path)!r}: {_diagnosis(path)} ({error}). Nothing was loaded."
+        ) from error
+
+
+def _diagnosis(path: Path) -> str:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return f"it is a pickle (torch.save), not a safetensors file. If you trust it, call it {WEIGHTS_NAME}"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer, the file itself was not downloaded (git lfs pull)"
+    if size < 8 or (0 < int.from_bytes(start[:8], "little") < 100_000_000 and start[8:9] in (b"{", b"")):
+        return f"it is truncated, only {size:,} bytes are there. Copy or download it again"
+    return f"it is no safetensors file ({size:,} bytes)"
+
+
+def _read_bin(path: Path, device: str) -> Tensors:
+    try:
+        found = torch_load(path, map_location=torch.device(device))
+    except pickle.UnpicklingError as error:
+        raise AdapterFileError(
+            f"Refusing to load {str(path)!r}: it is damaged, or holds pickled objects other than tensors, which could "
+            f"run code. Convert it to {SAFETENSORS_WEIGHTS_NAME} where you trust it. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise AdapterFileError(
+            f"Cannot read the adapter weights {str(path)!r}: with {path.stat().st_size:,} bytes it is truncated or no "
+            f"torch file ({error}). Nothing was loaded."
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise AdapterFileError(f"{str(path)!r} holds a {type(found).__name__}, expected a dict of tensors.")
+    return found
+
+
+def read_adapter(
+    path: str | os.PathLike, subfolder: str | None = None, device: str = "cpu", **hub: Any
+) -> tuple[Any, Tensors]:
+    """(configuration, tensors) of an adapter in a folder or hub repository, without any model."""
+    config = PeftConfig.from_pretrained(path, subfolder=subfolder, **hub)
+    return config, load_peft_weights(path, device=device, subfolder=subfolder, **hub)
+
+
+def local_weights(folder: str | os.PathLike) -> Path | None:
+    """The weights file of an adapter folder, if there is one."""
+    paths = (current(folder, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    return next((p for p in paths if p.is_file()), None)
+
+
+def local_config(folder: str | os.PathLike) -> Path:
+    """The configuration file of an adapter folder (which may not exist)."""
+    return current(folder, CONFIG_NAME)
+
+
 def load_peft_weights(
-    model_id: str | os.PathLike, device: str | None = None, key_mapping: dict[str, str] | None = None, **hf_hub_download_kwargs: Any
-) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter, from a folder or a hub repository, by their file keys.
+    model_id: str | os.PathLike,
+    device: str | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> Tensors:
+    """Tensors of an adapter in a folder or hub repository, under the keys of the file.
 
-    `key_mapping` {regex: replacement} renames the part after `base_model.model.`.
+    `device` None: the accelerator if there is one. `key_mapping`: regex -> replacement, for the keys without prefix.
     """
-    from ..utils.other import infer_device
-
-    device = device or infer_device()
-    path = find_weights(str(model_id), hf_hub_download_kwargs)
-    tensors = read_weights(path, device)
-    return _renamed(tensors, key_mapping) if key_mapping else tensors
-
-
-def find_weights(model_id: str, hub: dict[str, Any]) -> Path:
-    """Path of the weight file: local folder first, then the hub's cache or the hub."""
-    hub = dict(hub)
-    subfolder = hub.pop("subfolder", None)
-    folder = Path(model_id, subfolder) if subfolder else Path(model_id)
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if (folder / name).is_file():
-            return folder / name
-    if folder.is_dir():
+    hub = {k: v for k, v in hf_hub_download_kwargs.items() if v is not None}
+    if "use_auth_token" in hub:
+        hub.setdefault("token", hub.pop("use_auth_token"))
+    folder = Path(model_id, hub.get("subfolder", ""))
+    path = local_weights(folder)
+    if path is None and folder.is_dir():
         present = sorted(p.name for p in folder.iterdir())[:10]
-        raise ValueError(f"Can't find weights in {folder}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there, only {present}.")
-    return _from_hub(model_id, subfolder, hub)
+        raise ValueError(
+            f"Can't find weights for {model_id}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is in {folder}, "
+            f"which holds {present}."
+        )
+    if path is None:
+        path = Path(_download(str(model_id), hub))
+    if device is None:
+        from ..utils.other import infer_device
+
+        device = infer_device()
+    on_mps = str(device).startswith("mps")  # no direct reading there
+    tensors = read_tensors(path, "cpu" if on_mps else str(device))
+    if on_mps:
+        tensors = {k: v.to(device) for k, v in tensors.items()}
+    return map_keys(tensors, key_mapping) if key_mapping else tensors
 
 
-def _from_hub(model_id: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
-    import huggingface_hub
+def _download(model_id: str, hub: dict[str, Any]) -> str:
+    from huggingface_hub import constants, file_exists, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    hub = {k: v for k, v in hub.items() if k != "use_auth_token"} | ({"token": hub["use_auth_token"]} if hub.get("use_auth_token") else {})
-    prefix = f"{subfolder}/" if subfolder else ""
-    error: Exception | None = None
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+    if constants.HF_HUB_OFFLINE or hub.get("local_files_only"):
+        hub = {**hub, "local_files_only": True}
         try:
-            return Path(huggingface_hub.hf_hub_download(model_id, prefix + name, **hub))
+            return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, **hub)
         except LocalEntryNotFoundError:
-            if name == WEIGHTS_NAME:
-                raise
-        except EntryNotFoundError as exc:
-            error = exc
-    raise ValueError(
-        f"Can't find weights for {model_id} in {model_id} or in the Hugging Face Hub. Please check that the file {WEIGHTS_NAME} or "
-        f"{SAFETENSORS_WEIGHTS_NAME} is present at {model_id}."
-    ) from error
-
-
-def read_weights(path: str | os.PathLike, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Read one weight file. A damaged file or a pickle with code in it gives a ValueError that names it."""
-    path = Path(path)
-    target = "cpu" if str(device).startswith("mps") else str(device)
+            return hf_hub_download(model_id, WEIGHTS_NAME, **hub)
+    prefix = f"{hub['subfolder']}/" if hub.get("subfolder") else ""
+    asked = {k: hub[k] for k in ("repo_type", "revision", "token") if k in hub}
+    if file_exists(model_id, prefix + SAFETENSORS_WEIGHTS_NAME, **asked):
+        return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, **hub)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path, device=target)
-        else:
-            tensors = torch.load(path, map_location=target, weights_only=True)
-    except Exception as exc:
-        raise ValueError(f"Can't read adapter weights from {path}: the file is damaged or no adapter file ({type(exc).__name__}: {exc})") from exc
-    if not isinstance(tensors, dict) or not all(isinstance(v, torch.Tensor) for v in tensors.values()):
-        raise ValueError(f"{path} does not hold a dict of tensors; it is no adapter file.")
-    return {k: v.to(device) for k, v in tensors.items()} if target != str(device) else tensors
+        return hf_hub_download(model_id, WEIGHTS_NAME, **hub)
+    except EntryNotFoundError as error:
+        raise ValueError(
+            f"Can't find weights for {model_id} in {model_id} or in the Hugging Face Hub. Please check that the file "
+            f"{WEIGHTS_NAME} or {SAFETENSORS_WEIGHTS_NAME} is present at {model_id}."
+        ) from error
 
 
-def _renamed(tensors: dict[str, torch.Tensor], key_mapping: dict[str, str]) -> dict[str, torch.Tensor]:
-    out = {}
+def map_keys(tensors: Tensors, key_mapping: dict[str, str]) -> Tensors:
+    """Rename keys: the first pattern that hits a key (without `base_model.model.`) rewrites it."""
+    patterns = [(re.compile(p), r) for p, r in key_mapping.items()]
+    mapped: Tensors = {}
     for key, value in tensors.items():
         prefix = next((p for p in ("base_model.model.", "base_model.") if key.startswith(p)), None)
         if prefix is None:
-            raise ValueError(f"An error occurred while trying to map the state dict key {key!r}: it does not start with 'base_model.'.")
-        rest = key.removeprefix(prefix)
-        for pattern, replacement in key_mapping.items():
-            changed, hits = re.subn(pattern, replacement, rest)
+            raise ValueError(
+                f"An error occurred while trying to load a PEFT state_dict with key_mapping {key_mapping}: the key "
+                f"{key!r} should start with 'base_model.model.' or 'base_model.'."
+            )
+        name = key.removeprefix(prefix)
+        for pattern, replacement in patterns:
+            name, hits = pattern.subn(replacement, name)
             if hits:
-                rest = changed
                 break
-        out[prefix + rest] = value
-    return out
-
-
-def read_adapter(path: str | os.PathLike) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """Configuration and tensors (by file key, on the CPU) of an adapter folder."""
-    return PeftConfig.from_pretrained(path), read_weights(find_weights(str(path), {}))
+        mapped[prefix + name] = value
+    return mapped
 
 
 # ---- the hub
+
+
 def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
-    """Whether the hub has the file; None when that cannot be found out (offline, no such repository)."""
+    """Whether a file is in a repository of the hub; None when that cannot be told (offline, no such repository)."""
     from huggingface_hub import constants, file_exists
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
@@ -209,23 +236,62 @@ def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> b
     try:
         return file_exists(repo_id, filename, **kwargs)
     except (HFValidationError, EntryNotFoundError):
-        return None
-    except Exception as exc:
-        warnings.warn(f"Unable to fetch remote file due to the following error {exc} - silently ignoring the lookup for the file {filename} in {repo_id}.", stacklevel=2)
+        return None  # a local path, or no such thing
+    except Exception as error:  # network failures of any kind must not stop saving
+        warnings.warn(
+            f"Unable to fetch remote file due to the following error {error} - silently ignoring the lookup for the "
+            f"file {filename} in {repo_id}.",
+            stacklevel=2,
+        )
         return None
 
 
-def push_folder(save: Callable[..., Any], repo_id: str, **kwargs: Any) -> str:
-    """Save into a temporary folder and upload it; returns the URL of the commit."""
+def push_folder(
+    save: Callable[..., Any],
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+    repo_type: str | None = None,
+    use_temp_dir: bool | None = None,
+    max_shard_size: int | str | None = None,
+    **save_kwargs: Any,
+) -> str:
+    """Upload what `save(folder, **save_kwargs)` writes into a temporary folder; returns the address of the commit.
+
+    `use_temp_dir` and `max_shard_size` are accepted for compatibility: the folder is always temporary, an adapter is
+    one file.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=kwargs.pop("token", None))
-    options = {k: kwargs.pop(k) for k in ("commit_message", "revision", "create_pr", "commit_description") if k in kwargs}
-    private = kwargs.pop("private", None)
+    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save(folder, **kwargs)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        options.setdefault("commit_message", "Upload adapter")
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, **options))
+        save(folder, **save_kwargs)
+        if tags:
+            _add_tags(Path(folder), tags)
+        repo = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
+        info = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            repo_type=repo_type,
+            commit_message=commit_message or "Upload adapter",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(info)
 
 
+def _add_tags(folder: Path, tags: list[str]) -> None:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = folder / "README.md"
+    card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
+    data: Any = card.data
+    data["tags"] = sorted({*(data.get("tags") or []), *tags})
+    write_text_atomic(path, str(card))

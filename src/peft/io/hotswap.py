@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replacing the weights of a loaded LoRA by those of another file, in place: no new modules, so a compiled model stays compiled."""
+"""Replacing the weights of a loaded LoRA by those of another file, in place: no new modules, so a compiled model stays
+compiled.
+"""
 
 import copy
 import math
@@ -23,12 +25,15 @@ CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pat
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """ValueError when an adapter of `config1` cannot take the place of one of `config0`. Ranks and alphas may differ."""
+    """ValueError when an adapter of `config1` cannot take the place of one of `config0`. Ranks and alphas may
+    differ.
+    """
     if config0.peft_type != config1.peft_type:
         raise ValueError(f"Incompatible PEFT types found: {_name(config0)} and {_name(config1)}")
     if config0.peft_type not in CONFIG_KEYS_TO_CHECK:
         raise ValueError(
-            f"Hotswapping only works for {', '.join(t.value for t in CONFIG_KEYS_TO_CHECK)} but {_name(config0)} was passed."
+            f"Hotswapping only works for {', '.join(t.value for t in CONFIG_KEYS_TO_CHECK)} but {_name(config0)} was "
+            "passed."
         )
     for key in CONFIG_KEYS_TO_CHECK[PeftType(config0.peft_type)]:
         values = [getattr(c, key, None) for c in (config0, config1)]
@@ -45,21 +50,23 @@ def hotswap_adapter(
 ) -> None:
     """Put the weights of the LoRA in a folder or hub repository into adapter `adapter_name` of `model`.
 
-    The adapter keeps its name; its configuration in `model.peft_config` becomes the one of the file. Modules that the new adapter lacks
-    are turned off, modules that only it has are an error. A failing call changes nothing.
+    The adapter keeps its name; its configuration in `model.peft_config` becomes the one of the file. Modules that the
+    new adapter lacks are turned off, modules that only it has are an error. A failing call changes nothing.
     """
     hub = {k: v for k, v in kwargs.items() if v is not None}
     subfolder = hub.pop("subfolder", None)
     if "use_auth_token" in hub:
         hub.setdefault("token", hub.pop("use_auth_token"))
-    config = PeftConfig.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
+    config: Any = PeftConfig.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
     configs: dict[str, Any] = model.peft_config  # type: ignore[assignment]
     if adapter_name not in configs:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace.{nearest(adapter_name, configs)}")
     check_hotswap_configs_compatible(configs[adapter_name], config)
     state = load_peft_weights(model_name_or_path, device=torch_device, subfolder=subfolder, **hub)
     prefix = "lora_"
-    hotswap_adapter_from_state_dict(model, _insert_adapter_name_into_state_dict(state, adapter_name, prefix), adapter_name, config, prefix)
+    hotswap_adapter_from_state_dict(
+        model, _insert_adapter_name_into_state_dict(state, adapter_name, prefix), adapter_name, config, prefix
+    )
 
 
 def _insert_adapter_name_into_state_dict(
@@ -94,7 +101,9 @@ def hotswap_adapter_from_state_dict(
     config: Any,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Swap in tensors named as in memory (with the adapter's name). Parameters keep their identity, and their storage if it is big enough."""
+    """Swap in tensors named as in memory (with the adapter's name). Parameters keep their identity, and their storage
+    if it is big enough.
+    """
     swaps, layers = _plan(model, state_dict, adapter_name, parameter_prefix)
     with torch.no_grad():
         for swap in swaps:
@@ -111,7 +120,9 @@ def _plan(
     layers = {p.removeprefix(COMPILE_INFIX): m for p, m in walk(model) if isinstance(m, AdapterLayer) and name in m}
     merged = [p for p, layer in layers.items() if name in layer.merged_adapters or layer.merged]
     if merged:
-        raise ValueError(f"Cannot hotswap when the adapter {name!r} is merged (in {merged[0]!r}). Call `unmerge_adapter` first.")
+        raise ValueError(
+            f"Cannot hotswap when the adapter {name!r} is merged (in {merged[0]!r}). Call `unmerge_adapter` first."
+        )
     present = _present(layers, name, prefix)
     swaps, unexpected = [], []
     given = {clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}
@@ -160,12 +171,15 @@ def _check(swap: _Swap) -> None:
     if new.numel() < old.numel():
         if old.dim() not in (2, 4) or _is_bias(swap):
             raise NotImplementedError(
-                f"{swap.key}: weights of shape {tuple(new.shape)} cannot be padded to {tuple(old.shape)}; only linear and Conv2d factors can."
+                f"{swap.key}: weights of shape {tuple(new.shape)} cannot be padded to {tuple(old.shape)}; only linear "
+                "and Conv2d factors can."
             )
         grows_rows = old.shape[0] > new.shape[0] and old.shape[1:] == new.shape[1:]
         grows_columns = old.shape[1] > new.shape[1] and old.shape[0] == new.shape[0] and old.shape[2:] == new.shape[2:]
         if not (grows_rows or grows_columns):
-            raise ValueError(f"{swap.key}: incompatible shapes {tuple(old.shape)} (loaded) and {tuple(new.shape)} (new).")
+            raise ValueError(
+                f"{swap.key}: incompatible shapes {tuple(old.shape)} (loaded) and {tuple(new.shape)} (new)."
+            )
 
 
 def _is_bias(swap: _Swap) -> bool:
@@ -220,7 +234,10 @@ def _set_scaling(layer: Any, path: str, name: str, config: Any) -> None:
     if name not in getattr(layer, "scaling", {}):
         return
     module = _module_name(path, layer)
-    r, alpha = pattern_value(config.rank_pattern, module, config.r), pattern_value(config.alpha_pattern, module, config.lora_alpha)
+    r, alpha = (
+        pattern_value(config.rank_pattern, module, config.r),
+        pattern_value(config.alpha_pattern, module, config.lora_alpha),
+    )
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
     current = layer.scaling[name]
     if isinstance(current, torch.Tensor):
@@ -274,7 +291,10 @@ def _trim(entries: list[Entry], name: str, config: Any) -> dict[str, torch.Tenso
     layer: Any = entries[0].layer
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     place = next(e.file for e in entries if e.owner is layer.lora_A[name]).removesuffix(".lora_A.weight")
-    rank, groups = pattern_value(config.rank_pattern, _module_name(place, layer), config.r), int(getattr(layer.get_base_layer(), "groups", 1))
+    rank, groups = (
+        pattern_value(config.rank_pattern, _module_name(place, layer), config.r),
+        int(getattr(layer.get_base_layer(), "groups", 1)),
+    )
     if rank >= A.shape[0] or rank % groups:
         return {}
     blocks = A.detach().unflatten(0, (groups, -1))
@@ -299,7 +319,8 @@ def prepare_model_for_compiled_hotswap(
     config: Any = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
-    """Before compiling: scalings become tensors, and factors are zero padded to `target_rank`, the largest rank that will be swapped in.
+    """Before compiling: scalings become tensors, and factors are zero padded to `target_rank`, the largest rank that
+    will be swapped in.
 
     `config` (one or a dict of them) gets the new rank too.
     """
@@ -313,7 +334,9 @@ def prepare_model_for_compiled_hotswap(
             raise ValueError(f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}.")
     layers = [m for m in model.modules() if isinstance(m, AdapterLayer) and "lora_A" in m.slots]
     if not layers:
-        raise ValueError("No LoRA layers were found on the model: load the first adapter before preparing it for hot swapping.")
+        raise ValueError(
+            "No LoRA layers were found on the model: load the first adapter before preparing it for hot swapping."
+        )
     if target_rank is not None:
         for layer in layers:
             _check_rank(layer, target_rank)
@@ -346,10 +369,13 @@ def _check_rank(layer: Any, rank: int) -> None:
     for name, module in layer.lora_A.items():
         if module.weight.shape[0] > rank:
             raise ValueError(
-                f"Trying to pad the adapter {name!r} to the target rank {rank}, but its rank is larger: {module.weight.shape[0]}."
+                f"Trying to pad the adapter {name!r} to the target rank {rank}, but its rank is larger: "
+                f"{module.weight.shape[0]}."
             )
         if rank % groups or module.weight.shape[0] % groups:
-            raise ValueError(f"The ranks {module.weight.shape[0]} and {rank} must be multiples of the layer's {groups} groups.")
+            raise ValueError(
+                f"The ranks {module.weight.shape[0]} and {rank} must be multiples of the layer's {groups} groups."
+            )
 
 
 @torch.no_grad()

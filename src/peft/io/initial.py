@@ -57,7 +57,9 @@ def convert_to_plain_lora(
 
 
 def _rank_axis(key: str) -> int | None:
-    """The dimension of a factor that counts the rank; None for everything else in the file (biases, saved modules ...)."""
+    """The dimension of a factor that counts the rank; None for everything else in the file (biases, saved modules
+    ...).
+    """
     slot = key.removesuffix(".weight").rpartition(".")[2]
     return {"lora_A": 0, "lora_embedding_A": 0, "lora_B": 1, "lora_embedding_B": 1}.get(slot)
 

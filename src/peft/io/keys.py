@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one bijection between the tensors of an adapter in memory and the keys of its file.
 
-Both names come from the structure of the model, never from parts of names: one walk finds the adapter layers, the tuner and the auxiliary
-wrappers, and every container of theirs that holds the adapter contributes its tensors.
+Both names come from the structure of the model, never from parts of names: one walk finds the adapter layers, the tuner
+and the auxiliary wrappers, and every container of theirs that holds the adapter contributes its tensors.
 
     held by                          in memory                                   in the file
     slot of a layer                  P.lora_A.<name>.weight, P.ia3_l.<name>      P.lora_A.weight, P.ia3_l
@@ -78,7 +78,8 @@ def _join(path: str, child: str) -> str:
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(clean name, module) of the model in registration order, each module once.
 
-    What adapters own is not entered: of an adapter layer only the base layer, of a tuner only the model; wrappers are leaves.
+    What adapters own is not entered: of an adapter layer only the base layer, of a tuner only the model; wrappers are
+    leaves.
     """
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]
@@ -101,7 +102,9 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 class _Roles(NamedTuple):
     shared: frozenset[str]  # owned by the tuner
-    unsaved: frozenset[str]  # metadata that happens to be a frozen parameter (AdaLoRA's ranknum); buffers follow their own persistence
+    unsaved: frozenset[
+        str
+    ]  # metadata that happens to be a frozen parameter (AdaLoRA's ranknum); buffers follow their own persistence
     bare: frozenset[str]  # modules whose weight is stored under the slot's name
 
 
@@ -114,7 +117,9 @@ def _roles(slots: dict[str, Slot]) -> _Roles:
     found = slots.values()
     return _Roles(
         frozenset(s.name for s in found if s.role == "shared"),
-        frozenset(s.name for s in found if s.role == "aux" and not s.saved and issubclass(s.container, nn.ParameterDict)),
+        frozenset(
+            s.name for s in found if s.role == "aux" and not s.saved and issubclass(s.container, nn.ParameterDict)
+        ),
         frozenset(s.name for s in found if s.bare),
     )
 
@@ -156,7 +161,9 @@ def _container_entries(
 
 
 def _file_key(path: str, name: str, rest: str, bare: bool) -> str:
-    """The adapter name is left out where it is the last or the last but one part; deeper down the published files keep it."""
+    """The adapter name is left out where it is the last or the last but one part; deeper down the published files keep
+    it.
+    """
     if bare and rest == "weight":
         return path
     return f"{path}.{name}.{rest}" if "." in rest else f"{path}.{rest}"
@@ -186,7 +193,9 @@ def tuner_entries(path: str, tuner: TunerModel, name: str) -> Iterator[Entry]:
 
 
 def wrapper_entries(path: str, wrapper: AuxiliaryTrainingWrapper, name: str) -> Iterator[Entry]:
-    """Tensors of adapter `name` in a module trained in full, or of its trained tokens; nothing if the wrapper lacks the adapter."""
+    """Tensors of adapter `name` in a module trained in full, or of its trained tokens; nothing if the wrapper lacks the
+    adapter.
+    """
     dot = path + "." if path else ""
     if name not in wrapper.adapter_names:
         return
@@ -223,7 +232,9 @@ def resolve(root: nn.Module, key: str) -> tuple[nn.Module, str] | None:
 
 
 def adapter_entries(model: nn.Module, name: str, config: Any = None) -> list[Entry]:
-    """Everything that belongs to adapter `name` and is saved, in the order of the published files: slots, biases, wrappers."""
+    """Everything that belongs to adapter `name` and is saved, in the order of the published files: slots, biases,
+    wrappers.
+    """
     slots: list[Entry] = []
     wrapped: list[Entry] = []
     biases: list[Entry] = []

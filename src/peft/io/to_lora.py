@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of other methods as a LoRA: per layer the best approximation of the delta weight with a given rank, by SVD.
 
-ΔW = U Σ Vᵀ, B = U_k Σ_k, A = V_kᵀ, scaling 1. Where a method has low-rank factors of its own, ΔW = B' A', the SVD is the one of the small
-product of their triangular QR factors, and ΔW is never formed.
+ΔW = U Σ Vᵀ, B = U_k Σ_k, A = V_kᵀ, scaling 1. Where a method has low-rank factors of its own, ΔW = B' A', the SVD is
+the one of the small product of their triangular QR factors, and ΔW is never formed.
 """
 
 import os
@@ -47,8 +47,8 @@ def convert_to_lora(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """(LoraConfig, tensors) of a LoRA that approximates adapter `adapter_name`.
 
-    `rank`: an int, or a float in (0, 1]: per layer the smallest rank that keeps this share of the squared singular values.
-    `compile_kwargs`: options for torch.compile of the decomposition.
+    `rank`: an int, or a float in (0, 1]: per layer the smallest rank that keeps this share of the squared singular
+    values. `compile_kwargs`: options for torch.compile of the decomposition.
     """
     _check_rank(rank)
     config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
@@ -73,7 +73,9 @@ def convert_to_lora(
 def _check_rank(rank: int | float) -> None:
     if isinstance(rank, float):
         if not 0 < rank <= 1:
-            raise ValueError(f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}.")
+            raise ValueError(
+                f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}."
+            )
     elif rank == 0:
         raise ValueError("Passing a rank of 0 doesn't make sense, please pass a valid value.")
     elif rank < 0:
@@ -94,7 +96,11 @@ def _layers(model: nn.Module, adapter_name: str, config: Any) -> list[tuple[str,
             continue
         path = path.replace(".base_layer", "")
         if path in found or not module.supports_lora_conversion(adapter_name):
-            why = "it is adapted twice" if path in found else f"{module.method_name} on {type(module.get_base_layer()).__name__}"
+            why = (
+                "it is adapted twice"
+                if path in found
+                else f"{module.method_name} on {type(module.get_base_layer()).__name__}"
+            )
             raise TypeError(f"Some module types on this model do not support LoRA conversion: {path!r} ({why}).")
         found[path] = module
     if known and not found:
@@ -110,10 +116,14 @@ def _check_source(config: Any, layers: dict[str, AdapterLayer], adapter_name: st
     if bias not in ("none", False) or any(layer.delta_bias(adapter_name) is not None for layer in layers.values()):
         raise ValueError(f"The adapter trains biases (bias={bias!r}), which cannot be part of the converted LoRA.")
     if any("lora_A" in layer.slots for layer in layers.values()):
-        warnings.warn("Converting a LoRA adapter to a LoRA adapter is not useful unless its rank is to be reduced.", stacklevel=4)
+        warnings.warn(
+            "Converting a LoRA adapter to a LoRA adapter is not useful unless its rank is to be reduced.", stacklevel=4
+        )
 
 
-def _pair(layer: AdapterLayer, adapter: str, name: str, rank: int | float, split: Callable[..., tuple[torch.Tensor, ...]]) -> Pair:
+def _pair(
+    layer: AdapterLayer, adapter: str, name: str, rank: int | float, split: Callable[..., tuple[torch.Tensor, ...]]
+) -> Pair:
     """(B [out, k], A [k, in]) in the dtype of the adapter."""
     exact = getattr(type(layer), "lora_factors", None)  # methods whose delta is a LoRA of a known rank
     pair = exact(layer, adapter) if exact is not None else None
@@ -128,7 +138,8 @@ def _pair(layer: AdapterLayer, adapter: str, name: str, rank: int | float, split
         dtype, shape = factors[0].dtype, (factors[0].shape[0], factors[1].shape[1])
     if not isinstance(rank, float) and rank > min(shape):
         raise ValueError(
-            f"The chosen rank {rank} is larger than the weight shape ({min(shape)}) of {name!r}, please choose a lower rank."
+            f"The chosen rank {rank} is larger than the weight shape ({min(shape)}) of {name!r}, please choose a lower "
+            "rank."
         )
     U, S, Vh = split(delta.float()) if factors is None else decompose_product(factors[0].float(), factors[1].float())
     k = rank if not isinstance(rank, float) else _enough(S, rank)
@@ -175,7 +186,14 @@ def _lora_config(config: Any, rank: int | float, ranks: dict[str, int]) -> Any:
     pattern = {n: r for n, r in ranks.items() if every or r != common}
     lora = LoraConfig(r=common, lora_alpha=common, rank_pattern=pattern, alpha_pattern=dict(pattern))
     lora.target_modules = targets if isinstance(targets, str) else set(targets or ()) | set(ranks)
-    for field in ("layers_pattern", "layers_to_transform", "modules_to_save", "base_model_name_or_path", "revision", "exclude_modules"):
+    for field in (
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "base_model_name_or_path",
+        "revision",
+        "exclude_modules",
+    ):
         value = getattr(config, field, None)
         if value:
             setattr(lora, field, value)
