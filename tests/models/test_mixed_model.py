@@ -9,13 +9,23 @@ import torch
 from torch import nn
 
 import peft
-from peft import IA3Config, LoraConfig, OFTConfig, PeftMixedModel, PrefixTuningConfig, VeraConfig, get_peft_model
+from peft import (
+    HiraConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftMixedModel,
+    PrefixTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 CONFIGS = {
     "lora": lambda *t: LoraConfig(target_modules=list(t), r=2, init_lora_weights=False),
     "ia3": lambda *t: IA3Config(target_modules=list(t), feedforward_modules=[], init_ia3_weights=False),
     "oft": lambda *t: OFTConfig(target_modules=list(t), oft_block_size=4, init_weights=False),
+    "hira": lambda *t: HiraConfig(target_modules=list(t), r=2),  # needs the pristine base weight
     "vera": lambda *t: VeraConfig(target_modules=list(t), r=2, init_weights=False),
 }
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging of adapters into base weights and back, for one layer.
 
-The first merge keeps a copy of the base tensors on the CPU, and unmerging puts it back: bit by bit the same, whatever the dtype and however
+The first merge keeps a copy of the base tensors on the CPU, and unmerging puts it back: bit by bit the same, whatever
+the dtype and however
 often. `merge_and_unload` never unmerges and keeps nothing.
 """
 
@@ -25,12 +26,17 @@ def check_adapters_to_merge(module: "AdapterLayer", adapter_names: Iterable[str]
         names = [n for n in names if n not in done]
         if names:
             warnings.warn(
-                f"Already following adapters were merged {','.join(done)}. You are now additionally merging {','.join(names)}.",
+                f"Already following adapters were merged {','.join(done)}. You are now additionally merging "
+                f"{','.join(names)}.",
                 stacklevel=3,
             )
         else:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
     return names
+
+
+def _is_layer(module: Any) -> bool:
+    return isinstance(module, Mergeable)
 
 
 class Mergeable:
@@ -41,7 +47,8 @@ class Mergeable:
     ) -> None:
         """Write the adapters into the base layer.
 
-        `safe_merge` refuses results that are not finite, before anything is written. `keep=False` saves the memory of the copy that
+        `safe_merge` refuses results that are not finite, before anything is written. `keep=False` saves the memory of
+        the copy that
         `unmerge` needs.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self]
@@ -142,7 +149,7 @@ class Mergeable:
         self._saved_weights["module"] = self._saved_weights.get("module", self.base_layer)
         self.base_layer = module
 
-    # ---- copies of the base ----------------------------------------------------------------------------------------------------
+    # ---- copies of the base --------------------------------------------------------------------------------
     def _take_copy(self: Any, base: torch.nn.Module) -> None:
         self._saved_weights["weight"] = self.storage.snapshot(base, self.kind.weight_name)
         bias = self.kind.bias(base)
@@ -186,15 +193,25 @@ class Mergeable:
 
     def base_weight(self: Any) -> torch.Tensor:
         """The pristine canonical base weight, whatever is merged now. [out, in, *kernel]"""
-        base = self.get_base_layer()
-        if "weight" in self._saved_weights:
-            return self.kind.canonical(self.storage.thaw(self._saved_weights["weight"], base))
+        saved = self._pristine("weight")
+        if saved is not None:
+            return self.kind.canonical(self.storage.thaw(saved, self.get_base_layer()))
         return self._current_weight()
+
+    def _pristine(self: Any, name: str) -> Any:
+        """The copy of the tensor that was taken first: by the innermost layer around it that has merged."""
+        found: Any = None
+        layer: Any = self
+        while _is_layer(layer):
+            if layer.kind.weight_name == self.kind.weight_name:
+                found = layer._saved_weights.get(name, found)
+            layer = layer.base_layer
+        return found
 
     def base_bias(self: Any) -> torch.Tensor | None:
         """The pristine base bias."""
         bias = self.kind.bias(self.get_base_layer())
-        saved = self._saved_weights.get("bias")
+        saved = self._pristine("bias")
         return bias if saved is None or bias is None else saved.to(bias.device)
 
     def _current_weight(self: Any) -> torch.Tensor:

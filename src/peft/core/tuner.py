@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TunerModel: the part of a method that sees the whole model. Hooks around injection, the shared switch, whole-model operations.
+"""TunerModel: the part of a method that sees the whole model. Hooks around injection, the shared switch, whole-model
+operations.
 
 Also exported as `tuners_utils.BaseTuner`. Methods set `layer_cls` (and `target_table`) and override hooks.
 """
@@ -40,7 +41,9 @@ class TunerModel(nn.Module):
     unsupported_error: ClassVar[type[Exception]] = ValueError
     identity_at_init: ClassVar[bool] = True  # a new adapter with default options changes no output
     second_example: ClassVar[dict[str, Any]] = {}  # what a second adapter needs besides
-    inexact_gradients: ClassVar[tuple[str, ...]] = ()  # module constants that keep a published gradient that is no derivative
+    inexact_gradients: ClassVar[
+        tuple[str, ...]
+    ] = ()  # module constants that keep a published gradient that is no derivative
     example: ClassVar[dict[str, Any]] = {}  # options fit for layers of width 16 to 24; the contract tests use them
 
     def __init__(
@@ -56,7 +59,8 @@ class TunerModel(nn.Module):
         existing = model.__dict__.get("peft_config")
         if isinstance(existing, dict) and existing is not configs:
             warnings.warn(
-                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in the model. "
+                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters "
+                "in the model. "
                 "Make sure to know what you are doing!",
                 stacklevel=3,
             )
@@ -102,7 +106,7 @@ class TunerModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.after_forward(self.model.forward(*args, **kwargs))
 
-    # ---- hooks -----------------------------------------------------------------------------------------------------------------
+    # ---- hooks ---------------------------------------------------------------------------------------------
     def prepare(self, cfg: Any, model: nn.Module) -> None:
         """Fill `cfg.target_modules` from the default table when the user gave none."""
         self.user_targets = cfg.target_modules is not None
@@ -115,7 +119,8 @@ class TunerModel(nn.Module):
         if found is None:
             also = " or `target_parameters`" if self.supports_parameters else ""
             raise ValueError(
-                f"Please specify `target_modules`{also} in `peft_config`: {self.method_label} has no defaults for model type {model_type!r}."
+                f"Please specify `target_modules`{also} in `peft_config`: {self.method_label} has no defaults for "
+                f"model type {model_type!r}."
             )
         return found if isinstance(found, str) else set(found)
 
@@ -127,7 +132,8 @@ class TunerModel(nn.Module):
         others = {n: c for n, c in self.peft_config.items() if n != name}
         if others and any(getattr(c, "bias", "none") != "none" for c in [cfg, *others.values()]):
             raise ValueError(
-                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all adapters."
+                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias "
+                "to 'none' for all adapters."
             )
         trainable.check_bias(cfg)
 
@@ -158,7 +164,9 @@ class TunerModel(nn.Module):
 
     @contextlib.contextmanager
     def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Around one forward of the model: take this method's own arguments out of `kwargs` and leave them in `switch.call`."""
+        """Around one forward of the model: take this method's own arguments out of `kwargs` and leave them in
+        `switch.call`.
+        """
         yield kwargs
 
     def after_forward(self, out: Any) -> Any:
@@ -175,7 +183,7 @@ class TunerModel(nn.Module):
     def on_delete(self, name: str) -> None:
         """Drop what the tuner itself holds for adapter `name`."""
 
-    # ---- facts -----------------------------------------------------------------------------------------------------------------
+    # ---- facts ---------------------------------------------------------------------------------------------
     @property
     def method_label(self) -> str:
         return self.layer_cls.method_name or type(self).__name__
@@ -193,12 +201,12 @@ class TunerModel(nn.Module):
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
             return config.to_dict()
         if dataclasses.is_dataclass(config) and not isinstance(config, type):
             return dataclasses.asdict(config)
-        return config
+        return config  # type: ignore[return-value]
 
     @staticmethod
     def _found_switch(model: nn.Module) -> Switch:
@@ -227,7 +235,7 @@ class TunerModel(nn.Module):
         """The set of adapter layers or wrappers changed."""
         self._layers = self._wrappers = None
 
-    # ---- injection -------------------------------------------------------------------------------------------------------------
+    # ---- injection -----------------------------------------------------------------------------------------
     def inject_adapter(
         self,
         model: nn.Module,
@@ -288,7 +296,9 @@ class TunerModel(nn.Module):
         """Rewrite a configuration made for another layout of the same architecture (LoRA on fused experts)."""
 
     def _activate(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
-        """New adapters that are active are trainable unless loaded for inference; layers made now know the switch already."""
+        """New adapters that are active are trainable unless loaded for inference; layers made now know the switch
+        already.
+        """
         active = name in self.switch.active
         for layer in self.layers() if active else layers.values():
             layer._local = None
@@ -328,7 +338,7 @@ class TunerModel(nn.Module):
         slots = self.layer_cls.slots.values() if hasattr(type(self), "layer_cls") else ()
         return {s.name: getattr(self, s.name) for s in slots if s.role == "shared"}
 
-    # ---- switching -------------------------------------------------------------------------------------------------------------
+    # ---- switching -----------------------------------------------------------------------------------------
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one or several adapters: they become trainable (unless `inference_mode`), all others frozen."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
@@ -363,14 +373,17 @@ class TunerModel(nn.Module):
             if n in self.peft_config
         ):
             warnings.warn(
-                "Careful, disabling adapter layers with bias configured does not produce the same output as the base model would without "
+                "Careful, disabling adapter layers with bias configured does not produce the same output as the "
+                "base model would without "
                 "adaption.",
                 stacklevel=2,
             )
         self._set_enabled(False)
 
     def enable_adapter_layers(self) -> None:
-        """Turn the active adapters on again; parameters get back the requires_grad that they had when they were turned off."""
+        """Turn the active adapters on again; parameters get back the requires_grad that they had when they were
+        turned off.
+        """
         self._set_enabled(True)
 
     def _set_enabled(self, enabled: bool) -> None:
@@ -393,13 +406,15 @@ class TunerModel(nn.Module):
             layer._local = None
         self.switch.set_disabled(not enabled)
 
-    # ---- merging ---------------------------------------------------------------------------------------------------------------
+    # ---- merging -------------------------------------------------------------------------------------------
     def _check_merge_allowed(self) -> None:
         """Raise when merging is impossible for the model as a whole."""
         tied.untie_for_merge(self)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters (default: the active ones) into the base weights, keeping the layers so that they can be unmerged."""
+        """Merge adapters (default: the active ones) into the base weights, keeping the layers so that they can be
+        unmerged.
+        """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
         self._check_merge_allowed()
@@ -408,7 +423,9 @@ class TunerModel(nn.Module):
                 layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Take merged adapters out again, in the opposite order of merging: tied weights and nested layers get back what they were."""
+        """Take merged adapters out again, in the opposite order of merging: tied weights and nested layers get back
+        what they were.
+        """
         for layer in self.layers():
             with onload_layer(layer):
                 layer.unmerge()
@@ -457,7 +474,9 @@ class TunerModel(nn.Module):
                 if merge:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # "already merged" is what safe_merge just did
-                        layer.merge(adapter_names=names, keep=False)
+                        layer.merge(
+                            adapter_names=names, keep=layer is not module
+                        )  # outer ones may need the pristine weight
                 elif layer.merged:
                     layer.unmerge()
         base = module.get_base_layer()
@@ -466,9 +485,11 @@ class TunerModel(nn.Module):
             if isinstance(child, AdapterLayer):  # out_proj of an attention module
                 self._unload_node(base, name, child, merge, names)
 
-    # ---- the rest --------------------------------------------------------------------------------------------------------------
+    # ---- the rest ------------------------------------------------------------------------------------------
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter everywhere. If it was active: the other active ones stay, else the first remaining one becomes active."""
+        """Delete an adapter everywhere. If it was active: the other active ones stay, else the first remaining one
+        becomes active.
+        """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist; there are {sorted(self.peft_config)}.")
         if any(adapter_name in layer.merged_adapters for layer in self.layers()):
@@ -506,7 +527,8 @@ class TunerModel(nn.Module):
 
 def find_parts(model: nn.Module) -> tuple[list[AdapterLayer], list[AuxiliaryTrainingWrapper]]:
     """Adapter layers and auxiliary wrappers in the order of the modules. What adapters own is not searched."""
-    layers, wrappers, seen, stack = [], [], set(), [model]
+    layers, wrappers, seen = [], [], set()
+    stack: list[Any] = [model]
     while stack:
         module = stack.pop()
         if module is None or id(module) in seen:
