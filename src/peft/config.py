@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration classes: one dataclass a method, json <-> config, option helpers shared by all methods.
 
-A method's options are dataclass fields made with `option(default, help)`; the help text lives there and nowhere else (the command line
-reads it). Fields that many methods share (`targets()`, `excludes()`, `layer_range()` ...) are one-line calls so that every method keeps
+A method's options are dataclass fields made with `option(default, help)`; the help text lives there and nowhere else
+(the command line
+reads it). Fields that many methods share (`targets()`, `excludes()`, `layer_range()` ...) are one-line calls so that
+every method keeps
 its published field order.
 """
 
@@ -128,7 +130,9 @@ class PeftConfigMixin:
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "PeftConfigMixin":
-        """Build the configuration of the method named by `peft_type`; unknown keys (newer files) are dropped with a warning."""
+        """Build the configuration of the method named by `peft_type`; unknown keys (newer files) are dropped with a
+        warning.
+        """
         from .registry import config_class
 
         target = config_class(kwargs["peft_type"]) if "peft_type" in kwargs else cls
@@ -143,8 +147,10 @@ class PeftConfigMixin:
             )
         hints = "; ".join(f"{k}:{nearest(k, known)}" for k in unknown if nearest(k, known))
         warnings.warn(
-            f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. This probably means that you're "
-            f"loading a configuration file that was saved by a newer version of the library; upgrade it. {hints}".strip(),
+            f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. This probably "
+            "means that you're "
+            "loading a configuration file that was saved by a newer version of the library; upgrade it. "
+            f"{hints}".strip(),
             stacklevel=3,
         )
         return target(**{k: v for k, v in kwargs.items() if k in known})
@@ -229,7 +235,8 @@ def _plain(value: Any) -> Any:
 class PeftConfig(PeftConfigMixin):
     """Base of all method configurations.
 
-    `target_modules` and `exclude_modules` lists become sets; a `layers_pattern` needs `layers_to_transform`, and neither goes with a regex.
+    `target_modules` and `exclude_modules` lists become sets; a `layers_pattern` needs `layers_to_transform`, and
+    neither goes with a regex.
     """
 
     base_model_name_or_path: str | None = option(None, "Name or path of the base model.")
@@ -240,7 +247,8 @@ class PeftConfig(PeftConfigMixin):
     _method: ClassVar[PeftType | None] = None
     # Fields whose lists become sets; methods that keep lists (LN tuning) or have more of them override it.
     _set_fields: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
-    # What a regex together with layers_to_transform / layers_pattern does: "error", or "warn" for methods that always accepted it.
+    # What a regex together with layers_to_transform / layers_pattern does: "error", or "warn" for methods that always
+    # accepted it.
     _regex_with_layers: ClassVar[Literal["error", "warn"]] = "error"
 
     def __post_init__(self) -> None:
@@ -264,7 +272,9 @@ class PeftConfig(PeftConfigMixin):
             warnings.warn(text + " It has no effect.", stacklevel=4)
 
     def with_values(self, **values: Any):
-        """A shallow copy with other values and without new validation: what a layer gets when a pattern changes an option for it."""
+        """A shallow copy with other values and without new validation: what a layer gets when a pattern changes an
+        option for it.
+        """
         other = copy.copy(self)
         for name, value in values.items():
             setattr(other, name, value)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registry of methods: one record a method, filled by `@register_method`; everything else is looked up here.
 
-Method modules are imported on first use of the registry as a whole (`methods()`), or one by one through `method(peft_type)`, so that
+Method modules are imported on first use of the registry as a whole (`methods()`), or one by one through
+`method(peft_type)`, so that
 `import peft` stays cheap.
 """
 
@@ -21,7 +22,9 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Method:
-    """What the library knows of one method. `tuner` is a TunerModel or PromptEncoder class, `layer` an AdapterLayer class or None."""
+    """What the library knows of one method. `tuner` is a TunerModel or PromptEncoder class, `layer` an AdapterLayer
+    class or None.
+    """
 
     peft_type: PeftType
     config: type[PeftConfig]
@@ -52,7 +55,8 @@ def register_method(
 ) -> Callable[[C], C]:
     """Class decorator for the tuner (or prompt encoder) of a method; `name.upper()` must be a PeftType.
 
-    `prefix` starts the names of the method's parameters (default `name + "_"`). `mixed`: listed in the published mapping of methods for
+    `prefix` starts the names of the method's parameters (default `name + "_"`). `mixed`: listed in the published
+    mapping of methods for
     mixed models.
     """
 
@@ -73,7 +77,8 @@ def add_record(
         raise ValueError(f"The name of the method must be in lower case, got {name!r}.")
     if name.upper() not in list(PeftType):
         raise ValueError(
-            f"Unknown method {name!r}: add it to the PeftType enum first.{nearest(name.upper(), list(PeftType.__members__))}"
+            f"Unknown method {name!r}: add it to the PeftType enum "
+            f"first.{nearest(name.upper(), list(PeftType.__members__))}"
         )
     peft_type = PeftType[name.upper()]
     if peft_type in _records:

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 
-
 class Net(nn.Module):
     """in -> lin0 -> tanh -> lin1, of one layer kind."""
 
@@ -71,7 +70,9 @@ def inputs(kind: str, rows: int = 4) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     if kind == "Embedding":
         return torch.randint(0, 10, (rows, 5), generator=generator)
-    shape = {"Conv1d": (4, 7), "Conv2d": (4, 6, 5), "Conv3d": (4, 5, 4, 3), "MultiheadAttention": (5, 16)}.get(kind, (5, 16))
+    shape = {"Conv1d": (4, 7), "Conv2d": (4, 6, 5), "Conv3d": (4, 5, 4, 3), "MultiheadAttention": (5, 16)}.get(
+        kind, (5, 16)
+    )
     return torch.randn(rows, *shape, generator=generator)
 
 

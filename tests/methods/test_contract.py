@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
+from tests.methods.bases import BASES, base, inputs, targets
 from torch import nn
 
 import peft
 from peft import registry
 from peft.core.layer import AdapterLayer
 from peft.core.tuner import TunerModel
-from tests.methods.bases import BASES, base, inputs, targets
 
 LAYER_METHODS = {
     m.name: m for m in registry.methods().values() if m.layer is not None and issubclass(m.tuner, TunerModel)
@@ -207,7 +207,11 @@ def test_two_adapters(name, kind):
     names = ["second", "__base__", "default", "second"]
     if kind != "MultiheadAttention":
         mixed = model(x, adapter_names=names)
-        for n in ("second", "default", "__base__"):  # rows of one adapter at a time: a router may look at the whole batch
+        for n in (
+            "second",
+            "default",
+            "__base__",
+        ):  # rows of one adapter at a time: a router may look at the whole batch
             rows = [i for i, other in enumerate(names) if other == n]
             alone = plain[rows] if n == "__base__" else model(x[rows], adapter_names=[n] * len(rows))
             torch.testing.assert_close(mixed[rows], alone, rtol=1e-4, atol=1e-5)

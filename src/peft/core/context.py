@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all layers of one model share: which adapters are on (`Switch`), and the data of the current call.
 
-Layers read the switch, so turning adapters on and off is one assignment for the whole model. A layer can be switched on its own too
+Layers read the switch, so turning adapters on and off is one assignment for the whole model. A layer can be switched
+on its own too
 (`layer.set_adapter`); such an override holds until the next switch of the model.
 """
 
@@ -15,7 +16,9 @@ import torch
 
 @dataclass
 class Call:
-    """Per-call data for layers. Kept until the next call starts while gradients are on, since backward may recompute layers."""
+    """Per-call data for layers. Kept until the next call starts while gradients are on, since backward may
+    recompute layers.
+    """
 
     adapter_names: tuple[str, ...] | None = None
     task_ids: torch.Tensor | None = None
@@ -23,9 +26,11 @@ class Call:
     gates: Any = None  # X-LoRA: per-token gates on the deltas
     rows: dict[str, torch.Tensor] | None = None  # adapter name -> row indices, built once per call
     part: torch.Tensor | None = None  # in a mixed batch: the rows that the layer is computing now
+    generating: bool = False  # inside `generate`, which repeats rows for beams
 
     def clear(self) -> None:
         self.adapter_names = self.task_ids = self.alora_offsets = self.gates = self.rows = self.part = None
+        self.generating = False
 
     @property
     def routed(self) -> bool:
@@ -33,7 +38,9 @@ class Call:
 
     @contextlib.contextmanager
     def only(self, name: str, count: int) -> Iterator[None]:
-        """Inside the block the batch is `count` rows of one adapter: for layers inside a layer that takes a part of the batch."""
+        """Inside the block the batch is `count` rows of one adapter: for layers inside a layer that takes a part of
+        the batch.
+        """
         before = self.adapter_names, self.rows
         self.adapter_names, self.rows = (name,) * count, None
         try:

@@ -35,7 +35,9 @@ class ForwardPaths:
         if self.kind.substituted:
             return "substitution"
         activation_hooks = {"delta", "map_input", "map_output"}
-        if "map_weight" in self.hooks and (not self.hooks & activation_hooks or (self.conv_by_weight and self.kind.is_conv)):
+        if "map_weight" in self.hooks and (
+            not self.hooks & activation_hooks or (self.conv_by_weight and self.kind.is_conv)
+        ):
             return "weight"
         if self.factored and not self.hooks & activation_hooks:
             return "factored"
@@ -145,7 +147,9 @@ class ForwardPaths:
         return type(self.kind.parameter(base)) in (nn.Parameter, torch.Tensor)
 
     def _weight_path_pays(self: Any, names: tuple[str, ...]) -> bool:
-        """Rounding W + delta to half precision would lose small deltas, so only full precision takes the weight path."""
+        """Rounding W + delta to half precision would lose small deltas, so only full precision takes the weight
+        path.
+        """
         base = self.base_layer
         full = self._base_is_plain(base) and self.kind.parameter(base).dtype in (torch.float32, torch.float64)
         return (
@@ -168,7 +172,9 @@ class ForwardPaths:
         return x if dtype is None or x.dtype == dtype else x.to(dtype)
 
     def _forward_rows(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Mixed batch: rows of the batch use different adapters ("__base__" = none); base rows are computed once where possible."""
+        """Mixed batch: rows of the batch use different adapters ("__base__" = none); base rows are computed once
+        where possible.
+        """
         call = self.switch.call
         if self.merged:
             raise ValueError(
@@ -176,7 +182,8 @@ class ForwardPaths:
             )
         if len(call.adapter_names or ()) != len(x):
             raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(call.adapter_names or ())} and {len(x)} "
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(call.adapter_names or ())} and {len(x)} "
                 "respectively."
             )
         rows = {n: i for n, i in call.row_index(x.device).items() if n in self._names}
@@ -195,7 +202,8 @@ class ForwardPaths:
         y = self.base_layer(x, *args, **kwargs)
         if not isinstance(y, torch.Tensor):
             raise TypeError(
-                f"Mixed batches are not possible on {type(self.get_base_layer()).__name__} layers, whose output is not a tensor."
+                f"Mixed batches are not possible on {type(self.get_base_layer()).__name__} layers, whose output is "
+                "not a tensor."
             )
         nested = isinstance(self.base_layer, ForwardPaths)
         for name, index in rows.items():

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Injection: one walk over the module tree makes a plan, all checks run on the plan, then the layers are wrapped.
 
-A failing injection leaves the model as it was: checks come first, and what was applied is undone when a later step raises.
+A failing injection leaves the model as it was: checks come first, and what was applied is undone when a later step
+raises.
 """
 
 import contextlib
@@ -74,7 +75,9 @@ def walk(model: nn.Module) -> Iterator[Node]:
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Tens of thousands of new objects that all stay would only make the garbage collector walk them again and again."""
+    """Tens of thousands of new objects that all stay would only make the garbage collector walk them again and
+    again.
+    """
     if not gc.isenabled():
         yield
         return
@@ -187,8 +190,10 @@ class Injection:
         found = {t.key for t in targets}
         if found != by_config:
             warnings.warn(
-                "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided state_dict. "
-                f"Only in the config: {sorted(by_config - found)[:10]}; only in the state_dict: {sorted(found - by_config)[:10]}.",
+                "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+                "provided state_dict. "
+                f"Only in the config: {sorted(by_config - found)[:10]}; only in the state_dict: "
+                f"{sorted(found - by_config)[:10]}.",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -205,7 +210,8 @@ class Injection:
         for name in self.model._parameters:
             if wanted.match(name):
                 raise ValueError(
-                    f"Parameter {name!r} belongs to the top-level module, which cannot be replaced; wrap the model in another module."
+                    f"Parameter {name!r} belongs to the top-level module, which cannot be replaced; wrap the model "
+                    "in another module."
                 )
         for node in self.nodes:
             module = node.module
@@ -228,7 +234,8 @@ class Injection:
             raise NoMatchingPeftModuleError(self._nothing_matched())
         if getattr(cfg, "exclude_modules", None) and not report.excluded:
             warnings.warn(
-                f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. Please check that it is set correctly.",
+                f"You have passed exclude_modules={cfg.exclude_modules} but no modules were excluded. Please check "
+                "that it is set correctly.",
                 stacklevel=6,
             )
         elif cfg.target_modules and not modules:
@@ -277,18 +284,21 @@ class Injection:
         if target.parameter is not None:
             if isinstance(module, AdapterLayer) and not issubclass(module.kind, kinds.Parameter):
                 raise ValueError(
-                    f"Parameter {target.key!r} belongs to a module that is adapted as a whole: target either the module or its parameters."
+                    f"Parameter {target.key!r} belongs to a module that is adapted as a whole: target either the "
+                    "module or its parameters."
                 )
             tuner.check_target(self.cfg, target.key, module)
             return
         base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(
-                f"Target module {target.key!r} is trained in full or has trainable tokens already; take it out of target_modules or out of modules_to_save."
+                f"Target module {target.key!r} is trained in full or has trainable tokens already; take it out of "
+                "target_modules or out of modules_to_save."
             )
         if not tuner.accepts(base, self.cfg):
             raise tuner.unsupported_error(
-                f"Target module {target.key} ({base}) is not supported by {tuner.method_label}. Currently, only the following kinds of modules are supported: "
+                f"Target module {target.key} ({base}) is not supported by {tuner.method_label}. Currently, only the "
+                "following kinds of modules are supported: "
                 f"{', '.join('`' + k + '`' for k in tuner.supported_kinds())}.{self._near_supported(target.key)}"
             )
         tuner.check_target(self.cfg, target.key, base)

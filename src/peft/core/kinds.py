@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer kinds: everything the library must know about a type of base layer, and the only place that knows orientations.
 
-Methods see weights as canonical [out, in, *kernel]. A kind is a class that is never instantiated; `m` is the base module.
+Methods see weights as canonical [out, in, *kernel]. A kind is a class that is never instantiated; `m` is the base
+module.
 """
 
 from typing import ClassVar
@@ -217,7 +218,9 @@ class Embedding(LayerKind):
 
 
 class MultiheadAttention(LayerKind):
-    """nn.MultiheadAttention with equal q/k/v widths: the packed in_proj as weight; out_proj is a layer of its own inside."""
+    """nn.MultiheadAttention with equal q/k/v widths: the packed in_proj as weight; out_proj is a layer of its own
+    inside.
+    """
 
     name = class_name = "MultiheadAttention"
     weight_name, bias_name, substituted = "in_proj_weight", "in_proj_bias", True
@@ -269,7 +272,9 @@ class Module(LayerKind):
 
 
 class Parameter(LayerKind):
-    """A raw nn.Parameter of a module: [out, in], or experts [E, out, in] ([E, in, out] when the module says `is_transposed`)."""
+    """A raw nn.Parameter of a module: [out, in], or experts [E, out, in] ([E, in, out] when the module says
+    `is_transposed`).
+    """
 
     name, class_name, bias_name, substituted = "Parameter", "ParamWrapper", None, True
 
@@ -279,7 +284,8 @@ class Parameter(LayerKind):
         shape = tuple(getattr(m, cls.weight_name).shape)
         if len(shape) not in (2, 3):
             raise ValueError(
-                f"Parameter {cls.weight_name!r} of {type(m).__name__} is {len(shape)}-d; only 2-d and 3-d ones can be adapted."
+                f"Parameter {cls.weight_name!r} of {type(m).__name__} is {len(shape)}-d; only 2-d and 3-d ones can "
+                "be adapted."
             )
         return (shape[0], shape[2], shape[1]) if len(shape) == 3 and cls.swapped(m) else shape
 
@@ -312,7 +318,9 @@ def pick(m: nn.Module, allowed: tuple[type[LayerKind], ...]) -> type[LayerKind] 
 
 
 def parameter_kind(name: str) -> type[Parameter]:
-    """The kind of the raw parameter called `name`; made on demand, importable (and so picklable) as `kinds.Parameter__<name>`."""
+    """The kind of the raw parameter called `name`; made on demand, importable (and so picklable) as
+    `kinds.Parameter__<name>`.
+    """
     class_name = f"Parameter__{name}"
     if class_name not in globals():
         globals()[class_name] = type(class_name, (Parameter,), {"weight_name": name, "__module__": __name__})

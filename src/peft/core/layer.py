@@ -22,6 +22,7 @@ from .context import Switch
 from .forward import ForwardPaths
 from .kinds import LayerKind
 from .merge import Mergeable
+from .offload import compute_device
 from .slots import Slot, read_slots
 
 HOOKS = (
@@ -47,7 +48,8 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     kinds: ClassVar[tuple[type, ...]] = (kinds.Linear,)
     prefer_weight_path: ClassVar[bool] = False  # dense deltas: one product with W + delta instead of two
     conv_by_weight: ClassVar[bool] = False  # input maps are defined on the matrix view: convolutions map their weight
-    casts_input: ClassVar[bool] = True  # hooks get x in the adapter's dtype; False: they handle any floating dtype themselves
+    # hooks get x in the adapter's dtype; False: they handle any floating dtype themselves
+    casts_input: ClassVar[bool] = True
     one_active: ClassVar[bool] = False  # the method cannot combine several active adapters
     standalone_delta: ClassVar[bool] = True  # delta_weight does not depend on the base weight (so it can become a LoRA)
 
@@ -141,13 +143,17 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         if adapter_name is not None:
             self.update_layer(adapter_name, config, **overrides)
 
-    # ---- hooks -----------------------------------------------------------------------------------------------------------------
+    # ---- hooks ---------------------------------------------------------------------------------------------
     def create(self, name: str, cfg: Any) -> None:
-        """Allocate and initialise adapter `name` in the slots. Buffers and seeded draws say device="cpu"; parameters say no device."""
+        """Allocate and initialise adapter `name` in the slots. Buffers and seeded draws say device="cpu";
+        parameters say no device.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not implement create")
 
     def factors(self, name: str) -> Factors:
-        """A [r, in], B [out, r], scale, dropout probability of a low-rank delta s·B·A. May depend on parameters through autograd."""
+        """A [r, in], B [out, r], scale, dropout probability of a low-rank delta s·B·A. May depend on parameters
+        through autograd.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no low-rank factors")
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -157,7 +163,9 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         return self.kind.call(self.get_base_layer(), x, self.delta_weight(name), self.delta_bias(name))
 
     def advance(self, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """The running output `y` (base output and earlier adapters) after adapter `name`; for methods that rescale it (DoRA)."""
+        """The running output `y` (base output and earlier adapters) after adapter `name`; for methods that rescale
+        it (DoRA).
+        """
         return y + self.delta(name, x, base)
 
     def delta_weight(self, name: str) -> torch.Tensor:
@@ -195,7 +203,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         """Slots of adapter `name` that get gradients; methods that freeze one of theirs override it."""
         return self.adapter_layer_names
 
-    # ---- the base layer --------------------------------------------------------------------------------------------------------
+    # ---- the base layer ------------------------------------------------------------------------------------
     def get_base_layer(self) -> nn.Module:
         layer = self.base_layer
         while isinstance(layer, AdapterLayer):
@@ -211,7 +219,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     def bias(self) -> torch.Tensor | None:
         return self.get_base_layer().bias  # type: ignore[return-value]
 
-    # ---- state -----------------------------------------------------------------------------------------------------------------
+    # ---- state ---------------------------------------------------------------------------------------------
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
@@ -275,6 +283,11 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         if name in self._names:
             self.drop(name)
         self.create(name, config)
+        if not self.training:  # new modules come in training mode: dropout would be on in a model that evaluates
+            for slot in self.slots.values():
+                container = self._modules.get(slot.name)
+                if isinstance(container, nn.ModuleDict) and name in container and slot.role != "shared":
+                    container[name].eval()
         self._names[name] = None
         self._holders.pop(name, None)
         self.move_adapter(name)
@@ -342,7 +355,9 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
                         parameter.requires_grad_(requires_grad and self._may_train(name, parameter))
 
     def _holders_of(self, name: str) -> tuple[tuple[dict, str | None], ...]:
-        """Where the parameters of adapter `name` are held: (`_parameters` dict, key or None for all of it), looked up once."""
+        """Where the parameters of adapter `name` are held: (`_parameters` dict, key or None for all of it), looked
+        up once.
+        """
         if name not in self._holders:
             found: list[tuple[dict, str | None]] = []
             for slot_name in self.adapter_layer_names:
@@ -378,17 +393,20 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
                 yield container, name, container[name]
 
     def move_adapter(self, name: str) -> None:
-        """Move adapter `name` to the device and (floating) dtype of the base weight; meta tensors and integers keep what they are."""
+        """Move adapter `name` to the device and (floating) dtype of the base weight; meta tensors and integers keep
+        what they are.
+        """
         base = self.get_base_layer()
         weight = base.out_proj.weight if self.kind is kinds.MultiheadAttention else self._reference_tensor(base)
         if weight is None:
             return
         dtype = getattr(base, "compute_dtype", None) or weight.dtype
         dtype = dtype if dtype.is_floating_point or dtype.is_complex else None
+        home = compute_device(base, weight)
         for owner, attr, tensor in self._own_tensors(name):
             floating = tensor.is_floating_point() or tensor.is_complex()
             want = dtype if floating and dtype is not None else tensor.dtype
-            device = weight.device if tensor.device.type != "meta" else tensor.device
+            device = home if tensor.device.type != "meta" else tensor.device
             if tensor.dtype != want or tensor.device != device:
                 replace_tensor(owner, attr, tensor, tensor.data.to(device, want))
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules a configuration targets: compiled matchers for targets, exclusions, layer ranges and rank/alpha patterns.
+"""Which modules a configuration targets: compiled matchers for targets, exclusions, layer ranges and rank/alpha
+patterns.
 
 A list of names costs one set lookup for each dotted suffix of a module's name, however many names there are.
 """

@@ -6,8 +6,10 @@
         vera_A: Shared[BufferDict]                   # [r, max_in], owned by the tuner
         r: Aux[dict]
 
-Every slot is a container keyed by adapter name. `Trainable` get gradients and are saved; `Aux` is metadata, dropout, buffers (persistent
-buffers are saved); `Shared` is one container owned by the tuner and registered on each layer. Containers, merging, saving, moving,
+Every slot is a container keyed by adapter name. `Trainable` get gradients and are saved; `Aux` is metadata, dropout,
+buffers (persistent
+buffers are saved); `Shared` is one container owned by the tuner and registered on each layer. Containers, merging,
+saving, moving,
 deletion and the published name lists all derive from these declarations.
 """
 
@@ -128,4 +130,12 @@ def _read(name: str, annotation: Any, owner: type) -> Slot | None:
     container = get_origin(container) or container
     saved = role == "trainable" or "saved" in rest
     trains = role == "trainable" or "trains" in rest
-    return Slot(name, container, role, trains=trains, bare="bare" in rest, saved=saved, is_module=issubclass(container, nn.Module))
+    return Slot(
+        name,
+        container,
+        role,
+        trains=trains,
+        bare="bare" in rest,
+        saved=saved,
+        is_module=issubclass(container, nn.Module),
+    )

@@ -18,7 +18,8 @@ def union(values: Sequence[Any], field: str) -> Any:
     if not kinds <= {set, list}:
         if kinds <= {set, list, str}:
             raise ValueError(
-                f"All adapter configs should follow the same {field} type. Combining adapters with `{field}` of type list/set and str is not supported."
+                f"All adapter configs should follow the same {field} type. Combining adapters with `{field}` of "
+                "type list/set and str is not supported."
             )
         raise TypeError(f"Invalid type {sorted(k.__name__ for k in kinds)} found in {field}.")
     return set().union(*values)
@@ -30,7 +31,9 @@ def combined_config(
     weights: Sequence[float],
     fields: tuple[str, ...] = ("target_modules",),
 ) -> Any:
-    """A copy of the first adapter's configuration with the union of the `fields`; checks that the sources can be combined."""
+    """A copy of the first adapter's configuration with the union of the `fields`; checks that the sources can be
+    combined.
+    """
     if len(adapters) == 0:
         raise ValueError("Please give at least one adapter to combine.")
     if len(adapters) != len(weights):
@@ -40,7 +43,8 @@ def combined_config(
     for name in adapters:
         if name not in tuner.peft_config:
             raise ValueError(
-                f"Adapter {name} does not exist; there are {sorted(tuner.peft_config)}.{nearest(name, tuner.peft_config)}"
+                f"Adapter {name} does not exist; there are "
+                f"{sorted(tuner.peft_config)}.{nearest(name, tuner.peft_config)}"
             )
     saved = [w for w in tuner.wrappers() if sum(n in w.adapter_names for n in adapters) > 1]
     if saved:

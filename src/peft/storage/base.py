@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a base weight is held in memory: the `WeightStorage` protocol, dense storage, and `resolve()`.
 
-Only this folder writes base tensors. Tensors are in storage orientation here; `core/kinds.py` turns them into canonical [out, in, *kernel].
+Only this folder writes base tensors. Tensors are in storage orientation here; `core/kinds.py` turns them into
+canonical [out, in, *kernel].
 A storage is asked only for packages that the user has imported already.
 """
 

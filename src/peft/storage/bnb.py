@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """bitsandbytes: 8-bit (vector-wise int8) and 4-bit (NF4, FP4) linear layers.
 
-Merging dequantises, changes and quantises again, so it rounds; the copy that unmerging needs is the old quantised weight itself.
+Merging dequantises, changes and quantises again, so it rounds; the copy that unmerging needs is the old quantised
+weight itself.
 """
 
 import warnings
@@ -94,7 +95,9 @@ class Int4Storage(_BnbStorage):
 
         old = module.weight
         kept = {
-            k: getattr(old, k) for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage") if hasattr(old, k)
+            k: getattr(old, k)
+            for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+            if hasattr(old, k)
         }
         fresh = bnb.nn.Params4bit(value.detach().to("cpu"), requires_grad=False, **kept)
         module.weight = fresh.to(old.device)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# label -> (package that must be imported, class names of its linear layers). GPTQ last: AWQ layers share its base class.
+# label -> (package that must be imported, class names of its linear layers). GPTQ last: AWQ layers share its base
+# class.
 DETECTORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "aqlm": ("aqlm", ("QuantizedLinear",)),
     "eetq": ("eetq", ("EetqLinear",)),
@@ -27,7 +28,8 @@ class ForwardOnlyStorage:
 
     def _refuse(self, what: str) -> TypeError:
         return TypeError(
-            f"Cannot {what} a {self.label} weight: only its own kernel can use it. Load the base model unquantised to merge."
+            f"Cannot {what} a {self.label} weight: only its own kernel can use it. Load the base model unquantised "
+            "to merge."
         )
 
     def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:

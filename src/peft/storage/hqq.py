@@ -45,4 +45,8 @@ HQQ = HqqStorage()
 
 
 def detect(module: nn.Module) -> HqqStorage | None:
-    return HQQ if any(c.__name__ == "HQQLinear" and c.__module__.startswith("hqq.") for c in type(module).__mro__) else None
+    return (
+        HQQ
+        if any(c.__name__ == "HQQLinear" and c.__module__.startswith("hqq.") for c in type(module).__mro__)
+        else None
+    )

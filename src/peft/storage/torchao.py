@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torchao: quantised tensor subclasses inside ordinary linear layers.
 
-Writing quantises again with the configuration that made the weight: the one of the transformers quantiser when there is one, otherwise
+Writing quantises again with the configuration that made the weight: the one of the transformers quantiser when there
+is one, otherwise
 one inferred from the tensor's class.
 """
 
@@ -35,7 +36,9 @@ class TorchaoStorage:
     def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
         weight: Any = getattr(module, name)
         if not hasattr(weight, "dequantize"):
-            raise NotImplementedError(f"torchao's {type(weight).__name__} has no dequantize(): its weight cannot be read.")
+            raise NotImplementedError(
+                f"torchao's {type(weight).__name__} has no dequantize(): its weight cannot be read."
+            )
         return weight.dequantize()
 
     def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
@@ -45,13 +48,20 @@ class TorchaoStorage:
         config = self.config or _inferred(old)
         if config is None:
             raise TypeError(
-                f"Cannot quantise a {type(old).__name__} again: its torchao configuration is not known. Load the base model through "
+                f"Cannot quantise a {type(old).__name__} again: its torchao configuration is not known. Load the "
+                "base model through "
                 "transformers with a TorchAoConfig, or unquantised, to merge."
             )
         holder = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
         holder.weight = nn.Parameter(value.detach().to(getattr(old, "dtype", value.dtype)), requires_grad=False)
         quantize_(holder, config)
-        setattr(module, name, nn.Parameter(holder.weight.data, requires_grad=False) if not isinstance(holder.weight, nn.Parameter) else holder.weight)
+        setattr(
+            module,
+            name,
+            nn.Parameter(holder.weight.data, requires_grad=False)
+            if not isinstance(holder.weight, nn.Parameter)
+            else holder.weight,
+        )
         return module
 
     def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:

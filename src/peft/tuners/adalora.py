@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (arXiv 2303.10512).
 
-ΔW = c · B diag(E) A,  c = alpha / rank. While training, triplets (A_k, E_k, B_k) of little importance are switched off (E_k = 0) until the
+ΔW = c · B diag(E) A,  c = alpha / rank. While training, triplets (A_k, E_k, B_k) of little importance are switched
+off (E_k = 0) until the
 average rank is `target_r`; an orthogonality loss keeps A and B near orthonormal.
 """
 
@@ -50,13 +51,18 @@ class AdaLoraConfig(LoraConfig):
             raise ValueError(f"`orth_reg_weight` must not be negative, got {self.orth_reg_weight}.")
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(
-                f"The schedule leaves no step for pruning: tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}. "
+                f"The schedule leaves no step for pruning: tinit={self.tinit}, tfinal={self.tfinal}, "
+                f"total_step={self.total_step}. "
                 "Use tinit < total_step - tfinal."
             )
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             raise ValueError(f"`beta1` and `beta2` must be in (0, 1), got {self.beta1} and {self.beta2}.")
         if self.r != 8:
-            warnings.warn("Note that `r` is not used in AdaLora and will be ignored. If you intended to set the initial rank, use `init_r` instead.", stacklevel=3)
+            warnings.warn(
+                "Note that `r` is not used in AdaLora and will be ignored. If you intended to set the "
+                "initial rank, use `init_r` instead.",
+                stacklevel=3,
+            )
 
 
 class AdaLoraLayer(AdapterLayer):
@@ -196,7 +202,8 @@ class AdaLoraModel(TunerModel):
         training = [n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
         if len(training) > 1:
             raise ValueError(
-                "AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode to True for all adapters "
+                "AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode "
+                "to True for all adapters "
                 f"except the one you want to train (now trainable: {training})."
             )
 
@@ -212,7 +219,9 @@ class AdaLoraModel(TunerModel):
 
     @property
     def trainable_adapter_name(self) -> str | None:
-        return next((n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode), None)
+        return next(
+            (n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode), None
+        )
 
     def _ada_layers(self, name: str) -> dict[str, AdaLoraLayer]:
         return {k: m for k, m in self.named_layers().items() if isinstance(m, AdaLoraLayer) and name in m}

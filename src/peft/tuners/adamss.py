@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning (2025, OpenReview 8ZdWmpYxT0).
 
-[ΔW | Δb][rows of cluster i] = B_i A_i V: the output rows are clustered by their left singular vectors, each cluster has a small trained
+[ΔW | Δb][rows of cluster i] = B_i A_i V: the output rows are clustered by their left singular vectors, each cluster
+has a small trained
 map into the shared right singular space V of [W | b].
 """
 
@@ -57,7 +58,9 @@ class AdamssConfig(PeftConfig):
             if getattr(self, field) <= 0:
                 raise ValueError(f"`{field}` must be positive, got {getattr(self, field)}.")
         if self.init_warmup >= self.final_warmup:
-            raise ValueError(f"`init_warmup` ({self.init_warmup}) must be smaller than `final_warmup` ({self.final_warmup}).")
+            raise ValueError(
+                f"`init_warmup` ({self.init_warmup}) must be smaller than `final_warmup` ({self.final_warmup})."
+            )
 
     def _check_layer_range(self) -> None:
         """Never checked by the published library."""
@@ -90,7 +93,9 @@ class AdamssLayer(AdapterLayer):
             if bias is not None:
                 augmented = torch.cat([augmented, bias.float()[:, None]], dim=1)
             if augmented.device.type == "meta":
-                raise RuntimeError("AdaMSS clusters the base weights, so the base model must be loaded before the adapter is made.")
+                raise RuntimeError(
+                    "AdaMSS clusters the base weights, so the base model must be loaded before the adapter is made."
+                )
             R, K = min(cfg.r, *augmented.shape), min(cfg.num_subspaces, self.out_features)
             with torch.random.fork_rng(devices=[augmented.device] if augmented.is_cuda else []):
                 torch.manual_seed(cfg.random_seed)
@@ -101,7 +106,10 @@ class AdamssLayer(AdapterLayer):
         self.num_subspaces[name], self.labels[name] = K, labels
         counts = [int((labels == i).sum()) for i in range(K)]
         zero = cfg.init_weights is not None
-        B = [torch.zeros(n, a.shape[0]) if zero else 0.01 * torch.randn(n, a.shape[0]) for n, a in zip(counts, A, strict=True)]
+        B = [
+            torch.zeros(n, a.shape[0]) if zero else 0.01 * torch.randn(n, a.shape[0])
+            for n, a in zip(counts, A, strict=True)
+        ]
         if torch.empty(0).device.type == "meta":
             A = [torch.empty(a.shape) for a in A]
         self.adamss_A[name] = nn.ParameterList([nn.Parameter(a) for a in A])
@@ -114,7 +122,7 @@ class AdamssLayer(AdapterLayer):
         gram = U @ U.T
         left, S, _ = torch.svd_lowrank(gram)
         if cfg.use_dynamic_rank:
-            rank = max(1, min(int((S > cfg.svd_threshold * S[0]).sum()), cfg.subspace_rank))
+            rank = max(1, min(int((cfg.svd_threshold * S[0] < S).sum()), cfg.subspace_rank))
         return torch.linalg.qr(U.T @ left[:, :rank])[0].T.contiguous()
 
     def _maps(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,8 +200,14 @@ class AdamssModel(TunerModel):
         kept = self.__dict__.get("_importance", {}).get(name, {})
         pairs = list(self._subspaces(name))
         part = 1 - (step - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
-        target = int(cfg.asa_target_subspaces + (len(pairs) - cfg.asa_target_subspaces) * part**cfg.asa_schedule_exponent)
-        scored = [(float(kept[id(a)].score() + kept[id(b)].score()), (a, b)) for a, b in pairs if id(a) in kept and id(b) in kept]
+        target = int(
+            cfg.asa_target_subspaces + (len(pairs) - cfg.asa_target_subspaces) * part**cfg.asa_schedule_exponent
+        )
+        scored = [
+            (float(kept[id(a)].score() + kept[id(b)].score()), (a, b))
+            for a, b in pairs
+            if id(a) in kept and id(b) in kept
+        ]
         if target < len(scored):
             threshold = sorted((s for s, _ in scored), reverse=True)[target - 1] if target > 0 else float("inf")
         else:

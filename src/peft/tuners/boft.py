@@ -57,7 +57,9 @@ def blocks(features: int, cfg: Any) -> tuple[int, int]:
         raise ValueError(f"The width must be divisible by the block size or number: {given}.")
     size, count = (size, features // size) if size else (features // count, count)
     if factors - 1 > math.log2(count) or count % 2 ** (factors - 1):
-        raise ValueError(f"Too many butterfly factors: the number of blocks must be divisible by 2^(factors - 1): {given}.")
+        raise ValueError(
+            f"Too many butterfly factors: the number of blocks must be divisible by 2^(factors - 1): {given}."
+        )
     if factors > 1 and size % 2:
         raise ValueError(f"Blocks must have an even size when there are several factors: {given}.")
     return size, count

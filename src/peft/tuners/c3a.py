@@ -20,8 +20,10 @@ from ..core.tuner import TunerModel
 from ..ops import circulant
 from ..registry import register_method
 
-# The published library's gradient with respect to the input of a C3A layer is not the derivative: it uses w[(i + j) mod b] (found by
-# comparing it with finite differences). It reaches the layers below. True keeps published training runs reproducible; set it to False
+# The published library's gradient with respect to the input of a C3A layer is not the derivative: it uses w[(i + j)
+# mod b] (found by
+# comparing it with finite differences). It reaches the layers below. True keeps published training runs reproducible;
+# set it to False
 # for exact gradients.
 PUBLISHED_INPUT_GRADIENT = True
 
@@ -65,7 +67,10 @@ class C3ALayer(AdapterLayer):
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(kernel, -bound, bound)
         elif cfg.init_weights is not True:
-            raise ValueError(f"Unknown init_weights {cfg.init_weights!r}: use True, False, 'gaussian', 'kaiming_uniform' or 'xavier_uniform'.")
+            raise ValueError(
+                f"Unknown init_weights {cfg.init_weights!r}: use True, False, 'gaussian', "
+                "'kaiming_uniform' or 'xavier_uniform'."
+            )
         self.c3a_kernel[name] = nn.Parameter(kernel)
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -88,4 +93,6 @@ class C3AModel(TunerModel):
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         b, shape = pattern_value(cfg.block_size_pattern, key, cfg.block_size), self.target_shape(module)
         if b <= 0 or shape[0] % b or shape[1] % b:
-            raise ValueError(f"Target module {key}: the block size should be positive and divide the widths {shape[:2]}, got {b}.")
+            raise ValueError(
+                f"Target module {key}: the block size should be positive and divide the widths {shape[:2]}, got {b}."
+            )

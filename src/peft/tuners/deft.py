@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models (NeurIPS 2025); PaRa (arXiv 2406.05641) with `para=True`.
+"""DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models (NeurIPS 2025); PaRa (arXiv 2406.05641) with
+`para=True`.
 
 W' = W - Q rightᵀ W + Q (s R): the weight's part in a trained subspace is taken out and replaced.
 "relu": (Q, right) = (P, relu(P)); "qr": both the orthonormal basis of P. PaRa has no R.
@@ -12,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import PeftConfig, biases, excludes, fan_in_fan_out, layer_names, layer_range, nearest, option, saves, targets
+from ..config import (
+    PeftConfig,
+    biases,
+    excludes,
+    fan_in_fan_out,
+    layer_names,
+    layer_range,
+    nearest,
+    option,
+    saves,
+    targets,
+)
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.slots import Aux, Trainable
@@ -47,7 +59,8 @@ class DeftConfig(PeftConfig):
         super().__post_init__()
         if self.decomposition_method not in METHODS:
             raise ValueError(
-                f"decomposition_method must be one of {METHODS}, got {self.decomposition_method!r}.{nearest(self.decomposition_method, METHODS)}"
+                f"decomposition_method must be one of {METHODS}, got "
+                f"{self.decomposition_method!r}.{nearest(self.decomposition_method, METHODS)}"
             )
 
 

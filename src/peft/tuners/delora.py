@@ -85,5 +85,8 @@ class DeloraModel(TunerModel):
     example = {"r": 4, "delora_lambda": 1.0}
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        r, strength = pattern_value(cfg.rank_pattern, key, cfg.r), pattern_value(cfg.lambda_pattern, key, cfg.delora_lambda)
+        r, strength = (
+            pattern_value(cfg.rank_pattern, key, cfg.r),
+            pattern_value(cfg.lambda_pattern, key, cfg.delora_lambda),
+        )
         return cfg.with_values(r=r, delora_lambda=strength)

@@ -39,12 +39,16 @@ class FourierFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.random_loc_seed is None:
-            raise ValueError("`random_loc_seed` must be an integer: it decides the positions, which are not stored in the file.")
+            raise ValueError(
+                "`random_loc_seed` must be an integer: it decides the positions, which are not stored in the file."
+            )
 
 
 def seeded_positions(count: int, shape: tuple[int, int], seed: int) -> torch.Tensor:
     """[2, count] row and column indices, drawn without repetition; part of the file format."""
-    chosen = torch.randperm(shape[0] * shape[1], generator=torch.Generator(device="cpu").manual_seed(seed), device="cpu")[:count]
+    chosen = torch.randperm(
+        shape[0] * shape[1], generator=torch.Generator(device="cpu").manual_seed(seed), device="cpu"
+    )[:count]
     return torch.stack([chosen // shape[1], chosen % shape[1]])
 
 
@@ -71,7 +75,9 @@ class FourierFTLayer(AdapterLayer):
         c = self.fourierft_spectrum[name]
         rows, cols = self.indices[name].to(c.device)
         wide = c.float() if c.dtype in (torch.float16, torch.bfloat16) else c
-        dense = wide.new_zeros(self.out_features, self.in_features).index_put((rows, cols), wide * self.fourierft_scaling[name])
+        dense = wide.new_zeros(self.out_features, self.in_features).index_put(
+            (rows, cols), wide * self.fourierft_scaling[name]
+        )
         return torch.fft.ifft2(dense).real.to(c.dtype)
 
 
@@ -92,4 +98,6 @@ def check_count(tuner: TunerModel, cfg: Any, key: str, module: nn.Module) -> Non
     """ValueError unless 0 < n_frequency <= in · out for the target `key`."""
     n, (out, n_in) = pattern_value(cfg.n_frequency_pattern, key, cfg.n_frequency), tuner.target_shape(module)[:2]
     if not 0 < n <= out * n_in:
-        raise ValueError(f"Target module {key}: `n_frequency` should be positive and at most in · out = {out * n_in}, got {n}.")
+        raise ValueError(
+            f"Target module {key}: `n_frequency` should be positive and at most in · out = {out * n_in}, got {n}."
+        )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FRoD: Full-Rank Efficient Fine-Tuning with Rotational Degrees (AAAI 2026, DOI 10.1609/aaai.v40i31.39813).
 
-W' = U (S + diag λ) Vᵀ: V is one basis shared by the layers of a category, U its counterpart for each layer; λ and the entries of the sparse
+W' = U (S + diag λ) Vᵀ: V is one basis shared by the layers of a category, U its counterpart for each layer; λ and the
+entries of the sparse
 matrix S are trained. With the starting λ and S = 0, W' = W.
 """
 
@@ -73,7 +74,11 @@ class FrodLayer(AdapterLayer):
     standalone_delta = False
 
     def create(self, name: str, cfg: Any) -> None:
-        self.r[name], self.category[name], self.frod_dropout[name] = self.out_features, cfg.category, dropout(cfg.frod_dropout)
+        self.r[name], self.category[name], self.frod_dropout[name] = (
+            self.out_features,
+            cfg.category,
+            dropout(cfg.frod_dropout),
+        )
         count = self.frod_s_indices[name].get(cfg.category).shape[1]  # type: ignore[operator]
         U, scale = self.counterpart(self.frod_V[name].get(cfg.category))  # type: ignore[operator]
         self.frod_U[name] = U
@@ -169,9 +174,16 @@ class FrodModel(TunerModel):
             matrices = [self._weight(m) for _, m in sorted(groups[c], key=lambda item: item[0])]
             widths = {m.shape[1] for m in matrices}
             if len(widths) > 1:
-                raise ValueError(f"FRoD shares one basis among the layers of category {c!r}, but their input widths differ: {sorted(widths)}.")
+                raise ValueError(
+                    f"FRoD shares one basis among the layers of category {c!r}, but their input widths "
+                    f"differ: {sorted(widths)}."
+                )
             width = widths.pop()
-            V = joint_basis(matrices, cfg.regularization_alpha) if matrices[0].device.type != "meta" else torch.zeros(width, width, device="cpu")
+            V = (
+                joint_basis(matrices, cfg.regularization_alpha)
+                if matrices[0].device.type != "meta"
+                else torch.zeros(width, width, device="cpu")
+            )
             stores["frod_V"].put(c, V.to(matrices[0].dtype), cfg.save_projection)
             stores["frod_s_indices"].put(c, sparse_pattern(width, cfg.sparse_rate, generator), cfg.save_projection)
             stores["frod_s_size"].put(c, torch.tensor([width, width], device="cpu"), cfg.save_projection)
@@ -193,9 +205,16 @@ class FrodModel(TunerModel):
         found = {k.rsplit(".", 1)[-1]: v for k, v in state.items() if ".frod_V." in f".{k}"}
         cfg = self.peft_config[name]
         if cfg.save_projection and not found:
-            raise ValueError("Specified to load frod_V from state dictionary however it was not present! Set save_projection=False to derive it again.")
+            raise ValueError(
+                "Specified to load frod_V from state dictionary however it was not present! Set "
+                "save_projection=False to derive it again."
+            )
         if not cfg.save_projection and not found:
-            warnings.warn("The file holds no bases: they were derived again from the base weights, which must be exactly those of the training.", stacklevel=2)
+            warnings.warn(
+                "The file holds no bases: they were derived again from the base weights, which must be "
+                "exactly those of the training.",
+                stacklevel=2,
+            )
         for layer in self.layers():
             if isinstance(layer, FrodLayer) and name in layer and layer.category[name] in found:
                 U = layer.counterpart(found[layer.category[name]])[0]

@@ -43,7 +43,9 @@ class GloraConfig(PeftConfig):
         for field, valid in CHOICES.items():
             value = getattr(self, field)
             if value not in valid:
-                raise ValueError(f"Invalid {field} value: {value!r}. Valid values: {list(valid)}.{nearest(value, valid)}")
+                raise ValueError(
+                    f"Invalid {field} value: {value!r}. Valid values: {list(valid)}.{nearest(value, valid)}"
+                )
 
 
 class GloraPath(nn.Module):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning (arXiv 2505.20355).
 
-The weight is cut into k x k blocks; block (output j, input n) gets the low-rank update α / r · (A_n[:, chunk j] B_j[chunk n, :])ᵀ.
+The weight is cut into k x k blocks; block (output j, input n) gets the low-rank update α / r · (A_n[:, chunk j]
+B_j[chunk n, :])ᵀ.
 """
 
 import math
@@ -78,7 +79,10 @@ class GraloraLayer(AdapterLayer):
         if not cfg.hybrid_r:
             self.gralora_A_general[name] = self.gralora_B_general[name] = nn.Identity()
             return
-        general_A, general_B = kinds.linear(self.in_features, cfg.hybrid_r), kinds.linear(cfg.hybrid_r, self.out_features)
+        general_A, general_B = (
+            kinds.linear(self.in_features, cfg.hybrid_r),
+            kinds.linear(cfg.hybrid_r, self.out_features),
+        )
         nn.init.kaiming_uniform_(general_A.weight, a=math.sqrt(5))
         if cfg.init_weights:
             nn.init.zeros_(general_B.weight)
@@ -114,6 +118,11 @@ class GraloraModel(TunerModel):
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         if cfg.r <= 0 or cfg.hybrid_r < 0:
-            raise ValueError(f"`r` must be positive and `hybrid_r` not negative, got r={cfg.r}, hybrid_r={cfg.hybrid_r}.")
+            raise ValueError(
+                f"`r` must be positive and `hybrid_r` not negative, got r={cfg.r}, hybrid_r={cfg.hybrid_r}."
+            )
         if any(n % cfg.gralora_k for n in self.target_shape(module)[:2]):
-            raise ValueError(f"Target module {key}: the widths {self.target_shape(module)[:2]} must be divisible by gralora_k={cfg.gralora_k}.")
+            raise ValueError(
+                f"Target module {key}: the widths {self.target_shape(module)[:2]} must be divisible by "
+                f"gralora_k={cfg.gralora_k}."
+            )

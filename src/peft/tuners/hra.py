@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HRA: Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation (arXiv 2405.17484).
+"""HRA: Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation (arXiv
+2405.17484).
 
 W' = W H,  H = H_0 H_1 .. H_{r-1},  H_i = I - 2 u_i u_iᵀ with unit u_i; applied to the input, y = W (x Hᵀ) + b.
 """
@@ -54,7 +55,11 @@ class HRALayer(AdapterLayer):
         features = math.prod(self.kind.shape(self.get_base_layer())[1:])
         pairs = cfg.init_weights and r % 2 == 0
         if cfg.init_weights and not pairs:
-            warnings.warn("The symmetric initialization can NOT be performed when r is odd: the layer does not start at the identity.", stacklevel=2)
+            warnings.warn(
+                "The symmetric initialization can NOT be performed when r is odd: the layer does not "
+                "start at the identity.",
+                stacklevel=2,
+            )
         u = nn.init.kaiming_uniform_(torch.empty(features, r // 2 if pairs else r), a=math.sqrt(5))
         self.hra_u[name] = nn.Parameter(u.repeat_interleave(2, dim=1) if pairs else u)
 
@@ -65,7 +70,9 @@ class HRALayer(AdapterLayer):
         return householder.reflect_weight(w.flatten(1), self.hra_u[name], self.hra_apply_GS[name]).view(w.shape)
 
     def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return householder.reflect_weight(w.flatten(1), self.hra_u[name], self.hra_apply_GS[name], transpose=True).view(w.shape)
+        return householder.reflect_weight(w.flatten(1), self.hra_u[name], self.hra_apply_GS[name], transpose=True).view(
+            w.shape
+        )
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str, reverse: bool = False) -> torch.Tensor:

@@ -107,18 +107,22 @@ class IA3Model(TunerModel):
             found = default_targets("ia3_feedforward", model_type)
             if found is None:
                 raise ValueError(
-                    f"Please specify `feedforward_modules` in `peft_config` ([] for none): no defaults for model type {model_type!r}."
+                    "Please specify `feedforward_modules` in `peft_config` ([] for none): no defaults for model "
+                    f"type {model_type!r}."
                 )
             cfg.feedforward_modules = set(found)
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        """The published rule is a plain suffix test without a dot boundary; files rely on it, so it stays, with a warning."""
+        """The published rule is a plain suffix test without a dot boundary; files rely on it, so it stays, with a
+        warning.
+        """
         inner = cfg.feedforward_modules
         dotted = bool(Names(inner).match(key))
         plain = dotted if isinstance(inner, str) else any(key.endswith(entry) for entry in inner)
         if plain and not dotted:
             warnings.warn(
-                f"{key!r} counts as feed-forward because its name ends like an entry of feedforward_modules={sorted(inner)}.",
+                f"{key!r} counts as feed-forward because its name ends like an entry of "
+                f"feedforward_modules={sorted(inner)}.",
                 stacklevel=2,
             )
         return cfg.with_values(is_feedforward=plain)

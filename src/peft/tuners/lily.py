@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lily: Low-Rank Interconnected Adaptation across Layers (arXiv 2407.09946).
 
-y = W x + b + s · (x A) Σ_e p_e B_e: layers of one kind share the experts B, neighbours share A, and a router on the data mixes.
+y = W x + b + s · (x A) Σ_e p_e B_e: layers of one kind share the experts B, neighbours share A, and a router on the
+data mixes.
 """
 
 import math

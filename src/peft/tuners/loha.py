@@ -17,8 +17,10 @@ from ..core.slots import Trainable
 from ..registry import register_method
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, cp_weight
 
-# In the Tucker form the published library takes the gradient of w1_a through t2 and w2_b, and that of w2_a through t1 and w1_b (found by
-# comparing its gradients with finite differences). Values are not affected; training runs are. True keeps published runs reproducible.
+# In the Tucker form the published library takes the gradient of w1_a through t2 and w2_b, and that of w2_a through t1
+# and w1_b (found by
+# comparing its gradients with finite differences). Values are not affected; training runs are. True keeps published
+# runs reproducible.
 PUBLISHED_TUCKER_GRADIENT = True
 
 
@@ -40,7 +42,9 @@ class LoHaConfig(LycorisConfig):
 
 
 class Hadamard(torch.autograd.Function):
-    """(a b) ⊙ (c d) for a, c [out, r] and b, d [r, in]: keeps the factors alone and multiplies them again in backward."""
+    """(a b) ⊙ (c d) for a, c [out, r] and b, d [r, in]: keeps the factors alone and multiplies them again in
+    backward.
+    """
 
     @staticmethod
     def forward(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
@@ -84,15 +88,20 @@ class LoHaLayer(LycorisLayer):
             t1, t2 = self.hada_t1[name], self.hada_t2[name]
             first, second = cp_weight(t1, w1_a, w1_b), cp_weight(t2, w2_a, w2_b)
             if PUBLISHED_TUCKER_GRADIENT and torch.is_grad_enabled():
-                first = with_gradient_of(cp_weight(t1, w1_a.detach(), w1_b), cp_weight(t2.detach(), w1_a, w2_b.detach()))
-                second = with_gradient_of(cp_weight(t2, w2_a.detach(), w2_b), cp_weight(t1.detach(), w2_a, w1_b.detach()))
+                first = with_gradient_of(
+                    cp_weight(t1, w1_a.detach(), w1_b), cp_weight(t2.detach(), w1_a, w2_b.detach())
+                )
+                second = with_gradient_of(
+                    cp_weight(t2, w2_a.detach(), w2_b), cp_weight(t1.detach(), w2_a, w1_b.detach())
+                )
             product = first * second
         else:
             product = Hadamard.apply(w1_a, w1_b, w2_a, w2_b)
         return (product * self.scaling[name]).view(self.kind.shape(self.get_base_layer()))
 
     def thin_product_pays(self, name: str) -> bool:
-        """The factored form has rank r². A training step costs 3 r² (in + out) products a token, against in·out for the gradient of
+        """The factored form has rank r². A training step costs 3 r² (in + out) products a token, against in·out for
+        the gradient of
         a dense delta.
         """
         n_in, n_out = self.in_features, self.out_features

@@ -33,7 +33,9 @@ class LoKrConfig(LycorisConfig):
     rank_dropout_scale: bool = option(False, "Divide the rank dropout mask by its mean.")
     target_modules: list[str] | set[str] | str | None = targets()
     exclude_modules: list[str] | set[str] | str | None = excludes()
-    init_weights: bool | Literal["lycoris"] = option(True, "Start at zero by w1, or by w2 ('lycoris'); False: all random.")
+    init_weights: bool | Literal["lycoris"] = option(
+        True, "Start at zero by w1, or by w2 ('lycoris'); False: all random."
+    )
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     modules_to_save: list[str] | None = saves()
@@ -102,7 +104,9 @@ class LoKrLayer(LycorisLayer):
         shape = self.kind.shape(self.get_base_layer())
         w1, w2 = self._first(name), self._second(name, shape)
         if self.kind is kinds.Conv1d and name in self.lokr_w2:
-            return torch.einsum("ij,ack->aicjk", w1, w2).reshape(shape)  # the published layout; trained files rely on it
+            return torch.einsum("ij,ack->aicjk", w1, w2).reshape(
+                shape
+            )  # the published layout; trained files rely on it
         return torch.einsum("ij,ac...->iajc...", w1, w2).reshape(shape)
 
     def thin_product_pays(self, name: str) -> bool:

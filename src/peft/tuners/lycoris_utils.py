@@ -44,7 +44,9 @@ class LycorisLayer(AdapterLayer):
         self.rank_dropout[name], self.module_dropout[name] = cfg.rank_dropout, cfg.module_dropout
         self.rank_dropout_scale[name] = getattr(cfg, "rank_dropout_scale", True)
         shape = self.kind.shape(self.get_base_layer())
-        self.create_factors(name, cfg, shape, cfg.use_effective_conv2d and self.kind.is_conv and math.prod(shape[2:]) != 1)
+        self.create_factors(
+            name, cfg, shape, cfg.use_effective_conv2d and self.kind.is_conv and math.prod(shape[2:]) != 1
+        )
 
     def create_factors(self, name: str, cfg: Any, shape: tuple[int, ...], tucker: bool) -> None:
         raise NotImplementedError("a LyCORIS layer makes its factors here")
@@ -111,4 +113,6 @@ class LycorisTuner(TunerModel):
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
         if not (cfg.rank_pattern or cfg.alpha_pattern):
             return cfg
-        return cfg.with_values(r=pattern_value(cfg.rank_pattern, key, cfg.r), alpha=pattern_value(cfg.alpha_pattern, key, cfg.alpha))
+        return cfg.with_values(
+            r=pattern_value(cfg.rank_pattern, key, cfg.r), alpha=pattern_value(cfg.alpha_pattern, key, cfg.alpha)
+        )

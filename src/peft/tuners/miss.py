@@ -30,7 +30,9 @@ class MissConfig(PeftConfig):
     mini_r: int = option(1, "Width of the shards along the output, for 'mini'.")
     target_modules: list[str] | set[str] | str | None = targets()
     exclude_modules: list[str] | set[str] | str | None = excludes()
-    init_weights: bool | Literal["bat", "mini"] = option(True, "The variant: True, 'bat' or 'mini'; all start at zero but False.")
+    init_weights: bool | Literal["bat", "mini"] = option(
+        True, "The variant: True, 'bat' or 'mini'; all start at zero but False."
+    )
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: str | None = layer_names()
     bias: str = biases("miss_only")
@@ -76,7 +78,11 @@ class MissLayer(AdapterLayer):
         if whole < x.shape[-1]:  # the last, incomplete shard
             z = z + F.pad(x[..., whole:], (0, whole + r - x.shape[-1]))
         out = z @ M
-        return out if M.shape[1] == self.out_features else out.repeat(*(1,) * (out.dim() - 1), self.out_features // M.shape[1])
+        return (
+            out
+            if M.shape[1] == self.out_features
+            else out.repeat(*(1,) * (out.dim() - 1), self.out_features // M.shape[1])
+        )
 
     def delta_weight(self, name: str) -> torch.Tensor:
         M, n_in, n_out = self.miss_block[name], self.in_features, self.out_features
@@ -114,7 +120,9 @@ class MissModel(TunerModel):
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         out, n_in = self.target_shape(module)[:2]
         if cfg.r <= 0 or cfg.r > n_in:
-            raise ValueError(f"Target module {key}: `r` should be positive and at most the input width {n_in}, got {cfg.r}.")
+            raise ValueError(
+                f"Target module {key}: `r` should be positive and at most the input width {n_in}, got {cfg.r}."
+            )
         if cfg.init_weights == "bat" and (n_in % cfg.r or out % cfg.r):
             raise ValueError(f"Target module {key}: the widths {(out, n_in)} must be divisible by r={cfg.r} for 'bat'.")
         if cfg.init_weights == "mini" and out % cfg.mini_r:

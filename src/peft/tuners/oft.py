@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OFT: Controlling Text-to-Image Diffusion by Orthogonal Finetuning (arXiv 2306.07280), input-centric OFTv2 (arXiv 2506.19847).
+"""OFT: Controlling Text-to-Image Diffusion by Orthogonal Finetuning (arXiv 2306.07280), input-centric OFTv2 (arXiv
+2506.19847).
 
 y = W (x R)ᵀ + b with R = block_diag(R_1 .. R_r), R_i the Cayley map of a trained skew matrix. On embeddings y = e R.
 """
@@ -39,7 +40,9 @@ class OFTConfig(PeftConfig):
     coft: bool = option(False, "Constrained OFT: keep the rotations within eps of the identity.")
     eps: float = option(6e-5, "Radius of constrained OFT.")
     block_share: bool = option(False, "One block for all positions.")
-    use_cayley_neumann: bool = option(True, "Truncated series instead of the exact Cayley map. Not exchangeable: the signs are opposite.")
+    use_cayley_neumann: bool = option(
+        True, "Truncated series instead of the exact Cayley map. Not exchangeable: the signs are opposite."
+    )
     num_cayley_neumann_terms: int = option(5, "Number of terms of the series.")
     _regex_with_layers = "warn"
 
@@ -47,16 +50,26 @@ class OFTConfig(PeftConfig):
         super().__post_init__()
         if (self.r == 0) == (self.oft_block_size == 0):
             raise ValueError(
-                f"Either `r` or `oft_block_size` must be non-zero, and not both: got r={self.r} and oft_block_size={self.oft_block_size}. "
+                f"Either `r` or `oft_block_size` must be non-zero, and not both: got r={self.r} and "
+                f"oft_block_size={self.oft_block_size}. "
                 "To give r, pass oft_block_size=0 too."
             )
 
     @classmethod
     def check_file_values(cls, values: dict[str, Any]) -> dict[str, Any]:
         if "oft_block_size" not in values:
-            raise ValueError("OFT has been updated since PEFT 0.14.0. Your trained adapter weights are incompatible with the latest version of OFT.")
-        if values.get("use_cayley_neumann") and version.parse(str(values.get("peft_version") or "0.0.0")) < version.parse("0.18.0"):
-            warnings.warn("The Cayley-Neumann parameterization has been slightly changed; adapters trained with PEFT < 0.18.0 may give slightly other outputs.", stacklevel=4)
+            raise ValueError(
+                "OFT has been updated since PEFT 0.14.0. Your trained adapter weights are incompatible "
+                "with the latest version of OFT."
+            )
+        if values.get("use_cayley_neumann") and version.parse(
+            str(values.get("peft_version") or "0.0.0")
+        ) < version.parse("0.18.0"):
+            warnings.warn(
+                "The Cayley-Neumann parameterization has been slightly changed; adapters trained with "
+                "PEFT < 0.18.0 may give slightly other outputs.",
+                stacklevel=4,
+            )
         return values
 
 
@@ -111,7 +124,11 @@ class OFTLayer(AdapterLayer):
         fitting = nearest_divisor(features, given)
         if fitting != given:
             option_name = "oft_block_size" if cfg.oft_block_size else "r"
-            warnings.warn(f"Invalid `{option_name}` ({given}) for a width of {features}. Adjusted `{option_name}` to ({fitting}).", stacklevel=2)
+            warnings.warn(
+                f"Invalid `{option_name}` ({given}) for a width of {features}. Adjusted `{option_name}` "
+                f"to ({fitting}).",
+                stacklevel=2,
+            )
         size, blocks = (fitting, features // fitting) if cfg.oft_block_size else (features // fitting, fitting)
         self.r[name], self.oft_block_size[name] = blocks, size
         rotation = OFTRotationModule(1 if cfg.block_share else blocks, size, cfg, blocks)
@@ -137,7 +154,9 @@ class OFTLayer(AdapterLayer):
         return self._rotated(w, self._rotations(name))
 
     def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return self._rotated(w, cayley.inverse(self._rotations(name), exact=not self._container()[name].use_cayley_neumann))
+        return self._rotated(
+            w, cayley.inverse(self._rotations(name), exact=not self._container()[name].use_cayley_neumann)
+        )
 
     def _rotated(self, w: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         if self.kind is kinds.Embedding:
@@ -165,5 +184,8 @@ class OFTModel(TunerModel):
 
     def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if any(".oft_r." in key for key in state):
-            raise ValueError("Trying to load old OFT checkpoint, which is no longer supported. Please install PEFT <= v0.15.2 to load it or train a new OFT adapter.")
+            raise ValueError(
+                "Trying to load old OFT checkpoint, which is no longer supported. Please install PEFT "
+                "<= v0.15.2 to load it or train a new OFT adapter."
+            )
         return state

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """OSF: Sculpting Subspaces, Constrained Full Fine-Tuning in LLMs for Continual Learning (arXiv 2504.07097).
 
-ΔW = U diag(S) V - U₀ diag(S₀) V₀ over the smallest singular triplets of W; gradients of U and V are projected so that the large singular
+ΔW = U diag(S) V - U₀ diag(S₀) V₀ over the smallest singular triplets of W; gradients of U and V are projected so that
+the large singular
 subspaces stay untouched.
 """
 
@@ -28,7 +29,9 @@ PROJECT_GRADIENTS = True
 class OSFConfig(PeftConfig):
     """Options of OSF."""
 
-    effective_rank: int | float | None = option(None, "Rank that is preserved: a number, a fraction in (0, 1], or None for half.")
+    effective_rank: int | float | None = option(
+        None, "Rank that is preserved: a number, a fraction in (0, 1], or None for half."
+    )
     target_modules: list[str] | set[str] | str | None = targets()
     rank_pattern: dict | None = option(None, "Ranks that differ: {regex: rank}.")
     init_weights: bool | None = option(True, "Start at the base model; False draws the trained factors.")
@@ -83,13 +86,19 @@ class OSFLayer(AdapterLayer):
             else:
                 U, S, V = torch.linalg.svd(W.double() if W.dtype == torch.float64 else W.float(), full_matrices=False)
         low = {"U_low": U[:, k:].contiguous(), "S_low": S[k:].contiguous(), "V_low": V[k:].contiguous()}
-        for key, container in (("U_low", self._osf_U_low_init), ("S_low", self._osf_S_low_init), ("V_low", self._osf_V_low_init)):
+        for key, container in (
+            ("U_low", self._osf_U_low_init),
+            ("S_low", self._osf_S_low_init),
+            ("V_low", self._osf_V_low_init),
+        ):
             container[name] = low[key].clone()
         if out > n_in:
             self._osf_U_high[name] = U[:, :k].contiguous()
         elif out < n_in:
             self._osf_V_high[name] = V[:k].contiguous()
-        if not cfg.init_weights or torch.empty(0).device.type == "meta":  # with low_cpu_mem_usage the file has the values
+        if (
+            not cfg.init_weights or torch.empty(0).device.type == "meta"
+        ):  # with low_cpu_mem_usage the file has the values
             low = {key: torch.randn(v.shape) for key, v in low.items()}
         start = {key: v.clone() for key, v in low.items()}
         self.osf_svd_params[name] = nn.ParameterDict({key: nn.Parameter(v) for key, v in start.items()})
@@ -129,4 +138,7 @@ class OSFModel(TunerModel):
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         if self._rank(cfg, key, module) == 0:
-            raise ValueError(f"Target module {key}: the preserved rank is 0 (effective_rank={cfg.effective_rank}); it must be at least 1.")
+            raise ValueError(
+                f"Target module {key}: the preserved rank is 0 (effective_rank={cfg.effective_rank}); "
+                "it must be at least 1."
+            )

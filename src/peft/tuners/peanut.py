@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers (arXiv 2410.01870).
 
-ΔW = s · B Hᵀ, where H = f(Wᵀ Aᵀ) runs through `depth` small hidden layers each way: a low-rank delta made from the weight.
+ΔW = s · B Hᵀ, where H = f(Wᵀ Aᵀ) runs through `depth` small hidden layers each way: a low-rank delta made from the
+weight.
 """
 
 import math

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PSOFT: Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation (arXiv 2505.11235).
 
-ΔW = B (R - I) A on the top-r singular subspace W ≈ B A, R = diag(b) C diag(a), C the Cayley map of a trained skew matrix.
-A and B are recomputed from the base weight whenever an adapter is made or loaded (their signs belong to the file format).
+ΔW = B (R - I) A on the top-r singular subspace W ≈ B A, R = diag(b) C diag(a), C the Cayley map of a trained skew
+matrix.
+A and B are recomputed from the base weight whenever an adapter is made or loaded (their signs belong to the file
+format).
 """
 
 import warnings
@@ -34,7 +36,9 @@ class PsoftConfig(PeftConfig):
     psoft_alpha: int = option(32, "Has no effect (it cancels); kept for old files.")
     psoft_dropout: float = option(0.0, "Dropout on the input.")
     fan_in_fan_out: bool = fan_in_fan_out()
-    ab_svd_init: Literal["psoft_init", "pissa_init"] = option("psoft_init", "Where the singular values go: all into B, or half each.")
+    ab_svd_init: Literal["psoft_init", "pissa_init"] = option(
+        "psoft_init", "Where the singular values go: all into B, or half each."
+    )
     psoft_svd: Literal["full", "lowrank"] = option("full", "Solver of the singular value decomposition.")
     psoft_svd_lowrank_niter: int = option(10, "Power iterations of 'lowrank'.")
     random_seed: int = option(0, "Seed of 'lowrank'.")
@@ -61,7 +65,9 @@ class PsoftConfig(PeftConfig):
             warnings.warn("`psoft_svd_lowrank_niter` only has an effect with psoft_svd='lowrank'.", stacklevel=3)
         if not self.use_cayley_neumann:
             if self.num_cayley_neumann_terms != 5 or self.cayley_neumann_eps is not None:
-                warnings.warn("The Cayley-Neumann options only have an effect with use_cayley_neumann=True.", stacklevel=3)
+                warnings.warn(
+                    "The Cayley-Neumann options only have an effect with use_cayley_neumann=True.", stacklevel=3
+                )
             return
         if self.num_cayley_neumann_terms <= 0:
             raise ValueError(f"`num_cayley_neumann_terms` must be positive, got {self.num_cayley_neumann_terms}.")
@@ -161,4 +167,6 @@ class PsoftModel(TunerModel):
             raise ValueError(f"Target module {key}: r={cfg.r} must be at most min(in, out) = {min(shape)}.")
         dtype = module.weight.dtype
         if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise TypeError(f"Target module {key}: PSOFT needs a float weight to decompose, got {dtype}. Re-quantize after merging.")
+            raise TypeError(
+                f"Target module {key}: PSOFT needs a float weight to decompose, got {dtype}. Re-quantize after merging."
+            )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PVeRA: Probabilistic Vector-Based Random Matrix Adaptation (arXiv 2512.07703).
 
-y = W x + b + λ_b ⊙ B h with h ~ N(μ, σ²), (μ, log σ²) = λ_d ⊙ A dropout(x); shared frozen A, B as in VeRA. The mean is used in inference.
+y = W x + b + λ_b ⊙ B h with h ~ N(μ, σ²), (μ, log σ²) = λ_d ⊙ A dropout(x); shared frozen A, B as in VeRA. The mean
+is used in inference.
 """
 
 import warnings
@@ -48,7 +49,11 @@ class PveraConfig(PeftConfig):
         if self.r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
         if not self.save_projection:
-            warnings.warn("Specified to not save pvera_A and pvera_B within the state dictionary, instead they will be restored using `projection_prng_key`.", stacklevel=3)
+            warnings.warn(
+                "Specified to not save pvera_A and pvera_B within the state dictionary, instead they will "
+                "be restored using `projection_prng_key`.",
+                stacklevel=3,
+            )
 
 
 class PveraLayer(AdapterLayer):
@@ -70,7 +75,9 @@ class PveraLayer(AdapterLayer):
         seed = cfg.generator_seed
         self.generators[name] = None if seed is None else torch.Generator(device="cpu").manual_seed(seed)
         drawn = torch.randn(2 * cfg.r)  # drawn in any case: the published library consumes it too
-        self.pvera_lambda_b[name] = nn.Parameter(torch.zeros(self.out_features) if cfg.init_weights else torch.ones(self.out_features))
+        self.pvera_lambda_b[name] = nn.Parameter(
+            torch.zeros(self.out_features) if cfg.init_weights else torch.ones(self.out_features)
+        )
         self.pvera_lambda_d[name] = nn.Parameter(torch.full((2 * cfg.r,), cfg.d_initial) if cfg.init_weights else drawn)
 
     def factors(self, name: str) -> Factors:
@@ -87,7 +94,9 @@ class PveraLayer(AdapterLayer):
         z = F.linear(self.pvera_dropout[name](x), A.to(x.dtype)) * self.pvera_lambda_d[name]
         mean, log_variance = z.chunk(2, dim=-1)
         generator = self.generators[name]
-        noise = torch.randn(mean.shape, generator=generator, device="cpu" if generator else mean.device, dtype=mean.dtype)
+        noise = torch.randn(
+            mean.shape, generator=generator, device="cpu" if generator else mean.device, dtype=mean.dtype
+        )
         h = torch.addcmul(mean, noise.to(mean.device), (log_variance / 2).exp())
         return F.linear(h, self.pvera_lambda_b[name][:, None] * self.pvera_B[name][: self.out_features].to(x.device))
 

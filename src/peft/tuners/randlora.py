@@ -46,7 +46,11 @@ class RandLoraConfig(PeftConfig):
         if self.r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
         if not self.save_projection:
-            warnings.warn("Specified to not save the random bases: they will be restored using `projection_prng_key`, which depends on the system's dtypes.", stacklevel=3)
+            warnings.warn(
+                "Specified to not save the random bases: they will be restored using "
+                "`projection_prng_key`, which depends on the system's dtypes.",
+                stacklevel=3,
+            )
 
     def _check_layer_range(self) -> None:
         """Never checked by the published library; a pattern without layers is simply unused."""
@@ -68,7 +72,11 @@ class RandLoraLayer(AdapterLayer):
     def create(self, name: str, cfg: Any) -> None:
         r, small = cfg.r, min(self.in_features, self.out_features)
         large, bases = max(self.in_features, self.out_features), math.ceil(small / r)
-        self.r[name], self.scaling[name], self.randlora_dropout[name] = r, cfg.randlora_alpha / r, dropout(cfg.randlora_dropout)
+        self.r[name], self.scaling[name], self.randlora_dropout[name] = (
+            r,
+            cfg.randlora_alpha / r,
+            dropout(cfg.randlora_dropout),
+        )
         drawn = torch.randn(r, bases)  # drawn in any case: the published library consumes it too
         start = 1 / max(bases, small) if cfg.init_weights else 1 / large
         self.randlora_lambda[name] = nn.Parameter(torch.zeros(r, bases) if cfg.init_weights else drawn)
@@ -92,7 +100,9 @@ class RandLoraLayer(AdapterLayer):
 
 
 def dense_bases(r: int, shape: tuple[int, int, int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, 1, min_dim] and B [max_dim, bases, r], drawn in bfloat16 with unit standard deviation; part of the file format."""
+    """A [r, 1, min_dim] and B [max_dim, bases, r], drawn in bfloat16 with unit standard deviation; part of the file
+    format.
+    """
     large, bases, small = shape
     draw = lambda *size: nn.init.kaiming_uniform_(  # noqa: E731
         torch.empty(*size, dtype=torch.bfloat16, device="cpu"), a=math.sqrt(5), generator=generator
@@ -102,7 +112,9 @@ def dense_bases(r: int, shape: tuple[int, int, int], generator: torch.Generator)
     return A / A.std(), B / B.std()
 
 
-def sparse_bases(r: int, shape: tuple[int, int, int], generator: torch.Generator, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+def sparse_bases(
+    r: int, shape: tuple[int, int, int], generator: torch.Generator, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same with entries -1, 0, 1 of density 1 / factor."""
     large, bases, small = shape
 
@@ -133,10 +145,13 @@ class RandLoraModel(TunerModel):
             container[name] = value
 
     def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Published files repeat the bases under every layer (gigabytes on real models). Readers get by with the model's pair,
+        """Published files repeat the bases under every layer (gigabytes on real models). Readers get by with the
+        model's pair,
         so the copies are only written while they are small.
         """
-        bases = {k.rsplit(".", 1)[-1]: v for k, v in state.items() if k.rsplit(".", 1)[-1] in ("randlora_A", "randlora_B")}
+        bases = {
+            k.rsplit(".", 1)[-1]: v for k, v in state.items() if k.rsplit(".", 1)[-1] in ("randlora_A", "randlora_B")
+        }
         layers = [k.removesuffix("randlora_lambda") for k in state if k.endswith(".randlora_lambda")]
         if len(layers) * sum(v.numel() * v.element_size() for v in bases.values()) > COPIES_UP_TO:
             return state

@@ -26,7 +26,9 @@ class RoadConfig(PeftConfig):
     """Options of RoAd."""
 
     variant: Literal["road_1", "road_2", "road_4"] = option("road_1", "How many parameters a pair has: 1, 2 or 4.")
-    group_size: int = option(64, "Outputs j and j + group_size / 2 of a group form a pair; must divide the output width.")
+    group_size: int = option(
+        64, "Outputs j and j + group_size / 2 of a group form a pair; must divide the output width."
+    )
     init_weights: bool = option(True, "Start at the identity; False draws angles and scales.")
     target_modules: list[str] | set[str] | str | None = targets()
     modules_to_save: list[str] | None = saves()
@@ -34,7 +36,9 @@ class RoadConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant not in VECTORS:
-            raise ValueError(f"Invalid variant {self.variant!r}; choose from {list(VECTORS)}.{nearest(self.variant, VECTORS)}")
+            raise ValueError(
+                f"Invalid variant {self.variant!r}; choose from {list(VECTORS)}.{nearest(self.variant, VECTORS)}"
+            )
         if self.group_size <= 0 or self.group_size % 2:
             raise ValueError(f"The group_size must be a positive even number, got {self.group_size}.")
 
@@ -63,7 +67,10 @@ class RoadLayer(AdapterLayer):
         theta, alpha = self.road_theta[name], self.road_alpha[name]
         if self.variant[name] == "road_4":
             theta, alpha = theta.view(-1, 2, 2 * half), alpha.view(-1, 2, 2 * half)
-            c, s = (alpha[:, 0] * theta[:, 0].cos()).view(-1, 2, half), (alpha[:, 1] * theta[:, 1].sin()).view(-1, 2, half)
+            c, s = (
+                (alpha[:, 0] * theta[:, 0].cos()).view(-1, 2, half),
+                (alpha[:, 1] * theta[:, 1].sin()).view(-1, 2, half),
+            )
         else:
             rows = 1 if self.variant[name] == "road_1" else 2
             c, s = (alpha * theta.cos()).view(-1, rows, half), (alpha * theta.sin()).view(-1, rows, half)
@@ -107,4 +114,6 @@ class RoadModel(TunerModel):
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         out = self.target_shape(module)[0]
         if out % cfg.group_size:
-            raise ValueError(f"Target module {key}: the output width {out} must be divisible by group_size={cfg.group_size}.")
+            raise ValueError(
+                f"Target module {key}: the output width {out} must be divisible by group_size={cfg.group_size}."
+            )

@@ -34,7 +34,9 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
 
 @dataclass
 class ShiraConfig(PeftConfig):
-    """Options of SHiRA. For another `mask_type` than "random" set `config.mask_fn = f(base_layer, r, **kwargs) -> mask`."""
+    """Options of SHiRA. For another `mask_type` than "random" set `config.mask_fn = f(base_layer, r, **kwargs) ->
+    mask`.
+    """
 
     r: int = option(32, "Budget: r·(in + out) entries a layer.")
     mask_type: str = option("random", "'random', or a name for your own mask_fn.")
@@ -48,7 +50,11 @@ class ShiraConfig(PeftConfig):
         super().__post_init__()
         self.mask_fn: Callable[..., torch.Tensor] | None = random_mask if self.mask_type == "random" else None
         if self.mask_fn is None and not self.inference_mode:
-            warnings.warn(f"Argument {self.mask_type=} is not recognized, please supply your own masking function by calling `config.mask_fn = my_mask_fn`.", stacklevel=3)
+            warnings.warn(
+                f"Argument {self.mask_type=} is not recognized, please supply your own masking function "
+                "by calling `config.mask_fn = my_mask_fn`.",
+                stacklevel=3,
+            )
 
 
 class ShiraLayer(AdapterLayer):
@@ -69,15 +75,21 @@ class ShiraLayer(AdapterLayer):
             kwargs = {"random_seed": cfg.random_seed} if cfg.mask_type == "random" else {}
             mask = self.kind.canonical(cfg.mask_fn(self.get_base_layer(), cfg.r, **kwargs))
             if int((mask != 0).sum()) != n:
-                raise ValueError(f"The mask has {int((mask != 0).sum())} ones, but r={cfg.r} asks for {n} in this layer.")
-        indices = torch.zeros(2, n, dtype=torch.int32, device="cpu") if mask is None else mask.nonzero().T.to(torch.int32)
+                raise ValueError(
+                    f"The mask has {int((mask != 0).sum())} ones, but r={cfg.r} asks for {n} in this layer."
+                )
+        indices = (
+            torch.zeros(2, n, dtype=torch.int32, device="cpu") if mask is None else mask.nonzero().T.to(torch.int32)
+        )
         self.shira_indices[name] = indices.contiguous()
         self.shira_weight[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else torch.randn(n))
 
     def delta_weight(self, name: str) -> torch.Tensor:
         values = self.shira_weight[name]
         rows, cols = self.shira_indices[name].to(values.device, torch.int64)
-        return values.new_zeros(self.out_features, self.in_features).index_put((rows, cols), values * self.scaling[name])
+        return values.new_zeros(self.out_features, self.in_features).index_put(
+            (rows, cols), values * self.scaling[name]
+        )
 
     def set_scale(self, adapter: str, scale: float) -> None:
         if adapter in self.scaling:
@@ -93,7 +105,9 @@ class ShiraModel(TunerModel):
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         out, n_in = self.target_shape(module)[:2]
         if cfg.r <= 0 or cfg.r * (out + n_in) > out * n_in:
-            raise ValueError(f"Target module {key}: r·(in + out) must be positive and at most in·out = {out * n_in}, got r={cfg.r}.")
+            raise ValueError(
+                f"Target module {key}: r·(in + out) must be positive and at most in·out = {out * n_in}, got r={cfg.r}."
+            )
 
     def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Some systems wrote the indices as floats."""

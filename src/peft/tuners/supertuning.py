@@ -32,7 +32,9 @@ class SupertuningConfig(PeftConfig):
     lora_alpha: float | None = option(None, "The LoRA is scaled by lora_alpha / r; default 2 r.")
     lora_dropout: float = option(0.0, "Dropout on the input of the LoRA.")
     init_weights: bool = option(True, "Start at zero.")
-    save_precomputed_indices: bool = option(True, "Store the positions; otherwise they are found again from the base weight.")
+    save_precomputed_indices: bool = option(
+        True, "Store the positions; otherwise they are found again from the base weight."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +49,11 @@ class SupertuningConfig(PeftConfig):
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         if not self.save_precomputed_indices:
-            warnings.warn("With save_precomputed_indices=False the positions are recomputed from the base weights on loading, which must then be exactly the same.", stacklevel=3)
+            warnings.warn(
+                "With save_precomputed_indices=False the positions are recomputed from the base weights "
+                "on loading, which must then be exactly the same.",
+                stacklevel=3,
+            )
 
 
 class SupertuningLayer(AdapterLayer):
@@ -68,7 +74,9 @@ class SupertuningLayer(AdapterLayer):
         numel = self.in_features * self.out_features
         n = int(numel * (1 - cfg.sparsity))
         if n < 1:
-            raise ValueError(f"sparsity={cfg.sparsity} leaves no entry to train in a layer of {numel} weights; lower it.")
+            raise ValueError(
+                f"sparsity={cfg.sparsity} leaves no entry to train in a layer of {numel} weights; lower it."
+            )
         self.supertuning_rank[name], self.supertuning_lora_alpha[name] = cfg.r or 0, cfg.lora_alpha
         self.supertuning_lora_dropout[name] = dropout(cfg.lora_dropout)
         self.supertuning_values[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else torch.randn(n))
@@ -104,7 +112,9 @@ class SupertuningLayer(AdapterLayer):
         out = self.kind.call(self.get_base_layer(), x, self._sparse(name))
         if self.supertuning_rank[name]:
             z = self.supertuning_lora_A[name](self.supertuning_lora_dropout[name](x))
-            out = out + self.supertuning_lora_B[name](z * (self.supertuning_lora_alpha[name] / self.supertuning_rank[name]))
+            out = out + self.supertuning_lora_B[name](
+                z * (self.supertuning_lora_alpha[name] / self.supertuning_rank[name])
+            )
         return out
 
     def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
@@ -119,5 +129,7 @@ class SupertuningModel(TunerModel):
 
     def check_config(self, name: str, cfg: Any) -> None:
         super().check_config(name, cfg)
-        if any(c.save_precomputed_indices != cfg.save_precomputed_indices for n, c in self.peft_config.items() if n != name):
+        if any(
+            c.save_precomputed_indices != cfg.save_precomputed_indices for n, c in self.peft_config.items() if n != name
+        ):
             raise ValueError("`save_precomputed_indices` must be the same for all adapters of a model.")

@@ -45,11 +45,17 @@ class TinyLoraConfig(PeftConfig):
         super().__post_init__()
         for field in ("r", "u"):
             if getattr(self, field) <= 0:
-                raise ValueError(f"`{field}` should be a positive integer value but the value passed is {getattr(self, field)}")
+                raise ValueError(
+                    f"`{field}` should be a positive integer value but the value passed is {getattr(self, field)}"
+                )
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(f"`weight_tying` must be in [0, 1], got {self.weight_tying}.")
         if not self.save_projection:
-            warnings.warn("With save_projection=False the projections are drawn again from projection_seed, which needs the same targets in the same order.", stacklevel=3)
+            warnings.warn(
+                "With save_projection=False the projections are drawn again from projection_seed, which "
+                "needs the same targets in the same order.",
+                stacklevel=3,
+            )
 
 
 class TinyLoraLayer(AdapterLayer):
@@ -87,7 +93,12 @@ class TinyLoraLayer(AdapterLayer):
 
     def factors(self, name: str) -> Factors:
         R = self._core(name)
-        return Factors(R @ self.tinylora_A[name].to(R.dtype), self.tinylora_B[name].to(R.dtype), 1.0, dropout_p(self.tinylora_dropout[name]))
+        return Factors(
+            R @ self.tinylora_A[name].to(R.dtype),
+            self.tinylora_B[name].to(R.dtype),
+            1.0,
+            dropout_p(self.tinylora_dropout[name]),
+        )
 
     def delta_weight(self, name: str) -> torch.Tensor:
         A, B = self.factors(name)[:2]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uni-LoRA: One Vector is All You Need (arXiv 2506.00799).
 
-ΔW = B A, every entry of which is an entry of one trained vector θ, chosen by a seeded shuffle and scaled by 1/√(its number of uses).
+ΔW = B A, every entry of which is an entry of one trained vector θ, chosen by a seeded shuffle and scaled by 1/√(its
+number of uses).
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ class UniLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = saves()
     init_theta_d_bound: float = option(0.02, "The vector starts as U(-bound, bound).")
     init_weights: bool = option(True, "False draws the vector from N(0, 1).")
-    save_indices: bool = option(False, "Store the assignment; otherwise it is drawn again, for the same layers in the same order.")
+    save_indices: bool = option(
+        False, "Store the assignment; otherwise it is drawn again, for the same layers in the same order."
+    )
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
 

@@ -30,7 +30,9 @@ class VBLoRAConfig(PeftConfig):
     topk: int = option(2, "Vectors mixed for each sub-vector.")
     target_modules: list[str] | set[str] | str | None = targets()
     exclude_modules: list[str] | set[str] | str | None = excludes()
-    save_only_topk_weights: bool = option(False, "Store only the chosen weights: a small file that cannot be trained further.")
+    save_only_topk_weights: bool = option(
+        False, "Store only the chosen weights: a small file that cannot be trained further."
+    )
     vblora_dropout: float = option(0.0, "Dropout on the input.")
     fan_in_fan_out: bool = fan_in_fan_out()
     bias: str = biases("vblora_only")
@@ -61,14 +63,19 @@ class VBLoRALayer(AdapterLayer):
         # every layer draws the bank again and the last draw stays: the published order of random numbers
         bank = torch.empty(h, v).uniform_(-cfg.init_vector_bank_bound, cfg.init_vector_bank_bound)
         self.vblora_vector_bank[name] = nn.Parameter(bank)
-        self.vblora_logits_A[name] = nn.Parameter(torch.empty(r, self.in_features // v, h).normal_(0, cfg.init_logits_std))
-        self.vblora_logits_B[name] = nn.Parameter(torch.empty(self.out_features // v, r, h).normal_(0, cfg.init_logits_std))
+        self.vblora_logits_A[name] = nn.Parameter(
+            torch.empty(r, self.in_features // v, h).normal_(0, cfg.init_logits_std)
+        )
+        self.vblora_logits_B[name] = nn.Parameter(
+            torch.empty(self.out_features // v, r, h).normal_(0, cfg.init_logits_std)
+        )
 
     def _compose(self, name: str, logits: torch.Tensor) -> torch.Tensor:
         """[.., vectors] -> [.., length]: the mixture of the top-k vectors."""
         if self.topk_only[name] and self.training:
             raise RuntimeError(
-                "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a `save_only_topk_weights` model."
+                "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
+                "`save_only_topk_weights` model."
             )
         top, index = logits.topk(self.topk[name], dim=-1)
         bank = self.vblora_vector_bank[name].to(logits.device)
@@ -99,7 +106,10 @@ class VBLoRAModel(TunerModel):
         if cfg.topk > cfg.num_vectors:
             raise ValueError(f"`topk` ({cfg.topk}) cannot be larger than `num_vectors` ({cfg.num_vectors}).")
         if any(n % cfg.vector_length for n in self.target_shape(module)[:2]):
-            raise ValueError(f"Target module {key}: the widths {self.target_shape(module)[:2]} must be divisible by vector_length={cfg.vector_length}.")
+            raise ValueError(
+                f"Target module {key}: the widths {self.target_shape(module)[:2]} must be divisible by "
+                f"vector_length={cfg.vector_length}."
+            )
 
     def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """With save_only_topk_weights: indices, and all weights but the last, which is what is missing to 1."""
@@ -149,4 +159,7 @@ class VBLoRAModel(TunerModel):
 
     def print_savable_parameters(self) -> None:
         vblora, other = self.get_nb_savable_parameters()
-        print(f"VB-LoRA params to-be-saved (float32-equivalent): {vblora:,d} || total params to-be-saved: {(vblora + other):,d}")
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {vblora:,d} || total params to-be-saved: "
+            f"{(vblora + other):,d}"
+        )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """VeRA: Vector-based Random Matrix Adaptation (arXiv 2310.11454).
 
-y = W x + b + diag(λ_b) B diag(λ_d) A dropout(x), with random frozen A, B shared by all layers and trained vectors λ_b, λ_d.
+y = W x + b + diag(λ_b) B diag(λ_d) A dropout(x), with random frozen A, B shared by all layers and trained vectors
+λ_b, λ_d.
 """
 
 import math
@@ -47,8 +48,10 @@ class VeraConfig(PeftConfig):
             raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
         if not self.save_projection:
             warnings.warn(
-                "Specified to not save vera_A and vera_B within the state dictionary, instead they will be restored using the PRNG key "
-                "store in `config.projection_prng_key`. Consider setting `config.save_projection` to `True` to guarantee restoring the "
+                "Specified to not save vera_A and vera_B within the state dictionary, instead they will be restored "
+                "using the PRNG key "
+                "store in `config.projection_prng_key`. Consider setting `config.save_projection` to `True` to "
+                "guarantee restoring the "
                 "checkpoint correctly on all system configurations.",
                 stacklevel=3,
             )
@@ -81,7 +84,9 @@ class VeraLayer(AdapterLayer):
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Kaiming-uniform draw, U(-c, c) with c = sqrt(6 / fan_in); part of the file format when the projections are not saved."""
+    """Kaiming-uniform draw, U(-c, c) with c = sqrt(6 / fan_in); part of the file format when the projections are
+    not saved.
+    """
     bound = math.sqrt(6 / shape[1])
     return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
 
@@ -96,7 +101,10 @@ class SharedProjections:
         shapes = [self.target_shape(m) for m in targets.values()]
         generator = torch.Generator(device="cpu").manual_seed(cfg.projection_prng_key)
         (slot_a, times_a), (slot_b, times_b) = self.projections.items()
-        sizes = ((slot_a, (times_a * cfg.r, max(s[1] for s in shapes))), (slot_b, (max(s[0] for s in shapes), times_b * cfg.r)))
+        sizes = (
+            (slot_a, (times_a * cfg.r, max(s[1] for s in shapes))),
+            (slot_b, (max(s[0] for s in shapes), times_b * cfg.r)),
+        )
         for slot, shape in sizes:
             container = getattr(self, slot)
             container.persistent = cfg.save_projection
@@ -113,8 +121,10 @@ class SharedProjections:
             )
         if not cfg.save_projection:
             warnings.warn(
-                f"Specified to not load {' and '.join(slots)} from state dictionary. This means we will be relying on PRNG initialisation "
-                "to restore these projections using `config.projection_prng_key`, which may not be accurate on all system configurations.",
+                f"Specified to not load {' and '.join(slots)} from state dictionary. This means we will be relying "
+                "on PRNG initialisation "
+                "to restore these projections using `config.projection_prng_key`, which may not be accurate on all "
+                "system configurations.",
                 stacklevel=2,
             )
         return state

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PeftConfig, biases, excludes, fan_in_fan_out, layer_names, layer_range, nearest, option, saves, targets
+from ..config import (
+    PeftConfig,
+    biases,
+    excludes,
+    fan_in_fan_out,
+    layer_names,
+    layer_range,
+    nearest,
+    option,
+    saves,
+    targets,
+)
 from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.match import pattern_value
@@ -21,7 +32,11 @@ from ..ops.wavelet_filters import FILTERS
 from ..registry import register_method
 from .fourierft import check_count, seeded_positions
 
-PUBLISHED_FAMILIES = [*(f"db{i}" for i in range(1, 39)), *(f"sym{i}" for i in range(2, 21)), *(f"coif{i}" for i in range(1, 18))]
+PUBLISHED_FAMILIES = [
+    *(f"db{i}" for i in range(1, 39)),
+    *(f"sym{i}" for i in range(2, 21)),
+    *(f"coif{i}" for i in range(1, 18)),
+]
 
 
 @dataclass
@@ -47,7 +62,9 @@ class WaveFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.wavelet_family not in PUBLISHED_FAMILIES:
-            raise ValueError(f"Wavelet family {self.wavelet_family!r} is not supported.{nearest(self.wavelet_family, FILTERS)}")
+            raise ValueError(
+                f"Wavelet family {self.wavelet_family!r} is not supported.{nearest(self.wavelet_family, FILTERS)}"
+            )
         if self.use_idwt and self.wavelet_family not in FILTERS:
             raise ValueError(f"The filter of {self.wavelet_family!r} is not known; there are {', '.join(FILTERS)}.")
 
@@ -92,7 +109,9 @@ class WaveFTModel(TunerModel):
         """The budget of each layer when it is shared out by size."""
         sizes = {key: self.target_shape(m)[0] * self.target_shape(m)[1] for key, m in targets.items()}
         total, budget = sum(sizes.values()), cfg.n_frequency * len(sizes)
-        self._budget = {k: max(1, round(s / total * budget)) for k, s in sizes.items()} if cfg.proportional_parameters else {}
+        self._budget = (
+            {k: max(1, round(s / total * budget)) for k, s in sizes.items()} if cfg.proportional_parameters else {}
+        )
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
         n = self._budget.get(key, pattern_value(cfg.n_frequency_pattern, key, cfg.n_frequency))
