@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files: atomic writing under kill -9, damaged and hostile files, the hub's cache."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.io import atomic
+from peft.io.files import read_adapter, save_adapter, save_safetensors_atomic, split_shared, write_text_atomic
+from peft.utils.error import AdapterFileError
+
+from .models import fill, net
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def make(rank: int) -> tuple[dict[str, torch.Tensor], LoraConfig]:
+    """An adapter whose configuration, shapes and values all say its rank."""
+    tensors = {f"base_model.model.lin{i}.lora_A.weight": torch.full((rank, 64), float(rank)) for i in range(4)}
+    return tensors, LoraConfig(r=rank, target_modules=["lin"])
+
+
+def rank_of(folder: Path) -> int:
+    """The rank of the adapter in a folder; fails when its parts are of different adapters."""
+    config, tensors = read_adapter(folder)
+    assert len(tensors) == 4
+    for tensor in tensors.values():
+        assert tensor.shape == (config.r, 64)
+        assert bool((tensor == config.r).all())
+    return config.r
+
+
+# ---- kill -9
+_EVERY_STEP = """
+import os, sys
+from pathlib import Path
+from peft.io import atomic
+from tests_io_make import make
+from peft.io.files import save_adapter
+
+folder, step, safe = Path(sys.argv[1]), 0, sys.argv[2] == "safe"
+
+def crash_at(limit):
+    '''In a child: save rank 8 and die without any clean-up at the limit-th change of the file system.'''
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
+    seen = 0
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal seen
+            for half in ("before", "after"):
+                seen += 1
+                if seen == limit:
+                    os._exit(9)
+                if half == "before":
+                    result = function(*args, **kwargs)
+            return result
+        return call
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync"):
+        setattr(os, name, counted(getattr(os, name)))
+    save_adapter(folder, *make(8), safe_serialization=safe)
+    os._exit(0)
+
+while True:
+    save_adapter(folder, *make(4), safe_serialization=True)
+    step += 1
+    if not crash_at(step):
+        break
+    print(rank_of(folder))
+print("steps", step)
+assert rank_of(folder) == 8
+save_adapter(folder, *make(4))
+print(sorted(os.listdir(folder)))
+"""
+
+_RANDOM = """
+import os, random, signal, sys, time
+from pathlib import Path
+from peft.io.files import save_adapter
+
+folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
+random.seed(0)
+save_adapter(folder, *make(4))
+seen = set()
+for _ in range(rounds):
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            for rank in (8, 4):
+                save_adapter(folder, *make(rank))
+    time.sleep(random.uniform(0.002, 0.05))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    seen.add(rank_of(folder))
+print(sorted(seen))
+"""
+
+
+def run(script: str, *args: str) -> list[str]:
+    import inspect
+
+    helpers = "import torch\nfrom peft import LoraConfig\nfrom peft.io.files import read_adapter\n"
+    helpers += inspect.getsource(make) + "\n" + inspect.getsource(rank_of)
+    script = helpers.replace("(folder: Path)", "(folder)") + script.replace("from tests_io_make import make\n", "")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kind", ["safe", "bin"])
+def test_dying_at_every_step_leaves_the_old_or_the_new_adapter(tmp_path, kind):
+    *ranks, steps, left = run(_EVERY_STEP, str(tmp_path), kind)
+    ranks = [int(r) for r in ranks]
+    assert len(ranks) > 10
+    assert set(ranks) == {4, 8}
+    assert ranks == sorted(ranks)  # once valid, the new one stays valid
+    assert left == str([CONFIG, WEIGHTS])  # nothing of the dead processes is left
+    assert steps
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_at_random_moments(tmp_path):
+    assert run(_RANDOM, str(tmp_path), "40")[0] in ("[4, 8]", "[4]", "[8]")
+
+
+def test_read_only_folder_with_an_unfinished_save(tmp_path, monkeypatch):
+    """The pending files count even where they cannot be moved into place."""
+    save_adapter(tmp_path, *make(4))
+    monkeypatch.setattr(atomic, "recover", lambda folder: None)
+    save_adapter(tmp_path, *make(8))
+    assert (tmp_path / atomic.PENDING).is_dir()
+    assert rank_of(tmp_path) == 8
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 4
+    monkeypatch.undo()
+    assert rank_of(tmp_path) == 8
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
+def test_failing_save_keeps_the_old_adapter(tmp_path):
+    save_adapter(tmp_path, *make(4))
+    tensors, config = make(8)
+    tensors["base_model.model.lin3.lora_A.weight"] = torch.empty(8, 64, device="meta")
+    with pytest.raises(RuntimeError, match=r"lin3.lora_A.weight.*meta device"):
+        save_adapter(tmp_path, tensors, config)
+    assert rank_of(tmp_path) == 4
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
+def test_the_other_format_is_removed(tmp_path):
+    save_adapter(tmp_path, *make(4), safe_serialization=False)
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, "adapter_model.bin"]
+    assert rank_of(tmp_path) == 4
+    save_adapter(tmp_path, *make(8))
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    save_adapter(tmp_path, *make(4), safe_serialization=False)
+    assert rank_of(tmp_path) == 4
+
+
+def test_text_and_tensors_in_one_step(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text_atomic(path, "old")
+    with pytest.raises(ZeroDivisionError), atomic.replaced(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    write_text_atomic(path, "neu é\n")
+    assert path.read_bytes() == "neu é\n".encode()
+    save_safetensors_atomic(tmp_path / "t.safetensors", {"a": torch.arange(6.0).view(2, 3).T})
+    assert torch.equal(load_file(tmp_path / "t.safetensors")["a"], torch.arange(6.0).view(2, 3).T)
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "t.safetensors"]
+
+
+def test_shared_storage_is_split():
+    a = torch.arange(6.0)
+    split = split_shared({"a": a, "b": a.view(2, 3), "c": a[:3], "d": torch.ones(2), "e": torch.empty(0), "f": torch.empty(0)})
+    assert split["a"].data_ptr() == a.data_ptr()
+    assert len({t.data_ptr() for t in split.values() if t.numel()}) == 4
+    assert torch.equal(split["b"], a.view(2, 3))
+    assert torch.equal(split["c"], a[:3])
+
+
+# ---- what save_pretrained writes
+def test_saved_files(tmp_path):
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["lin0"]))
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["a"]))
+    model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["README.md", CONFIG, WEIGHTS, "second"]
+    assert sorted(os.listdir(tmp_path / "second")) == [CONFIG, WEIGHTS]
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(get_peft_model_state_dict(model))
+    config, tensors = read_adapter(tmp_path, subfolder="second")
+    assert config.r == 3
+    assert [tuple(t.shape) for t in tensors.values()] == [(3, 8), (8, 3)]
+
+
+# ---- damaged and hostile files
+@pytest.fixture
+def folder(tmp_path):
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["lin0", "a"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 60, 400, -1])
+def test_truncated_safetensors(folder, keep):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:keep])
+    base = net()
+    before = base.state_dict()
+    with pytest.raises(AdapterFileError, match=r"adapter_model\.safetensors.*truncated") as error:
+        PeftModel.from_pretrained(base, folder)
+    assert f"{path.stat().st_size:,} bytes" in str(error.value)
+    assert base.state_dict().keys() == before.keys()
+    assert isinstance(error.value, ValueError)
+
+
+def test_pickle_called_safetensors(folder):
+    torch.save({"a": torch.ones(2)}, folder / WEIGHTS)
+    with pytest.raises(AdapterFileError, match=r"is a pickle.*adapter_model\.bin"):
+        load_peft_weights(folder)
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(AdapterFileError, match="git-lfs pointer"):
+        load_peft_weights(folder)
+    (folder / WEIGHTS).write_bytes(b"\xff" * 100)
+    with pytest.raises(AdapterFileError, match="no safetensors file"):
+        load_peft_weights(folder)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("evil",))
+
+
+def test_pickle_with_code_is_refused(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / WEIGHTS).unlink()
+    torch.save({"a": torch.ones(2), "b": Evil()}, folder / "adapter_model.bin")
+    with pytest.raises(AdapterFileError, match=r"Refusing to load.*adapter_model\.bin"):
+        PeftModel.from_pretrained(net(), folder)
+    assert not (folder / "evil").exists()
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [torch.ones(2)], torch.ones(2)])
+def test_bin_without_tensors(folder, content):
+    (folder / WEIGHTS).unlink()
+    torch.save(content, folder / "adapter_model.bin")
+    with pytest.raises(AdapterFileError, match="expected a dict of tensors"):
+        load_peft_weights(folder)
+
+
+def test_truncated_bin(folder):
+    (folder / WEIGHTS).unlink()
+    path = folder / "adapter_model.bin"
+    torch.save({"a": torch.ones(200)}, path)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(AdapterFileError, match="300 bytes"):
+        load_peft_weights(folder)
+
+
+def test_folder_without_weights_names_what_is_there(folder):
+    (folder / WEIGHTS).rename(folder / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors nor adapter_model\.bin.*weights\.safetensors"):
+        load_peft_weights(folder)
+
+
+# ---- options of reading
+def test_key_mapping(folder):
+    plain = load_peft_weights(folder, device="cpu")
+    mapped = load_peft_weights(folder, device="cpu", key_mapping={r"^lin(\d)": r"layer.\1", r"lora_A": "never second"})
+    assert {k.replace("lin0", "layer.0") for k in plain if "lin0" in k} < set(mapped)
+    assert "base_model.model.block.a.never second.weight" in mapped
+    save_file({"lin0.lora_A.weight": torch.ones(1)}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"'lin0\.lora_A\.weight' should start with"):
+        load_peft_weights(folder, key_mapping={"a": "b"})
+
+
+def test_subfolder_and_bin(folder):
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["lin0"]), adapter_name="x")
+    fill(model, "x")
+    model.save_pretrained(folder, safe_serialization=False)
+    assert (folder / "x" / "adapter_model.bin").is_file()
+    found = load_peft_weights(folder, device="cpu", subfolder="x")
+    expected = get_peft_model_state_dict(model, adapter_name="x")
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+
+
+_OFFLINE = """
+import sys, torch
+from peft import PeftConfig, load_peft_weights
+from huggingface_hub.errors import LocalEntryNotFoundError
+print(PeftConfig.from_pretrained("someone/thing").r, sorted(load_peft_weights("someone/thing", device="cpu")))
+try:
+    load_peft_weights("someone/else", device="cpu")
+except LocalEntryNotFoundError:
+    print("not in the cache")
+"""
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin"])
+def test_offline_uses_the_cache(tmp_path, name):
+    cache = tmp_path / "hub" / "models--someone--thing"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    save_adapter(snapshot, *make(4), safe_serialization=name == WEIGHTS)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+    script = textwrap.dedent(_OFFLINE)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr[-1500:]
+    keys = sorted(make(4)[0])
+    assert done.stdout.splitlines() == [f"4 {keys}", "not in the cache"]
+
+
+def test_config_of_an_unfinished_save_is_the_new_one(tmp_path, monkeypatch):
+    save_adapter(tmp_path, *make(4))
+    monkeypatch.setattr(atomic, "recover", lambda folder: None)
+    save_adapter(tmp_path, *make(8))
+    monkeypatch.undo()
+    assert PeftConfig.from_pretrained(tmp_path).r == 8
+    assert signal.SIGKILL == 9
