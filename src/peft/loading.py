@@ -275,17 +275,26 @@ def _shared_names(model: "PeftModel") -> list[str]:
 
 
 def _warn_missing(model: "PeftModel", name: str, result: Any) -> None:
-    if not result.missing_keys:
+    """Say what of the file was not used, and what it lacks."""
+    missing, unexpected = result.missing_keys, result.unexpected_keys
+    if not missing and not unexpected:
         return
+    parts = []
+    if missing:
+        parts.append(f"Found missing adapter keys while loading the checkpoint: {missing}.")
+    if unexpected:
+        from .io.state_dict import get_peft_model_state_dict
+
+        valid = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        hints = "".join(f" {key!r}:{nearest(key, valid)}" for key in unexpected[:3] if nearest(key, valid))
+        more = f" and {len(unexpected) - 8} more" if len(unexpected) > 8 else ""
+        parts.append(
+            f"Keys of the checkpoint that the model has no place for were ignored: {unexpected[:8]}{more}.{hints}"
+        )
     prefix = method_of(model.peft_config[name]).prefix
-    text = f"Found missing adapter keys while loading the checkpoint: {result.missing_keys}."
-    if result.unexpected_keys:
-        pairs = ((k, nearest(k, result.missing_keys, prefix=": ").rstrip("?")) for k in result.unexpected_keys[:3])
-        near = "; ".join(f"{k!r}{hint}" for k, hint in pairs)
-        text += f" The checkpoint has keys that the model lacks: {near}."
-    if name in prefix:
-        text = f"{name_warning(name, prefix)} {text}"
-    warnings.warn(text, stacklevel=4)
+    if missing and name in prefix:
+        parts.insert(0, name_warning(name, prefix))
+    warnings.warn(" ".join(parts), stacklevel=4)
 
 
 def save_pretrained(
