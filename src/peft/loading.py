@@ -169,6 +169,14 @@ def _strip(model: nn.Module, adapter_name: str) -> None:
     shell._unload(False)
 
 
+def _check_offload(options: dict[str, Any]) -> None:
+    """Adapters stay on the device that computes their layer, so a base model with weights on CPU or disk needs no new
+    dispatch: these options are only checked.
+    """
+    if options.get("offload_dir") and options.get("offload_folder"):
+        raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they are the same.")
+
+
 def load_adapter(
     model: "PeftModel",
     model_id: str | os.PathLike,
@@ -188,10 +196,7 @@ def load_adapter(
 
     hub, other = split_kwargs(kwargs)
     ignore_mismatched_sizes = other.pop("ignore_mismatched_sizes", False)
-    # Adapters stay on the device that computes their layer, so a base model with weights on CPU or disk needs no new
-    # dispatch.
-    if other.get("offload_dir") and other.get("offload_folder"):
-        raise ValueError("Cannot use `offload_folder` when `offload_dir` is specified: they are the same.")
+    _check_offload(other)
     is_new = adapter_name not in model.peft_config
     if is_new:
         config: Any = _read_config(model_id, hub)
@@ -313,15 +318,7 @@ def save_pretrained(
     from .io.state_dict import get_peft_model_state_dict
 
     root = Path(save_directory)
-    if root.is_file():
-        raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-    names = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
-    if unknown := [n for n in names if n not in model.peft_config]:
-        known = list(model.peft_config)
-        raise ValueError(
-            f"You passed an invalid `selected_adapters` argument, current supported adapter names are {known} - got "
-            f"{selected_adapters}.{nearest(unknown[0], known)}"
-        )
+    names = _names_to_save(model, root, selected_adapters)
     ready = []  # nothing is written before everything is known to be fine
     for name in names:
         state = get_peft_model_state_dict(
@@ -347,6 +344,18 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
         if is_main_process:
             save_adapter(folder, state, config, safe_serialization=safe_serialization)
+
+
+def _names_to_save(model: "PeftModel", root: Path, selected: list[str] | None) -> list[str]:
+    if root.is_file():
+        raise ValueError(f"Provided path ({root}) should be a directory, not a file")
+    known = list(model.peft_config)
+    if unknown := [n for n in selected or () if n not in known]:
+        raise ValueError(
+            f"You passed an invalid `selected_adapters` argument, current supported adapter names are {known} - got "
+            f"{selected}.{nearest(unknown[0], known)}"
+        )
+    return known if selected is None else list(selected)
 
 
 def saved_config(model: "PeftModel", name: str) -> PeftConfig:

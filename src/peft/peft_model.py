@@ -105,9 +105,8 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        found = None if self._is_prompt_learning else getattr(self.base_model, "active_adapters", None)
-        if isinstance(found, list):
-            return found
+        if not self._is_prompt_learning:
+            return self.base_model.active_adapters
         return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
 
     @property
@@ -131,16 +130,14 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        if self._is_prompt_learning:
-            return not self._adapters_disabled
-        return not self._adapters_disabled or not self.active_adapters
+        return not self._adapters_disabled or not (self._is_prompt_learning or self.active_adapters)
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with adapter layers in it."""
         return self.base_model if self._is_prompt_learning else self.base_model.model
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type[nn.Module]:
-        return type(self.base_model if is_prompt_tuning else self.base_model.model)
+        return type(self.get_base_model())
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable parameters, all parameters)."""
@@ -300,10 +297,8 @@ class PeftModel(nn.Module):
         """Context manager around one call: yields (args, kwargs) for the base model."""
         return adapter_call(self, args, kwargs, generate)
 
-    @contextlib.contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with adapter_call(self, args, kwargs):
-            yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        return adapter_call(self, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the base model with the active adapters, or with `adapter_names`: a name for each sample."""

@@ -549,7 +549,7 @@ def test_base_model_with_layers_on_disk(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     ids = torch.arange(6)[None]
     want = model(input_ids=ids).logits
-    places = {n: "cpu" for n in ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")}
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places["model.layers.1"] = "disk"
     base = accelerate.dispatch_model(
         base, places, main_device="cpu", offload_dir=tmp_path / "weights", force_hooks=True
