@@ -131,7 +131,7 @@ def value_and_grads(call: Callable[..., Tensor], args: Sequence) -> tuple[Tensor
     wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
     if not wanted:
         return out.detach(), []
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(out)
     return out.detach(), list(torch.autograd.grad(out, wanted, direction, allow_unused=True))
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .dispatch import fusable
 
+_SEEDED = frozenset(("cpu", "cuda", "xpu"))  # devices whose generators are known to fill 64-bit integers
+
 
 def draw_seed() -> int:
     """A seed from the global CPU generator: activation checkpointing, which restores it, replays the same mask."""
@@ -19,7 +21,7 @@ def seedable(x: Tensor) -> bool:
     """Whether the mask of `x` may come from a seed: eager, on a device with a generator, not being graph-captured."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # a captured seed would replay one mask for ever; the built-in op advances the device generator
-    return x.device.type != "meta" and fusable(x)
+    return x.device.type in _SEEDED and fusable(x)
 
 
 def keep_mask(seed: int, p: float, like: Tensor) -> Tensor:
