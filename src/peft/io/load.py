@@ -306,14 +306,12 @@ class _Places:
 def _hints(unexpected: list[str], entries: list[Entry], limit: int = 3) -> dict[str, str]:
     """Nearest valid keys of the first few unexpected ones; candidates are narrowed down first, comparing is slow."""
     hints: dict[str, str] = {}
-    valid = [e.file for e in entries]
+    valid = {e.file.lower(): e.file for e in reversed(entries)}
     for key in unexpected[:limit]:
-        tail = key.split(".")[-3:]
-        near = [v for v in valid if any(part in v for part in tail if not part.isdigit() and part != "weight")][
-            :200
-        ] or valid[:200]
-        if found := difflib.get_close_matches(key, near, n=1, cutoff=0.6):
-            hints[key] = found[0]
+        tail = {part for part in key.lower().split(".")[-3:] if not part.isdigit() and part != "weight"}
+        near = [v for v in valid if any(part in v for part in tail)][:200] or list(valid)[:200]
+        if found := difflib.get_close_matches(key.lower(), near, n=1, cutoff=0.6):
+            hints[key] = valid[found[0]]
     return hints
 
 
