@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Net(nn.Module):
-    """Linear, embedding, convolution, attention, norm, a nested block, and module names that look like adapter slots."""
+    """Linear, embedding, convolution, attention, norm, nested blocks, and names that look like adapter slots."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,13 @@ from peft.io.load import load_adapter_state
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 E, H, F = 3, 16, 8
-COMMON = {"hidden_size": H, "intermediate_size": F, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 16}
+COMMON = {
+    "hidden_size": H,
+    "intermediate_size": F,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 16,
+}
 
 
 def mixtral():
@@ -26,7 +32,12 @@ def mixtral():
 def qwen3_moe():
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
-        **COMMON, num_hidden_layers=2, moe_intermediate_size=F, num_experts=E, num_experts_per_tok=2, mlp_only_layers=[0]
+        **COMMON,
+        num_hidden_layers=2,
+        moe_intermediate_size=F,
+        num_experts=E,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
     )
     return transformers.Qwen3MoeForCausalLM(config).eval()
 
@@ -52,7 +63,12 @@ FUSED = {".*\\.gate_up_proj": 4}
         (r".*q_proj", r".*q_proj", None, {}),
         (r".*block_sparse_moe\.experts\..*w2", set(), {"down_proj"}, {}),
         (r"model\.layers\.1\..*\.w2", set(), {"model.layers.1.mlp.experts.down_proj"}, {}),
-        (r"model\.layers\.1\..*(q_proj|w2)", {"model.layers.1.self_attn.q_proj"}, {"model.layers.1.mlp.experts.down_proj"}, {}),
+        (
+            r"model\.layers\.1\..*(q_proj|w2)",
+            {"model.layers.1.self_attn.q_proj"},
+            {"model.layers.1.mlp.experts.down_proj"},
+            {},
+        ),
     ],
 )
 def test_config(targets, modules, parameters, ranks):
@@ -64,7 +80,7 @@ def test_config(targets, modules, parameters, ranks):
     assert config.target_modules == modules
     assert config.target_parameters == parameters
     assert config.rank_pattern == ranks
-    assert config.alpha_pattern == {k: 6 for k in ranks}
+    assert config.alpha_pattern == dict.fromkeys(ranks, 6)
 
 
 def test_config_survives_saving(tmp_path):
@@ -79,7 +95,9 @@ def test_config_survives_saving(tmp_path):
 
 
 def test_half_of_a_fused_pair():
-    with pytest.raises(ValueError, match=r"target\(s\) w1 without also targeting w3 because they are fused into gate_up_proj"):
+    with pytest.raises(
+        ValueError, match=r"target\(s\) w1 without also targeting w3 because they are fused into gate_up_proj"
+    ):
         get_peft_model(mixtral(), lora(["w1"]))
 
 
@@ -93,7 +111,13 @@ def test_dense_layers_keep_their_adapters():
     model = get_peft_model(qwen3_moe(), lora(["gate_proj", "up_proj", "down_proj"]))
     names = {k.removeprefix("base_model.model.model.layers.") for k in get_peft_model_state_dict(model)}
     owners = {n.partition(".lora_")[0] for n in names}
-    assert owners == {"0.mlp.gate_proj", "0.mlp.up_proj", "0.mlp.down_proj", "1.mlp.experts", "1.mlp.experts.base_layer"}
+    assert owners == {
+        "0.mlp.gate_proj",
+        "0.mlp.up_proj",
+        "0.mlp.down_proj",
+        "1.mlp.experts",
+        "1.mlp.experts.base_layer",
+    }
 
 
 def test_other_methods_and_models_are_left_alone():

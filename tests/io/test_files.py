@@ -183,7 +183,9 @@ def test_text_and_tensors_in_one_step(tmp_path):
 
 def test_shared_storage_is_split():
     a = torch.arange(6.0)
-    split = split_shared({"a": a, "b": a.view(2, 3), "c": a[:3], "d": torch.ones(2), "e": torch.empty(0), "f": torch.empty(0)})
+    split = split_shared(
+        {"a": a, "b": a.view(2, 3), "c": a[:3], "d": torch.ones(2), "e": torch.empty(0), "f": torch.empty(0)}
+    )
     assert split["a"].data_ptr() == a.data_ptr()
     assert len({t.data_ptr() for t in split.values() if t.numel()}) == 4
     assert torch.equal(split["b"], a.view(2, 3))

@@ -126,7 +126,10 @@ def test_magnitude_has_a_bare_key_and_the_old_one_loads():
     ("bias", "extra"),
     [
         ("lora_only", ["lin0.base_layer.bias"]),
-        ("all", ["lin0.base_layer.bias", "block.lora_thing.bias", "conv.bias", "norm.bias", "head.0.bias", "head.2.bias"]),
+        (
+            "all",
+            ["lin0.base_layer.bias", "block.lora_thing.bias", "conv.bias", "norm.bias", "head.0.bias", "head.2.bias"],
+        ),
     ],
 )
 def test_biases(bias, extra):
@@ -136,7 +139,10 @@ def test_biases(bias, extra):
     assert found == set(extra) | ({"attn.out_proj.bias"} if bias == "all" else set())
     new = {k: v + 1 for k, v in state.items()}
     set_peft_model_state_dict(model, new)
-    assert torch.equal(get_peft_model_state_dict(model)["base_model.model.lin0.base_layer.bias"], new["base_model.model.lin0.base_layer.bias"])
+    assert torch.equal(
+        get_peft_model_state_dict(model)["base_model.model.lin0.base_layer.bias"],
+        new["base_model.model.lin0.base_layer.bias"],
+    )
 
 
 def test_shared_containers_are_stored_once():
@@ -218,7 +224,9 @@ def test_base_modules_with_adapter_like_names_are_not_taken():
 
 
 def test_save_and_load_under_another_name(tmp_path):
-    model = get_peft_model(net(), LoraConfig(r=2, target_modules=LORA_TARGETS, modules_to_save=["norm"]), adapter_name="b")
+    model = get_peft_model(
+        net(), LoraConfig(r=2, target_modules=LORA_TARGETS, modules_to_save=["norm"]), adapter_name="b"
+    )
     fill(model, "b")
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(net(), tmp_path / "b", adapter_name="lora_B")

@@ -288,7 +288,10 @@ def test_offloaded_base(tmp_path):
     with torch.no_grad():
         expected = model.eval()(ids())
     for low in (False, True):
-        places = dict.fromkeys(("emb", "lin0", "attn", "conv", "norm", "head"), "cpu") | {"block": "disk", "lin0": "disk"}
+        places = dict.fromkeys(("emb", "lin0", "attn", "conv", "norm", "head"), "cpu") | {
+            "block": "disk",
+            "lin0": "disk",
+        }
         base = accelerate.dispatch_model(net(), places, main_device="cpu", offload_dir=tmp_path / f"off{low}")
         assert base.lin0.weight.is_meta
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", low_cpu_mem_usage=low)
@@ -349,9 +352,7 @@ def llama(vocab: int = 30, tie: bool = False):
 
     torch.manual_seed(0)
     options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(**options, intermediate_size=16, vocab_size=vocab, tie_word_embeddings=tie)
-    )
+    return LlamaForCausalLM(LlamaConfig(**options, intermediate_size=16, vocab_size=vocab, tie_word_embeddings=tie))
 
 
 @pytest.mark.parametrize(

@@ -277,9 +277,9 @@ def trim_padding(entries: Iterable[Entry], name: str, config: Any) -> dict[str, 
     padded: dict[int, list[Entry]] = {}
     for entry in entries:
         layer: Any = entry.layer
-        if layer is None or entry.attr != "weight" or name not in layer._modules.get("lora_A", ()):
+        if layer is None or "lora_A" not in layer._modules or name not in layer.r:
             continue
-        if layer._modules["lora_A"]._modules[name].weight.shape[0] != layer.r[name]:
+        if layer.factor_tensors(name)[0].shape[0] != layer.r[name]:
             padded.setdefault(id(layer), []).append(entry)
     trimmed: dict[str, torch.Tensor] = {}
     for found in padded.values():
@@ -289,12 +289,11 @@ def trim_padding(entries: Iterable[Entry], name: str, config: Any) -> dict[str, 
 
 def _trim(entries: list[Entry], name: str, config: Any) -> dict[str, torch.Tensor]:
     layer: Any = entries[0].layer
-    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    place = next(e.file for e in entries if e.owner is layer.lora_A[name]).removesuffix(".lora_A.weight")
-    rank, groups = (
-        pattern_value(config.rank_pattern, _module_name(place, layer), config.r),
-        int(getattr(layer.get_base_layer(), "groups", 1)),
-    )
+    A, B = layer.factor_tensors(name)
+    files = {id(e.tensor): e.file for e in entries}
+    place = files[id(A)].removesuffix(".weight").rpartition(".")[0]
+    rank = pattern_value(config.rank_pattern, _module_name(place, layer), config.r)
+    groups = int(getattr(layer.get_base_layer(), "groups", 1))
     if rank >= A.shape[0] or rank % groups:
         return {}
     blocks = A.detach().unflatten(0, (groups, -1))
@@ -302,11 +301,7 @@ def _trim(entries: list[Entry], name: str, config: Any) -> dict[str, torch.Tenso
     columns = rank if B.shape[1] == A.shape[0] else keep
     if blocks[:, keep:].any() or B.detach()[:, columns:].any():
         return {}
-    return {
-        e.file: blocks[:, :keep].flatten(0, 1) if e.owner is layer.lora_A[name] else B.detach()[:, :columns]
-        for e in entries
-        if e.owner in (layer.lora_A[name], layer.lora_B[name])
-    }
+    return {files[id(A)]: blocks[:, :keep].flatten(0, 1), files[id(B)]: B.detach()[:, :columns]}
 
 
 # ---- compiled models
@@ -351,7 +346,7 @@ def prepare_model_for_compiled_hotswap(
 
 
 def _tensor_scaling(layer: Any) -> None:
-    device = layer.weight.device
+    device = layer._reference_tensor(layer.get_base_layer()).device
     for name, value in layer.scaling.items():
         if not isinstance(value, torch.Tensor):
             layer.scaling[name] = torch.tensor(float(value), device=device)
