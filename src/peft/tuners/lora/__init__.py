@@ -5,27 +5,25 @@ import importlib
 from typing import Any
 
 from .config import (
-    ArrowConfig as ArrowConfig,
-    BdLoraConfig as BdLoraConfig,
-    EvaConfig as EvaConfig,
-    KasaConfig as KasaConfig,
-    LoftQConfig as LoftQConfig,
-    LoraConfig as LoraConfig,
-    LoraGAConfig as LoraGAConfig,
-    LoraRuntimeConfig as LoraRuntimeConfig,
-    MontecloraConfig as MontecloraConfig,
-    VeloraConfig as VeloraConfig,
+    ArrowConfig,
+    BdLoraConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
 )
-from .layer import (
-    Conv1d as Conv1d,
-    Conv2d as Conv2d,
-    Conv3d as Conv3d,
-    Embedding as Embedding,
-    LoraLayer as LoraLayer,
-    MultiheadAttention as MultiheadAttention,
-    ParamWrapper as ParamWrapper,
-)
-from .model import LoraModel as LoraModel
+from .layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer, MultiheadAttention, ParamWrapper
+from .model import LoraModel
+
+__all__ = [
+    "ArrowConfig", "BdLoraConfig", "Conv1d", "Conv2d", "Conv3d", "Embedding", "EvaConfig", "KasaConfig", "Linear",
+    "LoftQConfig", "LoraConfig", "LoraGAConfig", "LoraLayer", "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "MultiheadAttention",
+    "ParamWrapper", "VeloraConfig",
+]  # fmt: skip
 
 Linear = LoraLayer.by_kind["Linear"]
 # Name -> module of this package that has it.
@@ -36,7 +34,8 @@ _LAZY = {
     "GPTQLoraLinear": "gptq", "EetqLoraLinear": "eetq", "Linear4bit": "bnb", "Linear8bitLt": "bnb",
 }  # fmt: skip
 _ADDRESSES = (
-    "aqlm", "arrow", "awq", "bnb", "conversion", "corda", "dora", "eetq", "eva", "gptq", "hqq", "intruders", "loraga", "tp_layer", "variants",
+    "aqlm", "arrow", "awq", "bnb", "conversion", "corda", "dora", "eetq", "eva", "gptq", "hqq", "intruders",
+    "loraga", "tp_layer", "variants",
 )  # fmt: skip
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that routes tokens to LoRA experts (Arrow, arXiv 2405.11157; GenKnowSub, ACL 2025). The routing is in `variants/arrow.py`."""
+"""A model that routes tokens to LoRA experts (Arrow, arXiv 2405.11157; GenKnowSub, ACL 2025).
+
+The routing is in `variants/arrow.py`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,17 +24,20 @@ def create_arrow_model(
     general_adapter_paths: list[str] | None = None,
     **adapter_kwargs: Any,
 ) -> Any:
-    """Load LoRA experts ("task_0", ...; general ones "gks_0", ...) and activate a router over them, the adapter "arrow_router".
+    """Load LoRA experts ("task_0", ...; general ones "gks_0", ...) and activate a router over them, the adapter
+    "arrow_router".
 
-    A path is a local folder, or a hub repository with an optional subfolder ("user/name/sub/folder"). The experts must be LoRAs of linear
-    layers with equal ranks and targets.
+    A path is a local folder, or a hub repository with an optional subfolder ("user/name/sub/folder"). The experts
+    must be LoRAs of linear layers with equal ranks and targets.
     """
     from ...peft_model import PeftModel
 
     if not task_specific_adapter_paths:
         raise ValueError("`task_specific_adapter_paths` should contain at least one adapter path.")
     if arrow_config.use_gks and not general_adapter_paths:
-        raise ValueError("You should provide general LoRA paths (`general_adapter_paths`) if you want to use GenKnowSub.")
+        raise ValueError(
+            "You should provide general LoRA paths (`general_adapter_paths`) if you want to use GenKnowSub."
+        )
     general = list(general_adapter_paths or ()) if arrow_config.use_gks else []
     names = [f"{_TASK}_{i}" for i in range(len(task_specific_adapter_paths))]
     general_names = [f"{_GENERAL}_{i}" for i in range(len(general))]
@@ -76,17 +82,23 @@ def _check_experts(model: nn.Module, names: list[str]) -> tuple[int, set[str]]:
             if name not in layer:
                 continue
             if not layer.kind.is_linear:
-                raise TypeError(f"Arrow only supports linear layers, but {name!r} adapts {key!r}, a {type(layer.get_base_layer()).__name__}.")
+                raise TypeError(
+                    f"Arrow only supports linear layers, but {name!r} adapts {key!r}, a "
+                    f"{type(layer.get_base_layer()).__name__}."
+                )
             shapes[name][key] = tuple(tuple(t.shape) for t in layer.factor_tensors(name))
             leaves[name].add(key.rsplit(".", 1)[-1])
     first = names[0]
     for name in names[1:]:
         if leaves[name] != leaves[first]:
             raise ValueError(
-                f"All experts must target the same modules: {first!r} has {sorted(leaves[first])}, {name!r} has {sorted(leaves[name])}."
+                f"All experts must target the same modules: {first!r} has {sorted(leaves[first])}, {name!r} "
+                f"has {sorted(leaves[name])}."
             )
         if shapes[name] != shapes[first]:
-            raise ValueError(f"All experts must have equal ranks and shapes, but those of {first!r} and {name!r} differ.")
+            raise ValueError(
+                f"All experts must have equal ranks and shapes, but those of {first!r} and {name!r} differ."
+            )
     ranks = {A[0] for A, _ in shapes[first].values()}
     if len(ranks) != 1:
         raise ValueError(f"All layers of an expert must have the same rank, {first!r} has {sorted(ranks)}.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published addresses of the LoRA layers over quantised linear layers: bitsandbytes, EETQ, GPTQ, Megatron.
 
-The one `Linear` class serves them: how the weight is held is the storage's business (`peft.storage`). `isinstance` with these names
-asks what kind of weight is below.
+The one `Linear` class serves them: how the weight is held is the storage's business (`peft.storage`). `isinstance`
+with these names asks what kind of weight is below.
 """
 
 from typing import Any

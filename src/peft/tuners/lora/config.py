@@ -96,7 +96,8 @@ class VeloraConfig:
         valid = ("batch_average", "batch_average_once", "random")
         if self.init_type not in valid:
             raise ValueError(
-                f"Unknown `init_type` {self.init_type!r}; use one of {', '.join(valid)}.{nearest(self.init_type, valid)}"
+                f"Unknown `init_type` {self.init_type!r}; use one of "
+                f"{', '.join(valid)}.{nearest(self.init_type, valid)}"
             )
 
 
@@ -139,7 +140,9 @@ class ArrowConfig:
     top_k: int = option(3, "Experts used for a token.")
     router_temperature: float = option(1.0, "Temperature of the softmax over experts.")
     use_gks: bool = option(False, "Subtract the mean of the general experts (GenKnowSub).")
-    rng_seed: int | None = option(None, "Without effect: prototypes are computed exactly, not by a seeded power iteration.")
+    rng_seed: int | None = option(
+        None, "Without effect: prototypes are computed exactly, not by a seeded power iteration."
+    )
     task_adapter_names: list[str] | None = field(default=None, init=False, repr=False)
     gks_adapter_names: list[str] = field(default_factory=list, init=False, repr=False)
 
@@ -195,7 +198,8 @@ class LoraConfig(PeftConfig):
         ]
     ) = option(
         True,
-        "True (A uniform, B zero: no change at first), False (both random), or the name of a scheme: gaussian, orthogonal, pissa, "
+        "True (A uniform, B zero: no change at first), False (both random), or the name of a scheme: "
+        "gaussian, orthogonal, pissa, "
         "pissa_niter_N, olora, loftq, mica, eva, corda, lora_ga.",
         lora_variants=["mica"],
     )
@@ -249,8 +253,10 @@ class LoraConfig(PeftConfig):
 
     # Field -> class of its sub-configuration.
     _sub_configs: ClassVar[dict[str, type]] = {
-        "eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig, "velora_config": VeloraConfig,
-        "monteclora_config": MontecloraConfig, "use_bdlora": BdLoraConfig, "arrow_config": ArrowConfig, "kasa_config": KasaConfig,
+        "eva_config": EvaConfig, "corda_config": CordaConfig, "lora_ga_config": LoraGAConfig,
+        "velora_config": VeloraConfig,
+        "monteclora_config": MontecloraConfig, "use_bdlora": BdLoraConfig, "arrow_config": ArrowConfig,
+        "kasa_config": KasaConfig,
         "runtime_config": LoraRuntimeConfig,
     }  # fmt: skip
 
@@ -301,7 +307,8 @@ class LoraConfig(PeftConfig):
         changes_base = isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))
         if self.use_rslora and (self.rank_pattern or self.alpha_pattern) and changes_base:
             warnings.warn(
-                f"use_rslora together with rank_pattern or alpha_pattern and init_lora_weights={init!r}: the adapter cannot be converted "
+                f"use_rslora together with rank_pattern or alpha_pattern and init_lora_weights={init!r}: "
+                "the adapter cannot be converted "
                 "to one for the unchanged base model later.",
                 stacklevel=4,
             )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CorDA: Context-Oriented Decomposition Adaptation (arXiv 2406.05223).
 
-With C the covariance of a layer's inputs: W C = U Σ Vᵀ, W = U Σ (Vᵀ C⁻¹). The adapter takes r components of it, the largest ("ipm") or
-the smallest ("kpm"); see `init.corda`. `preprocess_corda` leaves the r components on each layer as `eigens`.
+With C the covariance of a layer's inputs: W C = U Σ Vᵀ, W = U Σ (Vᵀ C⁻¹). The adapter takes r components of it, the
+largest ("ipm") or the smallest ("kpm"); see `init.corda`. `preprocess_corda` leaves the r components on each layer as
+`eigens`.
 """
 
 import os
@@ -40,10 +41,12 @@ def preprocess_corda(
     run_model: Callable[[], None] | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Decompose the target layers of `model` in the context of data, before `get_peft_model` with init_lora_weights="corda".
+    """Decompose the target layers of `model` in the context of data, before `get_peft_model` with
+    init_lora_weights="corda".
 
-    `run_model` runs the model on sample data, one sample a call of a layer (batch size 1). `hooked_model`: measure the inputs on this
-    model instead, which has the same layer names. `corda_config.cache_file` and `covariance_file` are read if they exist, else written.
+    `run_model` runs the model on sample data, one sample a call of a layer (batch size 1). `hooked_model`: measure
+    the inputs on this model instead, which has the same layer names. `corda_config.cache_file` and `covariance_file`
+    are read if they exist, else written.
     """
     options: Any = lora_config.corda_config
     if options is None:
@@ -72,7 +75,9 @@ def preprocess_corda(
 def _eigens(stored: dict[str, torch.Tensor], name: str) -> CordaEigens:
     keys = [f"{name}.eigens.{part}" for part in ("S_WC", "U_WC", "V_WC")]
     if missing := [k for k in keys if k not in stored]:
-        raise ValueError(f"The CorDA cache file lacks {missing[0]!r}: it was made for other layers. Delete it to compute it again.")
+        raise ValueError(
+            f"The CorDA cache file lacks {missing[0]!r}: it was made for other layers. Delete it to compute it again."
+        )
     return CordaEigens(*(stored[k] for k in keys))
 
 
@@ -110,7 +115,9 @@ def _covariances(
     result = {n: sums[n] / counts[n] for n in layers}
     for name, C in result.items():
         if not torch.isfinite(C).all():
-            raise ValueError(f"Invalid value found in covariance matrix of {name!r} (NaN or infinity). Check the sample data.")
+            raise ValueError(
+                f"Invalid value found in covariance matrix of {name!r} (NaN or infinity). Check the sample data."
+            )
     if path:
         data_init.save(path, {n: C.cpu() for n, C in result.items()})
     return result
@@ -119,7 +126,9 @@ def _covariances(
 def _outer(x: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     x = x.squeeze(0) if x.dim() == 3 and x.shape[0] == 1 else x
     if x.dim() != 2:
-        raise RuntimeError(f"CorDA expects one sample a call: {name!r} got an input of shape {tuple(x.shape)}. Use a batch size of 1.")
+        raise RuntimeError(
+            f"CorDA expects one sample a call: {name!r} got an input of shape {tuple(x.shape)}. Use a batch size of 1."
+        )
     x = x.to(dtype)
     x = x / x.max().abs()
     return x.T @ x

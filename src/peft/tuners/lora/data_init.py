@@ -18,12 +18,18 @@ from ...storage.base import is_quantised
 
 
 def target_layers(model: nn.Module, cfg: Any) -> dict[str, nn.Module]:
-    """The linear layers that the configuration targets, by name. `target_modules` is filled from the defaults if it is None."""
+    """The linear layers that the configuration targets, by name.
+
+    `target_modules` is filled from the defaults if it is None.
+    """
     if cfg.target_modules is None:
         model_type = TunerModel.get_model_config(model).get("model_type", "custom")
         found = default_targets("lora", model_type)
         if found is None:
-            raise ValueError(f"Please specify `target_modules` in `peft_config`: there are no defaults for model type {model_type!r}.")
+            raise ValueError(
+                "Please specify `target_modules` in `peft_config`: there are no defaults for model type "
+                f"{model_type!r}."
+            )
         cfg.target_modules = found if isinstance(found, str) else set(found)
     everything = isinstance(cfg.target_modules, str) and cfg.target_modules.lower() == ALL_LINEAR
     head = model.get_output_embeddings() if everything and hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EVA: Explained Variance Adaptation (arXiv 2410.07170). A holds the leading right singular vectors of each layer's inputs.
+"""EVA: Explained Variance Adaptation (arXiv 2410.07170). A holds the leading right singular vectors of each layer's
+inputs.
 
-An incremental PCA follows the inputs batch by batch until the components stop turning; the rank budget goes to the components that
-explain most variance over all layers.
+An incremental PCA follows the inputs batch by batch until the components stop turning; the rank budget goes to the
+components that explain most variance over all layers.
 """
 
 import itertools
@@ -17,7 +18,6 @@ from torch import nn
 from ...config import nearest
 from ...core.layer import AdapterLayer
 from ...core.match import pattern_value
-from ...core.tuner import TunerModel
 from ...utils.incremental_pca import IncrementalPCA
 from . import data_init
 from .config import LoraConfig
@@ -32,7 +32,9 @@ LayerInputs = Callable[[Any, Any, str], torch.Tensor]
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Any:
     """Indices of the tokens that count: attended to, and with a label if `use_label_mask`. None: all."""
     if not isinstance(model_input, Mapping):
-        raise ValueError("The default `prepare_model_inputs_fn` needs batches that are dicts; pass your own function for others.")
+        raise ValueError(
+            "The default `prepare_model_inputs_fn` needs batches that are dicts; pass your own function for others."
+        )
     options: Any = peft_config.eva_config
     mask = model_input.get("attention_mask")
     if mask is None:
@@ -79,7 +81,8 @@ class _Group:
             return False
         if self.pca is None:
             self.pca = IncrementalPCA(
-                n_components=self.components, copy=True, lowrank=True, lowrank_q=2 * self.components, lowrank_niter=_ITERATIONS,
+                n_components=self.components, copy=True, lowrank=True, lowrank_q=2 * self.components,
+                lowrank_niter=_ITERATIONS,
                 lowrank_seed=_SEED,
             )  # fmt: skip
         self.previous = getattr(self.pca, "components_", None)
@@ -129,7 +132,12 @@ class _Decomposition:
             def hook(module: nn.Module, args: tuple) -> None:
                 x = self._rows(name, args)
                 wide = x.double()
-                key = (tuple(x.shape), float(wide.sum()), float(wide.square().sum()), float(wide.abs().max()) if x.numel() else 0.0)
+                key = (
+                    tuple(x.shape),
+                    float(wide.sum()),
+                    float(wide.square().sum()),
+                    float(wide.abs().max()) if x.numel() else 0.0,
+                )
                 seen.setdefault(key, []).append(name)
 
             return hook
@@ -137,7 +145,9 @@ class _Decomposition:
         self._run(run, {n: watch(n) for n in self.layers})
         self.groups = [_Group(names, max(self.wanted[n] for n in names)) for names in seen.values()]
         if unused := set(self.layers) - {n for g in self.groups for n in g.names}:
-            raise ValueError(f"The forward pass never called {sorted(unused)[0]!r}: EVA needs data for every target module.")
+            raise ValueError(
+                f"The forward pass never called {sorted(unused)[0]!r}: EVA needs data for every target module."
+            )
 
     def step(self, run: Callable[[], Any]) -> None:
         """One batch: fit the groups that are not done, then share out the ranks."""
@@ -150,7 +160,10 @@ class _Decomposition:
                     fitted.append(group)
                 elif group.names[0] not in self.short:
                     self.short.add(group.names[0])
-                    print(f"skipping SVD for {group.names[0]}: {rows.shape[0]} rows are fewer than the {group.components} components")
+                    print(
+                        f"skipping SVD for {group.names[0]}: {rows.shape[0]} rows are fewer than the "
+                        f"{group.components} components"
+                    )
 
             return hook
 
@@ -234,7 +247,9 @@ def _functions(prepare: Any, names: Iterable[str]) -> dict[str, LayerInputs | No
         return dict.fromkeys(names, prepare)
     known = {_plain_name(n) for n in names}
     if unknown := [n for n in prepare if _plain_name(n) not in known]:
-        raise ValueError(f"`prepare_layer_inputs_fn` names {unknown[0]!r}, which is no target module.{nearest(unknown[0], names)}")
+        raise ValueError(
+            f"`prepare_layer_inputs_fn` names {unknown[0]!r}, which is no target module.{nearest(unknown[0], names)}"
+        )
     given = {_plain_name(n): f for n, f in prepare.items()}
     return {n: given.get(_plain_name(n), prepare_layer_inputs_fn_language_modeling) for n in names}
 
@@ -261,8 +276,8 @@ def get_eva_state_dict(
 ) -> dict[str, torch.Tensor]:
     """{module name: leading components of its inputs, [rank, in]}, for a LoRA model or (with a config) the base model.
 
-    `prepare_model_inputs_fn(batch, config)` makes what `prepare_layer_inputs_fn(layer input, that, layer name)` gets, which returns the
-    rows that count. Layers with rank 0 have no use for an adapter.
+    `prepare_model_inputs_fn(batch, config)` makes what `prepare_layer_inputs_fn(layer input, that, layer name)` gets,
+    which returns the rows that count. Layers with rank 0 have no use for an adapter.
     """
     wrapped = _lora_layers(model, adapter_name)
     if peft_config is None:
@@ -309,7 +324,9 @@ def _iterate(run: _Decomposition, batches: Iterator[Any], use: Callable[[Any], C
         run.step(use(batch))
         fruitless = 0 if any(g.pca is not None for g in run.groups) or before != len(run.short) else fruitless + 1
         if fruitless > 1000:
-            raise ValueError("All batches have fewer rows than EVA needs components. Use larger batches, or lower r or rho.")
+            raise ValueError(
+                "All batches have fewer rows than EVA needs components. Use larger batches, or lower r or rho."
+            )
         done = sum(len(g.names) for g in run.groups if run.done(g))
         update(done - finished)
         finished = done

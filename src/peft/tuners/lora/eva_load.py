@@ -101,9 +101,15 @@ def _load(model: nn.Module, tuner: TunerModel, name: str, cfg: Any, state: dict[
         layer.set_factors(name, A.to(parameter.device, parameter.dtype), B)
         kept.append(plain)
     if missing:
-        warnings.warn(f"The EVA state dict has no entry for {missing}: these layers get the default initialization.", stacklevel=4)
+        warnings.warn(
+            f"The EVA state dict has no entry for {missing}: these layers get the default initialization.", stacklevel=4
+        )
     tuner.forget_layers()
-    others = [k for k, m in tuner.named_layers().items() if isinstance(m, LoraLayer) and name in m and k not in kept and m.kind.is_linear is False]
+    others = [
+        k
+        for k, m in tuner.named_layers().items()
+        if isinstance(m, LoraLayer) and name in m and k not in kept and m.kind.is_linear is False
+    ]
     cfg.target_modules = kept + others
     cfg.rank_pattern, cfg.alpha_pattern = ranks, alphas
 

@@ -4,7 +4,8 @@
 PiSSA, arXiv 2404.02948. OLoRA, 2406.01775. CorDA, 2406.05223. LoftQ, 2310.08659. LoRA-GA, 2407.05000. EVA, 2410.07170.
 MiCA, 2604.01694. Notation: W [out, in] base weight, A [r, in], B [out, r], s scaling.
 
-A function gets freshly made factors (torch's default draws, part of the seeded format). Some change the base: W <- W - s·B·A.
+A function gets freshly made factors (torch's default draws, part of the seeded format).
+Some change the base: W <- W - s·B·A.
 """
 
 import math
@@ -105,13 +106,15 @@ def corda(layer: "LoraLayer", name: str, cfg: Any) -> None:
     U, S, V = (t.to(W.device, W.dtype) for t in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
     if not all(torch.isfinite(t).all() for t in (U, S, V)):
         raise ValueError(
-            "Invalid value found in the CorDA decomposition (NaN or infinity). Please file an issue with the covariance data."
+            "Invalid value found in the CorDA decomposition (NaN or infinity). Please file an issue with "
+            "the covariance data."
         )
     sizes = {"U_WC": (U, (layer.out_features, r)), "S_WC": (S, (r,)), "V_WC": (V, (layer.in_features, r))}
     for label, (tensor, wanted) in sizes.items():
         if tuple(tensor.shape) != wanted:
             raise ValueError(
-                f"Size mismatch of {label}: {tuple(tensor.shape)}, expected {wanted}; was the rank the same in `preprocess_corda`?"
+                f"Size mismatch of {label}: {tuple(tensor.shape)}, expected {wanted}; was the rank the same "
+                "in `preprocess_corda`?"
             )
     root = (S / s).sqrt()
     _replace(layer, name, W, root[:, None] * V.T, U * root)
@@ -173,13 +176,14 @@ def gradient_factors(
 
 
 def loftq(layer: "LoraLayer", name: str, cfg: Any) -> None:
-    """Alternate quantising W - B·A and factoring what that loses; the base becomes the (dequantised) quantised weight."""
+    """Alternate quantising W - B·A and factoring what that loses; the base becomes the (dequantised) quantised
+    weight.
+    """
     from .loftq import loftq_factors
 
     if layer.kind is kinds.Embedding:
         return default(layer, name, cfg)
     dtype = layer.kind.parameter(layer.get_base_layer()).dtype
-    options = {"bits": 4, "iterations": 1}
     options = {"bits": cfg.loftq_config.get("loftq_bits", 4), "iterations": cfg.loftq_config.get("loftq_iter", 1)}
     Q, A, B = loftq_factors(compute_weight(layer, name), layer.r[name], **options)
     layer.set_factors(name, A, B)
@@ -187,8 +191,8 @@ def loftq(layer: "LoraLayer", name: str, cfg: Any) -> None:
 
 
 SCHEMES: dict[str, Scheme] = {
-    "gaussian": gaussian, "eva": eva, "olora": olora, "pissa": pissa, "corda": corda, "loftq": loftq, "orthogonal": orthogonal,
-    "lora_ga": lora_ga, "mica": mica,
+    "gaussian": gaussian, "eva": eva, "olora": olora, "pissa": pissa, "corda": corda, "loftq": loftq,
+    "orthogonal": orthogonal, "lora_ga": lora_ga, "mica": mica,
 }  # fmt: skip
 _CHANGE_BASE = (pissa, olora, corda, lora_ga, loftq)
 _READ_BASE = (*_CHANGE_BASE, mica)
@@ -208,7 +212,8 @@ def scheme(value: Any) -> Scheme | None:
     if key not in SCHEMES:
         valid = (*SCHEMES, "pissa_niter_<iterations>")
         raise ValueError(
-            f"Unknown initialization init_lora_weights={value!r}; use True, False or one of {', '.join(valid)}.{nearest(key, valid)}"
+            f"Unknown initialization init_lora_weights={value!r}; use True, False or one of "
+            f"{', '.join(valid)}.{nearest(key, valid)}"
         )
     return SCHEMES[key]
 
@@ -231,7 +236,8 @@ def check(cfg: Any, key: str, kind: type[kinds.LayerKind], base: nn.Module) -> N
         weight = getattr(base, kind.weight_name, None)
         if function is not olora and (weight is None or weight.dtype not in ALLOWED_COMPUTE_DTYPES):
             raise TypeError(
-                f"{text}: it needs a float weight. Load the base model in float32, float16 or bfloat16, or quantise it afterwards."
+                f"{text}: it needs a float weight. Load the base model in float32, float16 or bfloat16, or "
+                "quantise it afterwards."
             )
         limit = min(kind.shape(base)[:2])
         if function in (pissa, olora, mica) and cfg.r > limit:
@@ -246,7 +252,8 @@ def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
     A, _ = layer.factor_tensors(name)
     base_weight = getattr(layer.get_base_layer(), layer.kind.weight_name, None)
     base_on_meta = base_weight is not None and base_weight.device.type == "meta"
-    # On meta nothing is computed, but a scheme that changes the base must change it although the factors come from a file.
+    # On meta nothing is computed, but a scheme that changes the base must change it although the factors come from a
+    # file.
     if base_on_meta or (A.device.type == "meta" and function not in _CHANGE_BASE):
         return
     with torch.no_grad():
@@ -273,4 +280,4 @@ def _replace(layer: "LoraLayer", name: str, W: torch.Tensor, A: torch.Tensor, B:
 def _zero_b(layer: "LoraLayer", name: str, B: torch.Tensor) -> None:
     nn.init.zeros_(B)
     if layer.lora_bias[name]:
-        nn.init.zeros_(layer.lora_B[name].bias)
+        nn.init.zeros_(layer.lora_B[name].bias)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Intruder dimensions (LoRA vs Full Fine-tuning: An Illusion of Equivalence, arXiv 2410.21228).
 
-Singular vectors of W + ΔW that are like none of W's are intruders. With u, σ, v of those among the leading ones, the adapter becomes
-ΔW + (λ - 1) Σ σ u vᵀ, cut to its rank.
+Singular vectors of W + ΔW that are like none of W's are intruders. With u, σ, v of those among the leading ones, the
+adapter becomes ΔW + (λ - 1) Σ σ u vᵀ, cut to its rank.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,15 @@ def reduce_intruder_dimension(
 ) -> None:
     """Add (and activate) an adapter like `old_adapter_name` with its intruder dimensions scaled by `mitigation_lambda`.
 
-    Of the `top_k` leading left singular vectors of the adapted weight, those are intruders whose cosine with every one of the base weight is
-    below `threshold_epsilon`.
+    Of the `top_k` leading left singular vectors of the adapted weight, those are intruders whose cosine with every
+    one of the base weight is below `threshold_epsilon`.
     """
     log = logging_sink or (lambda text: None)
     config = peft_model.peft_config.get(old_adapter_name)
     if config is None or config.peft_type != PeftType.LORA:
-        raise ValueError(f"Intruder dimension reduction is implemented for LoRA only, {old_adapter_name!r} is no LoRA adapter.")
+        raise ValueError(
+            f"Intruder dimension reduction is implemented for LoRA only, {old_adapter_name!r} is no LoRA adapter."
+        )
     if new_adapter_name in peft_model.peft_config:
         raise ValueError(f"The adapter {new_adapter_name!r} exists already; give another `new_adapter_name`.")
     plain = config.init_lora_weights if isinstance(config.init_lora_weights, bool) else True
@@ -48,7 +50,7 @@ def reduce_intruder_dimension(
         if len(S):
             parts = [(A, B, 1.0), (Vh, U * S, 1.0)]
             like_a, like_b = A, B
-            A, B = truncated_factors(parts, [1.0, (mitigation_lambda - 1) / s], A.shape[0], balanced=True)
+            A, B = truncated_factors(parts, [1.0, (mitigation_lambda - 1) / float(s)], A.shape[0], balanced=True)
             A, B = A.reshape(like_a.shape), B.reshape(like_b.shape)
         for parameter, value in zip(layer.factor_tensors(new_adapter_name), (A, B), strict=True):
             parameter.data = value.to(parameter.dtype).clone()
@@ -61,7 +63,9 @@ def reduce_intruder_dimension(
 def _intruders(
     W: torch.Tensor, M: torch.Tensor, top_k: int, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U [out, k], S [k], Vh [k, in] of those of M's leading `top_k` directions that no left singular vector of W is like."""
+    """U [out, k], S [k], Vh [k, in] of those of M's leading `top_k` directions that no left singular vector of
+    W is like.
+    """
     base = torch.linalg.svd(W, full_matrices=False).U
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     U, S, Vh = U[:, :top_k], S[:top_k], Vh[:top_k]

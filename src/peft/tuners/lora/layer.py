@@ -31,6 +31,8 @@ class LoraLayer(AdapterLayer):
     lora_embedding_A: Trainable[nn.ParameterDict]  # [r, num_embeddings]
     lora_embedding_B: Trainable[nn.ParameterDict]  # [dim, r]
     lora_magnitude_vector: BareTrainable[nn.ModuleDict]  # DoRA
+    in_features: int
+    out_features: int
     r: Aux[dict]
     lora_alpha: Aux[dict]
     scaling: Aux[dict]
@@ -60,7 +62,8 @@ class LoraLayer(AdapterLayer):
         self.allocate(name, cfg)
         if cfg.lora_bias and self.kind.bias(self.get_base_layer()) is None:
             warnings.warn(
-                f"`lora_bias=True` was passed but the targeted layer of type {type(self.get_base_layer()).__name__} has no bias. "
+                "`lora_bias=True` was passed but the targeted layer of type "
+                f"{type(self.get_base_layer()).__name__} has no bias. "
                 "This means that merging LoRA weights won't be possible.",
                 PeftWarning,
                 stacklevel=4,
@@ -157,7 +160,9 @@ class LoraLayer(AdapterLayer):
         return "factored" if all(self._is_factored(n) for n in self._plan) else "activation"
 
     def _is_factored(self, name: str) -> bool:
-        """Whether only the factors matter: no bias, no variant that needs activations, A and B plain modules without hooks."""
+        """Whether only the factors matter: no bias, no variant that needs activations, A and B plain modules
+        without hooks.
+        """
         variant = self.lora_variant.get(name)
         if not self.kind.is_linear or self.lora_bias[name] or not (variant is None or variant.factored):
             return False

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoftQ: LoRA-Fine-Tuning-Aware Quantization (arXiv 2310.08659): W ~ Q + B A with Q quantised, by alternating.
 
-Quantisation here is simulated in float: NF4 in blocks of 64 (QLoRA, arXiv 2305.14314) or int8 by rows. No quantisation package is needed.
+Quantisation here is simulated in float: NF4 in blocks of 64 (QLoRA, arXiv 2305.14314) or int8 by rows. No
+quantisation package is needed.
 """
 
 import torch
 
 # The 16 levels of NF4: quantiles of N(0, 1), scaled to [-1, 1] (QLoRA, appendix E).
 _NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495,
-    0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495,
+    0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434,
+    0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
 _BLOCK = 64
 
 
-def loftq_factors(W: torch.Tensor, r: int, bits: int = 4, iterations: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def loftq_factors(
+    W: torch.Tensor, r: int, bits: int = 4, iterations: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Q [out, in], A [r, in], B [out, r] for W [out, in]; Q holds the dequantised values."""
     if bits not in (4, 8):
         raise ValueError(f"LoftQ supports loftq_bits 4 and 8, got {bits}.")

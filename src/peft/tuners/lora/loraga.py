@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA-GA: Low-Rank Adaptation with Gradient Approximation (arXiv 2407.05000): the pass that measures gradients.
 
-`preprocess_loraga` leaves the mean gradient of each target weight on the layer; `init.lora_ga` makes the factors from it.
+`preprocess_loraga` leaves the mean gradient of each target weight on the layer; `init.lora_ga` makes the factors from
+it.
 """
 
 import os
@@ -23,14 +24,19 @@ def preprocess_loraga(
 ) -> None:
     """Measure the gradients of the target layers, before `get_peft_model` with init_lora_weights="lora_ga".
 
-    `train_step` runs forward and backward passes on some batches; no optimiser step. `cache_file` is read if it exists, else written.
+    `train_step` runs forward and backward passes on some batches; no optimiser step. `cache_file` is read if it
+    exists, else written.
     """
     if lora_config.lora_ga_config is None:
-        raise ValueError("If you want to use LoRA-GA, please initialize the LoraConfig with lora_ga_config=LoraGAConfig().")
+        raise ValueError(
+            "If you want to use LoRA-GA, please initialize the LoraConfig with lora_ga_config=LoraGAConfig()."
+        )
     layers = data_init.target_layers(model, lora_config)
     data_init.refuse_quantised(layers, "LoRA-GA")
     if not layers:
-        raise ValueError("LoRA-GA found no supported target layer (nn.Linear or Conv1D) in the model; check `target_modules`.")
+        raise ValueError(
+            "LoRA-GA found no supported target layer (nn.Linear or Conv1D) in the model; check `target_modules`."
+        )
     if cache_file and os.path.exists(cache_file) and os.path.getsize(cache_file):
         stored = data_init.load(cache_file)
         if missing := [n for n in layers if n + _SUFFIX not in stored]:

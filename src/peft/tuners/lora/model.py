@@ -29,6 +29,7 @@ _MAMBA_LEAVES = ("out_proj", "conv1d")
 class LoraModel(TunerModel):
     layer_cls = LoraLayer
     supports_parameters = True
+    inexact_gradients = {"lora.substituted.OUT_PROJ_COUNT": 1}
 
     # ---- before injection
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
@@ -62,9 +63,12 @@ class LoraModel(TunerModel):
         leaf = key.rsplit(".", 1)[-1]
         if leaf in _MAMBA_LEAVES and self.get_model_config(self.model).get("model_type") in _MAMBA_TYPES:
             raise ValueError(
-                f"Module {key!r} can't be adapted by {self.method_label}: the fused kernels of Mamba-like models read its weight directly. "
+                f"Module {key!r} can't be adapted by {self.method_label}: the fused kernels of Mamba-like "
+                "models read its weight directly. "
                 "Leave it out of target_modules."
             )
+        if self._custom_class(base, cfg) is not None:
+            return
         kind = kinds.pick(base, self.layer_cls.kinds)
         if kind is None or (cfg.target_parameters and self._is_parameter(key, base)):
             kind = kinds.parameter_kind(leaf)
@@ -77,6 +81,27 @@ class LoraModel(TunerModel):
     @staticmethod
     def _is_parameter(key: str, base: nn.Module) -> bool:
         return key.rsplit(".", 1)[-1] in base._parameters
+
+    # ---- layers that the library does not know
+    def _custom_class(self, module: nn.Module, cfg: Any) -> type[LoraLayer] | None:
+        mapping = getattr(cfg, "_custom_modules", None) or {}
+        found = next((c for t, c in mapping.items() if isinstance(module, t)), None)
+        if found is not None and not issubclass(found, LoraLayer):
+            raise TypeError(
+                f"The custom class {found.__name__} for {type(module).__name__} must be a subclass of "
+                "peft.tuners.lora.LoraLayer."
+            )
+        return found
+
+    def accepts(self, module: nn.Module, cfg: Any) -> bool:
+        return super().accepts(module, cfg) or self._custom_class(module, cfg) is not None
+
+    def make_layer(self, module: nn.Module, kind: type[kinds.LayerKind] | None, cfg: Any, key: str) -> AdapterLayer:
+        base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+        custom = self._custom_class(base, cfg) if kind is None else None
+        if custom is None:
+            return super().make_layer(module, kind, cfg, key)
+        return custom(module, kind=kinds.kind_of(base) or kinds.Module, switch=self.switch)
 
     def prepare_model(self, name: str, cfg: Any, model: nn.Module) -> None:
         if cfg.layer_replication:
@@ -110,13 +135,17 @@ class LoraModel(TunerModel):
 
     @staticmethod
     def _set_orientation(cfg: Any, layers: dict[str, AdapterLayer]) -> None:
-        """`fan_in_fan_out` as published files have it: what the last linear layer is. Layers know their orientation by themselves."""
+        """`fan_in_fan_out` as published files have it: what the last linear layer is.
+
+        Layers know their orientation by themselves.
+        """
         linear = [layer for layer in layers.values() if layer.kind.is_linear]
         if linear and linear[-1].fan_in_fan_out != cfg.fan_in_fan_out:
             actual = linear[-1].fan_in_fan_out
             kind = "`transformers.pytorch_utils.Conv1D`" if actual else "`torch.nn.Linear`"
             warnings.warn(
-                f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is {kind}. Setting fan_in_fan_out to {actual}.",
+                f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is {kind}. Setting "
+                f"fan_in_fan_out to {actual}.",
                 stacklevel=6,
             )
             cfg.fan_in_fan_out = actual
@@ -157,7 +186,8 @@ class LoraModel(TunerModel):
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Add an adapter that combines others, frozen and inactive; see `weighted.combine`. An existing name is left as it is.
+        """Add an adapter that combines others, frozen and inactive; see `weighted.combine`. An existing name is left
+        as it is.
 
         `svd_full_matrices` has no effect: the singular vectors that are cut off are never needed.
         """
@@ -194,30 +224,24 @@ class LoraModel(TunerModel):
             )
 
     # ---- losses of variants
-    def _layers_with(self, slot: str, adapter_names: str | list[str] | None) -> Iterator[tuple[LoraLayer, str]]:
+    def _held(self, slot: str, adapter_names: str | list[str] | None) -> Iterator[tuple[LoraLayer, str, Any]]:
+        """(layer, adapter, what it holds in a variant's slot) for the given adapters, by default the active ones."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or self.active_adapters
         for layer in self.layers():
             for name in names:
                 if isinstance(layer, LoraLayer) and slot in layer.slots and name in getattr(layer, slot):
-                    yield layer, name
+                    yield layer, name, getattr(layer, slot)[name]
 
     def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> torch.Tensor | float:
         """Regularisation of KaSA over all layers; to be added to the loss by the caller."""
         from .variants.kasa import loss
 
-        return (
-            sum(
-                loss(layer, name, self.peft_config[name].kasa_config)
-                for layer, name in self._layers_with("lora_diag", adapter_names)
-            )
-            or 0.0
-        )
+        configs: dict[str, Any] = self.peft_config
+        held = self._held("lora_diag", adapter_names)
+        return sum((loss(layer, name, configs[name].kasa_config) for layer, name, _ in held), 0.0)
 
     def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> torch.Tensor | float:
         """Mean KL loss of the MonteCLoRA samplers; 0.0 in evaluation."""
-        found = [
-            layer.lora_monteclora_sampler[name]
-            for layer, name in self._layers_with("lora_monteclora_sampler", adapter_names)
-        ]
-        losses = [sampler.loss() for sampler in found if sampler.training]
+        samplers = (sampler for _, _, sampler in self._held("lora_monteclora_sampler", adapter_names))
+        losses = [sampler.loss() for sampler in samplers if sampler.training]
         return sum(losses) / len(losses) if losses else 0.0

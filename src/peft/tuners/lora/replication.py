@@ -25,7 +25,8 @@ def find_stack(model: nn.Module) -> tuple[nn.Module, str]:
     if isinstance(getattr(model, "h", None), nn.ModuleList):
         return model, "h"
     raise ValueError(
-        f"Could not locate the layers of {type(model).__name__} to replicate: `layer_replication` needs a ModuleList called 'layers', "
+        f"Could not locate the layers of {type(model).__name__} to replicate: `layer_replication` needs a "
+        "ModuleList called 'layers', "
         "'bert.encoder.layer' or 'h'."
     )
 
@@ -39,7 +40,8 @@ def replicate_layers(model: nn.Module, layer_map: Ranges) -> Callable[[], None]:
     if done is not None:
         if done != ranges:
             raise ValueError(
-                f"The layers are replicated with {done} already; an adapter with layer_replication={ranges} can't be added."
+                f"The layers are replicated with {done} already; an adapter with layer_replication={ranges} "
+                "can't be added."
             )
         return lambda: None
     if any(isinstance(m, AdapterLayer) for m in layers.modules()):

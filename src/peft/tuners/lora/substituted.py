@@ -12,8 +12,8 @@ from ...core.kinds import LayerKind
 from ...ops.low_rank import Factors
 from .layer import LoraLayer
 
-# Published adapters for nn.MultiheadAttention were trained (and are merged) with the delta of out_proj added this often, while gradients
-# count it once.
+# Published adapters for nn.MultiheadAttention were trained (and are merged) with the delta of out_proj added this
+# often, while gradients count it once.
 OUT_PROJ_COUNT = 2
 
 
@@ -38,7 +38,7 @@ class MultiheadAttention(LoraLayer, _of_kind=True):
             inner = OutProjection(base.out_proj, kind=kinds.Linear, switch=self.switch)  # type: ignore[arg-type]
             base.out_proj = inner  # type: ignore[assignment]
             inner.update_layer(name, cfg)  # these draws are made again below; they belong to the published sequence
-        inner.__class__ = OutProjection  # it may have been adapted as a plain linear layer before
+        inner.__class__ = OutProjection  # type: ignore  # it may have been adapted as a plain linear layer before
         super().create(name, cfg)
         inner.update_layer(name, cfg)
 
@@ -73,10 +73,11 @@ class MultiheadAttention(LoraLayer, _of_kind=True):
 
 
 class ParamWrapper(LoraLayer, _of_kind=True):
-    """A raw parameter of a module: W [out, in], or experts [E, out, in] ([E, in, out] when the module says `is_transposed`).
+    """A raw parameter of a module: W [out, in], or experts [E, out, in] ([E, in, out] when the module says
+    `is_transposed`).
 
-    Experts: A [E·r, in] with the expert as the slow index, B [out, r·E] with it as the fast one. Dropout acts on the input of A, with
-    one mask for all tokens, since the module's own forward multiplies them with the weight.
+    Experts: A [E·r, in] with the expert as the slow index, B [out, r·E] with it as the fast one. Dropout acts on the
+    input of A, with one mask for all tokens, since the module's own forward multiplies them with the weight.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ensure_weight_tying` for adapted embeddings: the tied layers (lm_head) compute from the embedding's factors.
 
-With embedding factors A [r, V], B [d, r] the tied linear layer has A' = Bᵀ [r, d] and B' = Aᵀ [V, r]: one set of parameters, whose
-gradients add up. Files hold both forms.
+With embedding factors A [r, V], B [d, r] the tied linear layer has A' = Bᵀ [r, d] and B' = Aᵀ [V, r]: one set of
+parameters, whose gradients add up. Files hold both forms.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Transposed(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         source, slot, name = self.source  # type: ignore[misc]
-        return getattr(source, slot)[name].T
+        return getattr(source, slot)[name].T  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`add_weighted_adapter` of LoRA: which layers and factors go into a combination; the arithmetic is in `core/combine.py`."""
+"""`add_weighted_adapter` of LoRA: which layers and factors go into a combination; the arithmetic is in
+`core/combine.py`.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,15 +29,19 @@ def combine(
     svd_rank: int | None,
     options: dict[str, Any],
 ) -> None:
-    """Add adapter `name`: on each layer, the combination of the sources that are there. Nothing stays behind on an error."""
+    """Add adapter `name`: on each layer, the combination of the sources that are there.
+
+    Nothing stays behind on an error.
+    """
     if missing := [n for n in adapters if n not in tuner.peft_config]:
         raise ValueError(f"Adapter(s) {missing} not found in {sorted(tuner.peft_config)}.")
-    configs = [tuner.peft_config[n] for n in adapters]
+    configs: list[Any] = [tuner.peft_config[n] for n in adapters]
     if with_parameters := [n for n, c in zip(adapters, configs, strict=True) if c.target_parameters]:
         raise ValueError(f"add_weighted_adapter does not support target_parameters, which {with_parameters} use.")
     if any(c.kasa_config or c.arrow_config for c in configs):
         raise ValueError(
-            "KaSA and Arrow adapters cannot be combined: they belong to a changed base model or route to other adapters."
+            "KaSA and Arrow adapters cannot be combined: they belong to a changed base model or route to "
+            "other adapters."
         )
     ranks = [max([c.r, *(c.rank_pattern or {}).values()]) for c in configs]
     cfg = combined_config(tuner, adapters, weights)
@@ -78,17 +84,18 @@ def _combine_layer(
         return
     factors = [layer.static_factors(n) for n, _ in sources]
     own_rank = rank if "svd" in kind else None
-    A, B = combine_factors(
-        kind, [(f.A, f.B, f.scale) for f in factors], [w for _, w in sources], rank=own_rank, **options
-    )
+    parts = [(f.A, f.B, float(f.scale)) for f in factors]
+    A, B = combine_factors(kind, parts, [w for _, w in sources], rank=own_rank, **options)
     missing = rank - A.shape[0]
     if missing > 0:  # ranks that differ by layer
         A = torch.cat([A, A.new_zeros(missing, *A.shape[1:])])
         B = torch.cat([B, B.new_zeros(B.shape[0], missing, *B.shape[2:])], dim=1)
     for parameter, value in zip(parameters, (A, B), strict=True):
         parameter.data = value.to(parameter.device)
-    magnitudes = [(w, layer.lora_magnitude_vector[n].weight) for n, w in sources if n in layer.lora_magnitude_vector]
+    magnitudes: list[tuple[float, Any]] = [
+        (w, layer.lora_magnitude_vector[n].weight) for n, w in sources if n in layer.lora_magnitude_vector
+    ]
     if name in layer.lora_magnitude_vector and magnitudes:
         total = sum(abs(w) for w, _ in magnitudes) or 1.0
         mean: Any = sum(abs(w) / total * m for w, m in magnitudes)
-        layer.lora_magnitude_vector[name].weight.data.copy_(mean)
+        layer.lora_magnitude_vector[name].weight.data.copy_(mean)  # type: ignore[union-attr, operator]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variants of LoRA, one file each. A layer holds one variant object an adapter (`layer.lora_variant[name]`); plain LoRA has none."""
+"""Variants of LoRA, one file each.
+
+A layer holds one variant object an adapter (`layer.lora_variant[name]`); plain LoRA has none.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -24,10 +27,14 @@ _HOMES = {
 }
 # Published class names, for code that imports them.
 _PUBLISHED = {
-    "DoraLinearVariant": "use_dora", "DoraEmbeddingVariant": "use_dora", "DoraConv1dVariant": "use_dora", "DoraConv2dVariant": "use_dora",
-    "DoraConv3dVariant": "use_dora", "VeloraLinearVariant": "velora_config", "ALoraLinearVariant": "alora_invocation_tokens",
-    "MonteCLoraLinearVariant": "monteclora_config", "BdLoraLinearVariant": "use_bdlora", "ArrowLinearVariant": "arrow_config",
-    "KasaLinearVariant": "kasa_config", "MiCALinearVariant": "init_lora_weights", "MiCAEmbeddingVariant": "init_lora_weights",
+    "DoraLinearVariant": "use_dora", "DoraEmbeddingVariant": "use_dora", "DoraConv1dVariant": "use_dora",
+    "DoraConv2dVariant": "use_dora",
+    "DoraConv3dVariant": "use_dora", "VeloraLinearVariant": "velora_config",
+    "ALoraLinearVariant": "alora_invocation_tokens",
+    "MonteCLoraLinearVariant": "monteclora_config", "BdLoraLinearVariant": "use_bdlora",
+    "ArrowLinearVariant": "arrow_config",
+    "KasaLinearVariant": "kasa_config", "MiCALinearVariant": "init_lora_weights",
+    "MiCAEmbeddingVariant": "init_lora_weights",
     "QALoraLinearVariant": "use_qalora",
 }  # fmt: skip
 
@@ -46,7 +53,7 @@ def variant_class(cfg: Any, gptq: bool = False) -> type[LoraVariant] | None:
         return None
     if len(active) > 1:
         raise ValueError(f"The LoRA variants {', '.join(active)} cannot be combined; turn on one of them.")
-    return _class_of(active[0])
+    return _class_of(next(iter(active)))
 
 
 def make_variant(cfg: Any, layer: "LoraLayer") -> LoraVariant | None:

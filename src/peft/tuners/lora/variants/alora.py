@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """aLoRA: Activated LoRA (arXiv 2504.12397). The delta acts from the last occurrence of the invocation tokens on.
 
-y_t = W x_t + [t >= start]·s·B A x_t. The 0/1 gate multiplies the rank-r intermediate: static shapes, no host synchronisation.
+y_t = W x_t + [t >= start]·s·B A x_t. The 0/1 gate multiplies the rank-r intermediate: static shapes, no host
+synchronisation.
 """
 
 import warnings
@@ -22,7 +23,7 @@ class ALora(LoraVariant):
     standalone = False
     why_not_mergeable = "they act on a part of the tokens only."
 
-    def advance(self, layer, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def advance(self, layer: Any, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         gate = self.gate(layer, x)
         if gate is None:
             return y
@@ -30,7 +31,7 @@ class ALora(LoraVariant):
         return low_rank.accumulate(y, x, (f._replace(scale=f.scale * gate),), layer.training)
 
     @staticmethod
-    def gate(layer, x: torch.Tensor) -> torch.Tensor | None:
+    def gate(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """1 where the adapter acts, [batch, T, 1]; None when no row has an offset."""
         call = layer.switch.call
         if call.alora_offsets is None or x.dim() < 3:
@@ -58,7 +59,10 @@ def calculate_alora_offsets(
     input_ids: torch.Tensor,
     adapter_names: Sequence[str] | None = None,
 ) -> list[int | None]:
-    """For each row, how many tokens from the end the adapter acts on: from the last occurrence of its tokens. None: not at all."""
+    """For each row, how many tokens from the end the adapter acts on: from the last occurrence of its tokens.
+
+    None: not at all.
+    """
     if input_ids is None:
         return []
     rows = len(input_ids)

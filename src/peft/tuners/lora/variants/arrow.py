@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arrow routing (arXiv 2405.11157) over LoRA experts on the same layer, and GenKnowSub (ACL 2025).
 
-The prototype of expert e is the leading right singular vector of B_e A_e. Each token uses the experts with the largest |<x, prototype>|,
-weighted by a softmax: y = W x + Σ_e c_e·s_e·B_e A_e x. GenKnowSub: A_e, B_e less the mean over general experts.
+The prototype of expert e is the leading right singular vector of B_e A_e. Each token uses the experts with the
+largest |<x, prototype>|, weighted by a softmax: y = W x + Σ_e c_e·s_e·B_e A_e x. GenKnowSub: A_e, B_e less the mean
+over general experts.
 """
 
 import re
@@ -41,23 +42,25 @@ class Arrow(LoraVariant):
     def __init__(self, cfg: Any):
         self.options = cfg.arrow_config
 
-    def create(self, layer, name: str, cfg: Any) -> None:
+    def create(self, layer: Any, name: str, cfg: Any) -> None:
         layer.lora_arrow[name] = Router()
 
-    def check_merge(self, layer, name: str) -> None:
-        raise RuntimeError("Cannot merge an active Arrow router adapter: it chooses experts for each token. Remove it first.")
+    def check_merge(self, layer: Any, name: str) -> None:
+        raise RuntimeError(
+            "Cannot merge an active Arrow router adapter: it chooses experts for each token. Remove it first."
+        )
 
-    def delta_weight(self, layer, name: str) -> torch.Tensor:
+    def delta_weight(self, layer: Any, name: str) -> torch.Tensor:
         raise RuntimeError("An Arrow router has no delta weight: it chooses experts for each token.")
 
-    def experts(self, layer, name: str) -> list[str]:
+    def experts(self, layer: Any, name: str) -> list[str]:
         """The experts present on the layer: those named in the configuration, or else all other adapters."""
         given = self.options.task_adapter_names
         if given is not None:
             return [n for n in given if n in layer and n != name]
         return [n for n in layer.adapter_names if n != name and n not in layer.lora_arrow and not _GENERAL.fullmatch(n)]
 
-    def advance(self, layer, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def advance(self, layer: Any, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         names = self.experts(layer, name)
         if not names:
             return y
@@ -78,7 +81,7 @@ class Arrow(LoraVariant):
         weights = torch.softmax(top / self.options.router_temperature, dim=-1)
         return torch.zeros_like(likeness).scatter(-1, index, weights)
 
-    def _prepared(self, layer, name: str, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _prepared(self, layer: Any, name: str, names: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prototypes, A [Σ r, in], B [out, Σ r]; kept while the experts stay as they are and need no gradient."""
         router: Router = layer.lora_arrow[name]
         general = [n for n in self.options.gks_adapter_names if n in layer] if self.options.use_gks else []
@@ -93,7 +96,7 @@ class Arrow(LoraVariant):
         return router.prototypes, *router._stacks
 
     @staticmethod
-    def _make(layer, names: list[str], general: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _make(layer: Any, names: list[str], general: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         pairs = [layer.factor_tensors(n) for n in names]
         if general:
             mean_a = torch.stack([layer.factor_tensors(n)[0] for n in general]).mean(0)
@@ -105,7 +108,9 @@ class Arrow(LoraVariant):
 
 @torch.no_grad()
 def leading_direction(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """The leading right singular vector of B A, [in], by the SVD of an r x r core (the published power iteration finds the same)."""
+    """The leading right singular vector of B A, [in], by the SVD of an r x r core (the published power
+    iteration finds the same).
+    """
     Q, R = torch.linalg.qr(A.float().T)  # Aᵀ = Q R, so B A = (B Rᵀ) Qᵀ
     core = torch.linalg.qr(B.float()).R @ R.T
     return (Q @ torch.linalg.svd(core).Vh[0]).to(A.dtype)

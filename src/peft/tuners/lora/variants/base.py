@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 
 class LoraVariant:
-    """Hooks like those of a layer, with the layer and the adapter's name as first arguments; the base class is plain LoRA.
+    """Hooks like those of a layer, with the layer and the adapter's name as first arguments; the base class is plain
+    LoRA.
 
     Objects hold options only. State lives in slots of the layer: the published ones, and `slots` that the variant adds.
-    A variant that overrides `advance` sees activations; one that overrides only `factors` keeps the fused path of plain LoRA.
+    A variant that overrides `advance` sees activations; one that overrides only `factors` keeps the fused path of
+    plain LoRA.
     """
 
     name: ClassVar[str] = ""
@@ -43,7 +45,8 @@ class LoraVariant:
             names = ", ".join(k.name for k in cls.kinds)
             raise ValueError(
                 f"{cls.name} does not support {key!r}, which is a {what} layer (supported: {names}"
-                f"{', also quantised' if cls.quantised else ''}). Unsupported combination: leave that module out of target_modules."
+                f"{', also quantised' if cls.quantised else ''}). Unsupported combination: leave that "
+                "module out of target_modules."
             )
 
     @property
@@ -77,7 +80,9 @@ class LoraVariant:
         return layer.product(self.static_factors(layer, name))
 
     def map_weight(self, layer: "LoraLayer", name: str, w: torch.Tensor) -> torch.Tensor:
-        """The weight after the adapter, given the weight with delta_weight added; for variants that are not additive."""
+        """The weight after the adapter, given the weight with delta_weight added; for variants that are not
+        additive.
+        """
         return w
 
     def check_merge(self, layer: "LoraLayer", name: str) -> None:

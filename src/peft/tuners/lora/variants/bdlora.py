@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BD-LoRA: block-diagonal factors for tensor parallel serving (arXiv 2510.23346). One of A, B is block-diagonal, stored compactly.
+"""BD-LoRA: block-diagonal factors for tensor parallel serving (arXiv 2510.23346). One of A, B is block-diagonal,
+stored compactly.
 
 y = W x + s·B A x with A = diag(A_1 .. A_n) (weight [r, in/n]) or B = diag(B_1 .. B_n) (weight [out, r/n]).
 """
@@ -44,7 +45,8 @@ def blocked_factor(options: Any, key: str) -> str | None:
         raise ValueError(f"{key!r} matches both target_modules_bd_a and target_modules_bd_b of BD-LoRA.")
     if not hits and options.match_strict:
         raise ValueError(
-            f"{key!r} matches neither target_modules_bd_a nor target_modules_bd_b of BD-LoRA; add it to one, or set match_strict=False."
+            f"{key!r} matches neither target_modules_bd_a nor target_modules_bd_b of BD-LoRA; add it to "
+            "one, or set match_strict=False."
         )
     return hits[0] if hits else None
 
@@ -67,7 +69,7 @@ class BdLora(LoraVariant):
         if any(size % n for size in sizes):
             raise ValueError(f"BD-LoRA at {key!r}: {sizes} must be divisible by nblocks={n}.")
 
-    def create(self, layer, name: str, cfg: Any) -> None:
+    def create(self, layer: Any, name: str, cfg: Any) -> None:
         if self.factor is None:
             return
         sizes = (layer.in_features, cfg.r) if self.factor == "A" else (cfg.r, layer.out_features)
@@ -79,7 +81,7 @@ class BdLora(LoraVariant):
             nn.init.zeros_(made.weight)
             layer.lora_B[name] = made
 
-    def factors(self, layer, name: str) -> Factors:
+    def factors(self, layer: Any, name: str) -> Factors:
         f = layer.plain_factors(name)
         if self.factor == "A":
             return f._replace(A=layer.lora_A[name].dense())

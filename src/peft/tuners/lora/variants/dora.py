@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DoRA: Weight-Decomposed Low-Rank Adaptation (arXiv 2402.09353).
 
-V = W + s·B A, g = m / ‖V_row‖ (no gradient through the norm), y = (g ⊙ V) x + b. The norm never forms B A, see `ops.dora`.
+V = W + s·B A, g = m / ‖V_row‖ (no gradient through the norm), y = (g ⊙ V) x + b. The norm never forms B A, see
+`ops.dora`.
 """
 
 from typing import Any
@@ -30,7 +31,7 @@ class Dora(LoraVariant):
     quantised = True
     additive = False
 
-    def create(self, layer, name: str, cfg: Any) -> None:
+    def create(self, layer: Any, name: str, cfg: Any) -> None:
         A, _, _ = self._matrices(layer, name)
         size = (1, layer.out_features, *(1,) * layer.kind.ndim) if layer.kind.is_conv else (layer.out_features,)
         weight = layer._reference_tensor(layer.get_base_layer())
@@ -40,13 +41,13 @@ class Dora(LoraVariant):
             m = self.norm(layer, name, fresh=True).view(size)
         layer.lora_magnitude_vector[name] = Magnitude(m.to(A.dtype))
 
-    def _matrices(self, layer, name: str) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def _matrices(self, layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """A [r, in·k], B [out, r], s."""
         A, B, s, _ = layer.plain_factors(name)
         return A.flatten(1), B.flatten(1), s
 
     @torch.no_grad()
-    def norm(self, layer, name: str, fresh: bool = False) -> torch.Tensor:
+    def norm(self, layer: Any, name: str, fresh: bool = False) -> torch.Tensor:
         """‖W + s·B A‖ per output row, [out], in float32."""
         from .. import dora as address
 
@@ -59,7 +60,7 @@ class Dora(LoraVariant):
         return store[name]
 
     @staticmethod
-    def _row_norms(layer, W: torch.Tensor) -> torch.Tensor | None:
+    def _row_norms(layer: Any, W: torch.Tensor) -> torch.Tensor | None:
         """‖W_i‖², kept on the layer as long as the base weight is the same."""
         weight = layer._reference_tensor(layer.get_base_layer())
         if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.is_inference() or layer.merged:
@@ -70,22 +71,22 @@ class Dora(LoraVariant):
             kept = layer.__dict__["_row_norms"] = (key, ops.row_norms_sq(W))
         return kept[1]
 
-    def _gain(self, layer, name: str) -> torch.Tensor:
+    def _gain(self, layer: Any, name: str) -> torch.Tensor:
         """g [out], in the wider of both dtypes."""
         m = layer.lora_magnitude_vector[name].weight.flatten()
         return ops.gain(m, self.norm(layer, name).to(m.device))
 
     # ---- forward
-    def fuses(self, layer) -> bool:
+    def fuses(self, layer: Any) -> bool:
         return layer.kind.is_linear and not layer.kind.transposed
 
-    def fused(self, layer, name: str, x: torch.Tensor) -> torch.Tensor:
+    def fused(self, layer: Any, name: str, x: torch.Tensor) -> torch.Tensor:
         base, m = layer.base_layer, layer.lora_magnitude_vector[name].weight
         return ops.dora_linear(
             x, base.weight, base.bias, layer.plain_factors(name), m, self.norm(layer, name), layer.training
         )
 
-    def advance(self, layer, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def advance(self, layer: Any, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """y + (g - 1) ⊙ (y - b) + g ⊙ s·B(A(x)); with dropout acting the fresh product W drop(x) stands for y - b."""
         kind = layer.kind
         if kind is kinds.Embedding:
@@ -105,7 +106,7 @@ class Dora(LoraVariant):
             )
         return self._advance_conv(layer, name, x, y)
 
-    def _advance_conv(self, layer, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _advance_conv(self, layer: Any, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         kind, drop, module = layer.kind, layer.lora_dropout[name], layer.get_base_layer()
         g, bias = kind.per_feature(self._gain(layer, name), y), layer.base_bias()
         if layer.training and drop.training and getattr(drop, "p", 0.0) > 0:
@@ -117,11 +118,11 @@ class Dora(LoraVariant):
         return y + (g - 1) * inner + g * delta
 
     # ---- weights
-    def delta_weight(self, layer, name: str) -> torch.Tensor:
+    def delta_weight(self, layer: Any, name: str) -> torch.Tensor:
         return layer.product(layer.plain_factors(name))
 
-    def map_weight(self, layer, name: str, w: torch.Tensor) -> torch.Tensor:
+    def map_weight(self, layer: Any, name: str, w: torch.Tensor) -> torch.Tensor:
         return self._gain(layer, name).view(-1, *(1,) * (w.dim() - 1)) * w
 
-    def factors(self, layer, name: str) -> Factors:
+    def factors(self, layer: Any, name: str) -> Factors:
         return layer.plain_factors(name)

@@ -32,18 +32,18 @@ class Kasa(LoraVariant):
                 f"KaSA needs r < min(in_features, out_features) = {min(n_out, n_in)} at {key!r}, got r={cfg.r}."
             )
 
-    def create(self, layer, name: str, cfg: Any) -> None:
+    def create(self, layer: Any, name: str, cfg: Any) -> None:
         layer.lora_diag[name] = nn.Parameter(torch.randn(cfg.r))
         weight = layer.kind.parameter(layer.get_base_layer())
         if weight.device.type != "meta":
             truncate(layer, cfg.r)
 
-    def factors(self, layer, name: str) -> Factors:
+    def factors(self, layer: Any, name: str) -> Factors:
         f = layer.plain_factors(name)
         return f._replace(A=f.A * layer.lora_diag[name][:, None])
 
 
-def truncate(layer, r: int) -> None:
+def truncate(layer: Any, r: int) -> None:
     """Take the r smallest singular triplets out of the base weight."""
     if layer.merged:
         raise RuntimeError("KaSA changes the base weight: call `unmerge_adapter` before adding the adapter.")
@@ -53,7 +53,7 @@ def truncate(layer, r: int) -> None:
     layer.set_base_weight((wide - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(W.dtype))
 
 
-def loss(layer, name: str, options: Any) -> torch.Tensor:
+def loss(layer: Any, name: str, options: Any) -> torch.Tensor:
     """beta·Σ d² + gamma·(‖BᵀB - I‖ + ‖AAᵀ - I‖), in float32."""
     A, B, d = (t.float() for t in (*layer.factor_tensors(name), layer.lora_diag[name]))
     eye = torch.eye(len(d), device=d.device)

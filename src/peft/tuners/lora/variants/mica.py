@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MiCA (arXiv 2604.01694): B holds the minor left singular vectors of W and stays frozen, A is trained. See `init.mica`."""
+"""MiCA (arXiv 2604.01694): B holds the minor left singular vectors of W and stays frozen, A is trained.
+
+See `init.mica`.
+"""
 
 from ....core import kinds
 from .base import LoraVariant

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MonteCLoRA: Bayesian reparameterisation of LoRA (arXiv 2411.04358).
 
-In training A becomes A + Σ_n w_n·noise_n, with weights w from a (logistic-normal) Dirichlet posterior and noise of a Wishart-drawn
-variance; in evaluation the adapter is plain LoRA.
+In training A becomes A + Σ_n w_n·noise_n, with weights w from a (logistic-normal) Dirichlet posterior and noise of a
+Wishart-drawn variance; in evaluation the adapter is plain LoRA.
 """
 
 import warnings
@@ -54,7 +54,9 @@ class Sampler(nn.Module):
         return noise
 
     def _variance(self) -> torch.Tensor:
-        """diag(S Ω Sᵀ) with S = diag(exp(std_prior)), Ω Wishart with r degrees of freedom by Bartlett's decomposition."""
+        """diag(S Ω Sᵀ) with S = diag(exp(std_prior)), Ω Wishart with r degrees of freedom by Bartlett's
+        decomposition.
+        """
         r, device = self.r, self.std_prior.device
         chi = torch.distributions.Chi2(torch.arange(r, 0, -1, device=device, dtype=torch.float32)).sample()
         L = torch.tril(torch.randn(r, r, device=device), -1) + torch.diag(chi.sqrt())
@@ -83,7 +85,9 @@ class Sampler(nn.Module):
 
 
 def _advance_generator(r: int, n_in: int, options: Any) -> None:
-    """The published method fills a buffer with noise here; noise is drawn when needed now, but seeded models stay the same."""
+    """The published method fills a buffer with noise here; noise is drawn when needed now, but seeded models
+    stay the same.
+    """
     buffer, n = options.buffer_size, options.num_samples
     for count in (buffer * n * n_in * r, buffer * n):
         chunk = torch.empty(min(count, 1 << 20))
@@ -105,17 +109,17 @@ class MonteCLora(LoraVariant):
     def __init__(self, cfg: Any):
         self.options = cfg.monteclora_config
 
-    def create(self, layer, name: str, cfg: Any) -> None:
+    def create(self, layer: Any, name: str, cfg: Any) -> None:
         layer.lora_monteclora_sampler[name] = Sampler(cfg.r, layer.in_features, self.options)
         if torch.empty(0).device.type == "cpu":
             _advance_generator(cfg.r, layer.in_features, self.options)
 
-    def factors(self, layer, name: str) -> Factors:
+    def factors(self, layer: Any, name: str) -> Factors:
         f = layer.plain_factors(name)
         if not layer.training:
             return f
         noise = layer.lora_monteclora_sampler[name].noise()
         return f if noise is None else f._replace(A=f.A + noise.to(f.A.dtype))
 
-    def static_factors(self, layer, name: str) -> Factors:
+    def static_factors(self, layer: Any, name: str) -> Factors:
         return layer.plain_factors(name)

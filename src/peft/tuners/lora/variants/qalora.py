@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QA-LoRA (arXiv 2309.14717): y = W x + s·B A (pool(x)·in/g), inputs averaged over quantisation groups of size g. GPTQ layers."""
+"""QA-LoRA (arXiv 2309.14717): y = W x + s·B A (pool(x)·in/g), inputs averaged over quantisation groups of size g.
+
+GPTQ layers.
+"""
 
 from typing import Any
 
@@ -28,11 +31,11 @@ class QALora(LoraVariant):
                 f"in_features {n_in} of {key!r} must be divisible by qalora_group_size={cfg.qalora_group_size}."
             )
 
-    def create(self, layer, name: str, cfg: Any) -> None:
+    def create(self, layer: Any, name: str, cfg: Any) -> None:
         layer.lora_A[name] = nn.Linear(layer.in_features // self.group_size, cfg.r, bias=False)
         layer.__dict__.setdefault("qalora_group_size", {})[name] = self.group_size
 
-    def advance(self, layer, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def advance(self, layer: Any, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         f, groups = layer.plain_factors(name), layer.in_features // self.group_size
         if layer.training and f.dropout > 0.0:
             x = layer.lora_dropout[name](x)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """VeLoRA: Memory Efficient Training using Rank-1 Sub-Token Projections (arXiv 2405.17991).
 
-Values are those of LoRA. For the gradient of A, each group x_j of the input is kept as c_j = <x_j, e> only and stands for scale·c_j e.
+Values are those of LoRA. For the gradient of A, each group x_j of the input is kept as c_j = <x_j, e> only and stands
+for scale·c_j e.
 """
 
 import math
@@ -25,13 +26,13 @@ class Velora(LoraVariant):
         self.num_groups, self.scale, self.init_type = options.num_groups, options.scale, options.init_type
         self.initialised = self.init_type == "random"
 
-    def create(self, layer, name: str, cfg: Any) -> None:
+    def create(self, layer: Any, name: str, cfg: Any) -> None:
         size = math.ceil(layer.in_features / self.num_groups)
         embed = F.normalize(torch.randn(size), dim=0) if self.init_type == "random" else torch.zeros(size)
         weight = layer._reference_tensor(layer.get_base_layer())
         layer.lora_velora_embed[name] = embed.to(weight.dtype if weight.dtype.is_floating_point else embed.dtype)
 
-    def advance(self, layer, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    def advance(self, layer: Any, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         A, B = layer.lora_A[name], layer.lora_B[name]
         x = layer.lora_dropout[name](x)
         if layer.training and torch.is_grad_enabled() and A.weight.requires_grad:
@@ -42,7 +43,7 @@ class Velora(LoraVariant):
         return y + B(z) * layer.scaling[name]
 
     @torch.no_grad()
-    def _update(self, layer, name: str, x: torch.Tensor) -> None:
+    def _update(self, layer: Any, name: str, x: torch.Tensor) -> None:
         """The projection is the normalised mean of all sub-tokens, of every batch or of the first one."""
         if self.init_type == "random" or (self.init_type == "batch_average_once" and self.initialised):
             return
