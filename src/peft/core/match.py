@@ -60,7 +60,12 @@ class Names:
 
     @property
     def unmatched(self) -> list[str]:
-        return [name for name, hits in self.hits.items() if hits == 0]
+        lost = [name for name, hits in self.hits.items() if hits == 0]
+        if not lost:
+            return lost
+        # a shorter name for a module that was found under a longer one is no mistake
+        found = {s for name, hits in self.hits.items() if hits for s in suffixes(name)}
+        return [name for name in lost if name not in found]
 
 
 class Matcher:

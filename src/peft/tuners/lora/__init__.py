@@ -20,10 +20,26 @@ from .layer import Conv1d, Conv2d, Conv3d, Embedding, LoraLayer, MultiheadAttent
 from .model import LoraModel
 
 __all__ = [
-    "ArrowConfig", "BdLoraConfig", "Conv1d", "Conv2d", "Conv3d", "Embedding", "EvaConfig", "KasaConfig", "Linear",
-    "LoftQConfig", "LoraConfig", "LoraGAConfig", "LoraLayer", "LoraModel", "LoraRuntimeConfig", "MontecloraConfig", "MultiheadAttention",
-    "ParamWrapper", "VeloraConfig",
-]  # fmt: skip
+    "ArrowConfig",
+    "BdLoraConfig",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "EvaConfig",
+    "KasaConfig",
+    "Linear",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "LoraLayer",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "MontecloraConfig",
+    "MultiheadAttention",
+    "ParamWrapper",
+    "VeloraConfig",
+]
 
 Linear = LoraLayer.by_kind["Linear"]
 # Name -> module of this package that has it.

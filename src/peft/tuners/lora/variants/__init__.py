@@ -27,16 +27,21 @@ _HOMES = {
 }
 # Published class names, for code that imports them.
 _PUBLISHED = {
-    "DoraLinearVariant": "use_dora", "DoraEmbeddingVariant": "use_dora", "DoraConv1dVariant": "use_dora",
+    "DoraLinearVariant": "use_dora",
+    "DoraEmbeddingVariant": "use_dora",
+    "DoraConv1dVariant": "use_dora",
     "DoraConv2dVariant": "use_dora",
-    "DoraConv3dVariant": "use_dora", "VeloraLinearVariant": "velora_config",
+    "DoraConv3dVariant": "use_dora",
+    "VeloraLinearVariant": "velora_config",
     "ALoraLinearVariant": "alora_invocation_tokens",
-    "MonteCLoraLinearVariant": "monteclora_config", "BdLoraLinearVariant": "use_bdlora",
+    "MonteCLoraLinearVariant": "monteclora_config",
+    "BdLoraLinearVariant": "use_bdlora",
     "ArrowLinearVariant": "arrow_config",
-    "KasaLinearVariant": "kasa_config", "MiCALinearVariant": "init_lora_weights",
+    "KasaLinearVariant": "kasa_config",
+    "MiCALinearVariant": "init_lora_weights",
     "MiCAEmbeddingVariant": "init_lora_weights",
     "QALoraLinearVariant": "use_qalora",
-}  # fmt: skip
+}
 
 
 def _class_of(option: str) -> type[LoraVariant]:

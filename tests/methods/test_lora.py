@@ -1,0 +1,566 @@
+"""LoRA: kinds, initialisations, scaling, raw parameters, attention, replication, tied layers, weighted combination."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Conv2d, Embedding, Linear, LoraLayer, LoraModel, ParamWrapper, init
+
+
+class Net(nn.Module):
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        for i, layer in enumerate(layers):
+            self.add_module(f"lin{i}", layer)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+class Experts(nn.Module):
+    """[E, out, in] summed over experts; `is_transposed` for [E, in, out]."""
+
+    def __init__(self, num: int = 3, n_in: int = 6, n_out: int = 5, swapped: bool = False):
+        super().__init__()
+        self.is_transposed = swapped
+        self.weight = nn.Parameter(torch.randn(num, *((n_in, n_out) if swapped else (n_out, n_in))))
+        self.gate = nn.Parameter(torch.randn(num, n_in))
+
+    def forward(self, x):
+        p = torch.softmax(x @ self.gate.T, -1)
+        form = "...i,eio->...eo" if self.is_transposed else "...i,eoi->...eo"
+        return (torch.einsum(form, x, self.weight) * p[..., None]).sum(-2)
+
+
+def mlp() -> Net:
+    torch.manual_seed(0)
+    return Net(nn.Linear(8, 12), nn.Linear(12, 6))
+
+
+def randomise(model: nn.Module, scale: float = 0.3) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = (torch.randn(p.shape, generator=generator) * scale).to(p)
+
+
+def layer_of(model: nn.Module, key: str) -> LoraLayer:
+    return model.base_model.model.get_submodule(key)
+
+
+x8 = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+
+# ---- kinds
+def test_grouped_dilated_circular_convolution_runs_and_refuses_to_merge():
+    torch.manual_seed(0)
+    base = Net(nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2, padding_mode="circular", stride=2))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["lin0"]))
+    randomise(model)
+    x = torch.randn(2, 4, 9, 9)
+    layer = layer_of(model, "lin0")
+    assert isinstance(layer, Conv2d)
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    expected = layer.base_layer(x) + B(A(x)) * layer.scaling["default"]
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(NotImplementedError, match="grouped"):
+        model.merge_adapter()
+
+
+def test_groups_need_a_fitting_rank():
+    with pytest.raises(ValueError, match="multiple of the groups"):
+        get_peft_model(Net(nn.Conv2d(4, 6, 3, groups=2)), LoraConfig(r=3, target_modules=["lin0"]))
+
+
+@pytest.mark.parametrize("dilation, mode", [(2, "zeros"), (1, "reflect"), (2, "circular")])
+def test_convolution_merges_with_dilation_and_padding_mode(dilation, mode):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Net(nn.Conv1d(4, 6, 3, padding=2, dilation=dilation, padding_mode=mode)),
+        LoraConfig(r=2, target_modules=["lin0"]),
+    )
+    randomise(model)
+    x = torch.randn(2, 4, 9)
+    before = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_embedding_ignores_dropout_and_scales_like_its_base():
+    class Scaled(nn.Embedding):
+        embed_scale = torch.tensor(3.0)
+
+        def forward(self, ids):
+            return super().forward(ids) * self.embed_scale
+
+    model = get_peft_model(Net(Scaled(10, 4)), LoraConfig(r=2, lora_dropout=0.5, target_modules=["lin0"]))
+    randomise(model)
+    ids = torch.tensor([[1, 2, 9]])
+    layer = layer_of(model, "lin0")
+    assert isinstance(layer, Embedding)
+    delta = (layer.lora_embedding_B["default"] @ layer.lora_embedding_A["default"]).T[ids] * layer.scaling["default"]
+    torch.testing.assert_close(model.train()(ids), layer.base_layer(ids) + 3 * delta)
+
+
+def test_attention_counts_out_proj_twice_in_value_and_once_in_gradient():
+    torch.manual_seed(0)
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.mha(x, x, x, need_weights=False)[0]
+
+    base = Attention()
+    reference = copy.deepcopy(base)
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=2, target_modules=["mha"]))
+    randomise(model)
+    outer = layer_of(model, "mha")
+    inner = outer.base_layer.out_proj
+    with torch.no_grad():
+        reference.mha.in_proj_weight += outer.lora_B["default"].weight @ outer.lora_A["default"].weight
+        reference.mha.out_proj.weight += 2 * inner.lora_B["default"].weight @ inner.lora_A["default"].weight
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(model(x), reference(x))
+    model(x).square().sum().backward()
+    reference(x).square().sum().backward()
+    once = reference.mha.out_proj.weight.grad @ inner.lora_A["default"].weight.T
+    torch.testing.assert_close(inner.lora_B["default"].weight.grad, once, rtol=1e-4, atol=1e-4)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), reference(x))
+    assert type(merged.mha) is nn.MultiheadAttention and not isinstance(merged.mha.out_proj, LoraLayer)
+
+
+# ---- raw parameters
+@pytest.mark.parametrize("swapped", [False, True])
+def test_experts_layout(swapped):
+    model = get_peft_model(
+        Net(Experts(swapped=swapped)), LoraConfig(r=2, lora_alpha=2, target_modules=[], target_parameters=["weight"])
+    )
+    randomise(model)
+    layer = layer_of(model, "lin0")
+    assert isinstance(layer, ParamWrapper) and layer.parameter_name == "weight"
+    A = layer.lora_A["default"].weight.reshape(3, 2, 6)
+    B = layer.lora_B["default"].weight.reshape(5, 2, 3)
+    delta = torch.stack([B[:, :, e] @ A[e] for e in range(3)])
+    delta = delta.transpose(1, 2) if swapped else delta
+    torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+    x = torch.randn(4, 6)
+    reference = copy.deepcopy(layer.base_layer)
+    reference.weight.data += delta
+    torch.testing.assert_close(model(x), reference(x))
+
+
+def test_two_parameters_nest_and_two_adapters_add():
+    torch.manual_seed(0)
+    cfg = {"target_modules": [], "target_parameters": ["lin0.weight", "lin0.gate"]}
+    model = get_peft_model(Net(Experts()), LoraConfig(r=2, **cfg))
+    model.add_adapter("b", LoraConfig(r=3, **cfg))
+    randomise(model)
+    names = [n for n, _ in model.named_parameters() if ".default." in n]
+    assert any("lin0.base_layer.lora_A" in n for n in names) and any("lin0.lora_A" in n for n in names)
+    model.base_model.set_adapter(["default", "b"])
+    x = torch.randn(4, 6)
+    before = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="same `target_parameters`"):
+        model.add_adapter("c", LoraConfig(target_modules=[], target_parameters=["lin0.gate"]))
+
+
+def test_dropout_on_a_parameter_is_one_mask_for_all_tokens_and_does_not_touch_merging():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Net(Experts()), LoraConfig(r=2, lora_dropout=0.5, target_modules=[], target_parameters=["lin0.weight"])
+    )
+    randomise(model)
+    x = torch.randn(1, 6).expand(4, 6)
+    y = model.train()(x)
+    torch.testing.assert_close(y, y[:1].expand_as(y))
+    assert not torch.allclose(y, model(x))
+    layer = layer_of(model, "lin0")
+    f = layer.factors("default")
+    torch.testing.assert_close(layer.get_delta_weight("default"), layer.product(f).detach())
+
+
+# ---- initialisations
+@pytest.mark.parametrize(
+    "scheme", ["pissa", "pissa_niter_8", "olora", "orthogonal", "gaussian", True, "PISSA", "OLoRA"]
+)
+def test_initialisation_changes_no_output(scheme):
+    base = mlp()
+    expected = base(x8)
+    model = get_peft_model(
+        base, LoraConfig(r=2, lora_alpha=5, init_lora_weights=scheme, target_modules=["lin0", "lin1"])
+    )
+    torch.testing.assert_close(model(x8), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pissa_takes_the_principal_part_out_of_the_base():
+    base = mlp()
+    W = base.lin0.weight.detach().clone()
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=7, init_lora_weights="pissa", target_modules=["lin0"]))
+    layer = layer_of(model, "lin0")
+    U, S, Vh = torch.linalg.svd(W)
+    torch.testing.assert_close(layer.get_delta_weight("default"), (U[:, :3] * S[:3]) @ Vh[:3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.base_layer.weight + layer.get_delta_weight("default"), W, rtol=1e-5, atol=1e-6)
+
+
+def test_olora_on_conv1d_and_half_precision():
+    from transformers.pytorch_utils import Conv1D
+
+    base = Net(Conv1D(12, 8)).to(torch.bfloat16)
+    W = base.lin0.weight.detach().clone()
+    model = get_peft_model(base, LoraConfig(r=2, init_lora_weights="olora", target_modules=["lin0"]))
+    layer = layer_of(model, "lin0")
+    assert layer.lora_A["default"].weight.shape == (2, 8) and layer.lora_A["default"].weight.dtype == torch.float32
+    assert model.peft_config["default"].fan_in_fan_out is True
+    torch.testing.assert_close(
+        layer.base_layer.weight + layer.get_delta_weight("default").bfloat16(), W, rtol=0.02, atol=0.002
+    )
+
+
+@pytest.mark.parametrize("bits, worst", [(4, 0.2), (8, 0.02)])
+def test_loftq_approximates_the_weight(bits, worst):
+    base = mlp()
+    W = base.lin0.weight.detach().clone()
+    cfg = LoraConfig(
+        r=4,
+        lora_alpha=4,
+        init_lora_weights="loftq",
+        loftq_config={"loftq_bits": bits, "loftq_iter": 3},
+        target_modules=["lin0"],
+    )
+    layer = layer_of(get_peft_model(base, cfg), "lin0")
+    quantised = (layer.base_layer.weight - W).norm() / W.norm()
+    corrected = (layer.base_layer.weight + layer.get_delta_weight("default") - W).norm() / W.norm()
+    assert 0 < corrected < quantised < worst
+
+
+def test_mica_freezes_b():
+    model = get_peft_model(mlp(), LoraConfig(r=2, init_lora_weights="mica", target_modules=["lin0"]))
+    layer = layer_of(model, "lin0")
+    assert not layer.lora_B["default"].weight.requires_grad and layer.lora_A["default"].weight.requires_grad
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    model.set_adapter("default")
+    assert not layer.lora_B["default"].weight.requires_grad and layer.lora_A["default"].weight.requires_grad
+    U = torch.linalg.svd(layer.base_layer.weight, full_matrices=False).U
+    torch.testing.assert_close(layer.lora_B["default"].weight.abs(), U[:, -2:].abs())
+
+
+def test_unknown_scheme_names_the_nearest_and_changes_nothing():
+    base = mlp()
+    with pytest.raises(ValueError, match="Did you mean 'pissa'"):
+        get_peft_model(base, LoraConfig(init_lora_weights="pisa", target_modules=["lin0"]))
+    assert type(base.lin0) is nn.Linear
+
+
+def test_scheme_that_reads_an_integer_weight():
+    class Packed(nn.Linear):
+        pass
+
+    base = Net(Packed(8, 12))
+    base.lin0.weight = nn.Parameter(torch.zeros(12, 8, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match="float weight"):
+        get_peft_model(base, LoraConfig(r=2, init_lora_weights="pissa", target_modules=["lin0"]))
+
+
+def test_failing_rank_leaves_the_base_weight_alone():
+    base = mlp()
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(ValueError, match="smallest dimension"):
+        get_peft_model(base, LoraConfig(r=7, init_lora_weights="pissa", target_modules=["lin0", "lin1"]))
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+
+
+def test_meta_initialisation_costs_no_random_numbers():
+    with torch.device("meta"):
+        base = mlp()
+    state = torch.get_rng_state()
+    model = get_peft_model(
+        base, LoraConfig(init_lora_weights="pissa", r=2, target_modules=["lin0"]), low_cpu_mem_usage=True
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+# ---- configuration
+def test_sub_configs_and_serialisation(tmp_path):
+    cfg = LoraConfig(
+        eva_config={"rho": 3.0}, init_lora_weights="eva", target_modules=["b", "a"], use_bdlora={"nblocks": 2}
+    )
+    assert cfg.eva_config.rho == 3.0 and cfg.use_bdlora.nblocks == 2
+    assert "runtime_config" not in cfg.to_dict()
+    cfg.save_pretrained(tmp_path)
+    again = LoraConfig.from_pretrained(tmp_path)
+    assert again.eva_config == cfg.eva_config and again.target_modules == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "kwargs, error",
+    [
+        ({"use_dora": True, "lora_bias": True}, ValueError),
+        ({"lora_bias": True, "init_lora_weights": "pissa"}, ValueError),
+        ({"target_parameters": "weight"}, TypeError),
+        ({"eva_config": 3, "init_lora_weights": "eva"}, TypeError),
+        ({"init_lora_weights": "loftq"}, ValueError),
+        ({"use_dora": True, "megatron_config": {"a": 1}}, ValueError),
+        ({"layers_pattern": "h", "target_modules": ["a"]}, ValueError),
+    ],
+)
+def test_invalid_options(kwargs, error):
+    with pytest.raises(error):
+        LoraConfig(**kwargs)
+
+
+def test_options_without_effect_warn():
+    with pytest.warns(UserWarning, match="loftq_config"):
+        cfg = LoraConfig(loftq_config={"loftq_bits": 8})
+    assert cfg.loftq_config == {}
+    with pytest.warns(UserWarning, match="eva_config"):
+        assert LoraConfig(init_lora_weights="eva").eva_config is not None
+
+
+# ---- layers
+def test_scaling():
+    model = get_peft_model(mlp(), LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["lin0"]))
+    layer = layer_of(model, "lin0")
+    assert layer.scaling["default"] == 3.0
+    layer.scale_layer(2)
+    assert layer.scaling["default"] == 6.0
+    layer.unscale_layer(4)
+    assert layer.scaling["default"] == 1.5
+    layer.unscale_layer()
+    layer.set_scale("default", 0.5)
+    layer.set_scale("other", 7)
+    assert layer.scaling == {"default": 1.5}
+
+
+def test_lora_bias():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(mlp(), LoraConfig(r=2, lora_bias=True, target_modules=["lin0"]))
+    randomise(model)
+    before = model(x8)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x8), before, rtol=1e-5, atol=1e-5)
+    with pytest.warns(UserWarning, match="has no bias"):
+        model = get_peft_model(
+            Net(nn.Linear(8, 8, bias=False)), LoraConfig(r=2, lora_bias=True, target_modules=["lin0"])
+        )
+    with pytest.raises(RuntimeError, match="without one"):
+        model.merge_adapter()
+
+
+def test_published_containers_and_names():
+    layer = layer_of(get_peft_model(mlp(), LoraConfig(r=2, target_modules=["lin0"])), "lin0")
+    assert isinstance(layer, Linear) and repr(layer).startswith("lora.Linear(")
+    assert LoraLayer.adapter_layer_names == (
+        "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+    )  # fmt: skip
+    assert not layer.lora_embedding_A and not layer.lora_magnitude_vector and len(layer.r) == 1
+
+
+def test_copies_are_independent():
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["lin0", "lin1"]))
+    randomise(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(x8), model(x8))
+        layer_of(other, "lin0").lora_B["default"].weight.data.zero_()
+        assert not torch.allclose(other(x8), model(x8))
+
+
+def test_compiles_without_graph_break():
+    model = get_peft_model(mlp(), LoraConfig(r=2, lora_dropout=0.1, target_modules=["lin0", "lin1"]))
+    model.add_adapter("b", LoraConfig(r=3, use_dora=True, target_modules=["lin1"]))
+    randomise(model)
+    for active in ("default", ["default", "b"]):
+        model.base_model.set_adapter(active)
+        compiled = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+        model.eval()
+        torch.testing.assert_close(compiled(x8), model(x8), rtol=1e-5, atol=1e-6)
+
+
+def test_mamba_modules_are_refused():
+    class Config:
+        model_type = "mamba"
+
+        def to_dict(self):
+            return {"model_type": "mamba"}
+
+    base = Net(nn.Linear(8, 8))
+    base.out_proj, base.config = nn.Linear(8, 8), Config()
+    with pytest.raises(ValueError, match="Mamba"):
+        LoraModel(base, LoraConfig(target_modules=["out_proj"]), "default")
+    assert type(base.out_proj) is nn.Linear
+
+
+def test_custom_layer_class():
+    class MyLora(LoraLayer):
+        def allocate(self, name, cfg):
+            self.lora_A[name] = nn.Linear(4, cfg.r, bias=False)
+            self.lora_B[name] = nn.Linear(cfg.r, 4, bias=False)
+
+        def forward(self, x):
+            y, _ = self.base_layer(x)
+            return y + self.lora_B["default"](self.lora_A["default"](y))
+
+    cfg = LoraConfig(r=2, target_modules=["lin0"])
+    cfg._register_custom_module({nn.LSTM: MyLora})
+    model = get_peft_model(Net(nn.LSTM(3, 4)), cfg)
+    assert model(torch.randn(5, 2, 3)).shape == (5, 2, 4)
+    assert model.get_nb_trainable_parameters()[0] == 16
+
+
+# ---- whole models
+def llama(**kwargs):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    options = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "num_key_value_heads": 2, "max_position_embeddings": 32, **kwargs}  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**options)).eval()
+
+
+def test_replication_happens_once_shares_weights_and_refuses_to_merge():
+    cfg = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
+    model = get_peft_model(llama(), cfg)
+    layers = model.base_model.model.model.layers
+    assert len(layers) == 3 and model.config.num_hidden_layers == 3
+    assert layers[1].mlp.up_proj.weight is layers[2].mlp.up_proj.weight
+    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2]
+    model.add_adapter("b", copy.deepcopy(cfg))
+    assert len(model.base_model.model.model.layers) == 3
+    with pytest.raises(ValueError, match="replicated"):
+        model.merge_adapter()
+    ids = torch.tensor([[1, 2, 3]])
+    assert model(input_ids=ids).logits.shape == (1, 3, 20)
+
+
+def test_failing_injection_takes_replication_back():
+    base = llama()
+    with pytest.raises(ValueError):
+        get_peft_model(base, LoraConfig(target_modules=["nothing"], layer_replication=[(0, 2), (0, 2)]))
+    assert len(base.model.layers) == 2 and base.config.num_hidden_layers == 2
+
+
+def test_tied_embedding_shares_one_set_of_parameters(tmp_path):
+    base = llama(tie_word_embeddings=True)
+    cfg = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, cfg)
+    model.add_adapter("b", LoraConfig(r=3, target_modules=["embed_tokens"], ensure_weight_tying=True))
+    randomise(model)
+    core = model.base_model.model
+    head, embedding = core.lm_head, core.model.embed_tokens
+    for name in ("default", "b"):
+        assert head.lora_A[name].weight.data_ptr() == embedding.lora_embedding_B[name].data_ptr()
+        assert not list(head.parameters_of(name))
+    torch.testing.assert_close(head.get_delta_weight("default"), embedding.get_delta_weight("default"))
+    ids = torch.tensor([[1, 2, 3]])
+    out = model(input_ids=ids).logits
+    out.square().sum().backward()
+    assert embedding.lora_embedding_A["default"].grad.abs().sum() > 0
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    from safetensors.torch import load_file
+
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert keys["base_model.model.lm_head.lora_A.weight"].shape == (2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
+    torch.testing.assert_close(again(input_ids=ids).logits, out)
+
+
+def test_tied_layer_without_the_flag_warns():
+    with pytest.warns(UserWarning, match="ensure_weight_tying"):
+        get_peft_model(llama(tie_word_embeddings=True), LoraConfig(target_modules=["embed_tokens"]))
+
+
+# ---- weighted combination
+def two_adapters(**second):
+    model = get_peft_model(mlp(), LoraConfig(r=3, lora_alpha=5, target_modules=["lin0", "lin1"]))
+    model.add_adapter("b", LoraConfig(**{"r": 2, "lora_alpha": 7, "target_modules": ["lin0"], **second}))
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("kind, rank", [("cat", None), ("svd", 5), ("linear_exact", None)])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_exact_combinations(kind, rank, rslora):
+    model = two_adapters(use_rslora=rslora)
+    layers = [layer_of(model, k) for k in ("lin0", "lin1")]
+    expected = [
+        sum(w * layer.get_delta_weight(n) for n, w in (("default", 0.5), ("b", -2.0)) if n in layer) for layer in layers
+    ]
+    model.add_weighted_adapter(["default", "b"], [0.5, -2.0], "c", combination_type=kind, svd_rank=rank)
+    for layer, delta in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("c"), delta, rtol=1e-4, atol=1e-5)
+        assert layer.scaling["c"] == 1.0
+        assert not any(p.requires_grad for p in layer.parameters_of("c"))
+    assert model.active_adapter == "default"
+
+
+def test_combination_of_rslora_sources_keeps_its_size():
+    model = two_adapters(r=3, use_rslora=True)
+    model.add_weighted_adapter(["b"], [1.0], "c", combination_type="linear")
+    layer = layer_of(model, "lin0")
+    torch.testing.assert_close(layer.get_delta_weight("c"), layer.get_delta_weight("b"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kwargs, error",
+    [
+        ({"adapters": ["default", "b"], "weights": [1.0], "combination_type": "cat"}, ValueError),
+        ({"adapters": ["default", "nope"], "weights": [1.0, 1.0]}, ValueError),
+        ({"adapters": ["default", "b"], "weights": [1.0, 1.0], "combination_type": "linear"}, ValueError),
+        ({"adapters": ["default", "b"], "weights": [1.0, 1.0], "combination_type": "catt"}, ValueError),
+        ({"adapters": [], "weights": []}, ValueError),
+        ({"adapters": ["default", "b"], "weights": [1.0, 1.0], "combination_type": "ties_svd"}, TypeError),
+    ],
+)
+def test_failing_combination_leaves_nothing(kwargs, error):
+    model = two_adapters()
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(error):
+        model.add_weighted_adapter(adapter_name="c", **kwargs)
+    assert set(model.peft_config) == {"default", "b"}
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert model.active_adapters == ["default"]
+
+
+def test_combining_convolutions_and_embeddings():
+    torch.manual_seed(0)
+    base = Net(nn.Conv3d(2, 4, 3, padding=1))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lin0"]))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin0"]))
+    randomise(model)
+    layer = layer_of(model, "lin0")
+    expected = layer.get_delta_weight("default") + layer.get_delta_weight("b")
+    for kind in ("svd", "cat"):
+        model.add_weighted_adapter(
+            ["default", "b"], [1.0, 1.0], kind, combination_type=kind, svd_rank=4 if kind == "svd" else None
+        )
+        torch.testing.assert_close(layer.get_delta_weight(kind), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scheme_table_is_complete():
+    assert all(init.scheme(name) is function for name, function in init.SCHEMES.items())
+    assert (
+        init.scheme("pissa_niter_4") is init.pissa and init.scheme(False) is None and init.scheme(True) is init.default
+    )
+    for bad in ("pissa_niter_", "pissa_niter_x", "kaiming"):
+        with pytest.raises(ValueError, match="Unknown initialization"):
+            init.scheme(bad)
