@@ -189,15 +189,17 @@ class ForwardPaths:
         rows = {n: i for n, i in call.row_index(x.device).items() if n in self._names}
         if not rows:
             return self.base_layer(x, *args, **kwargs)
-        if self._path == "factored" or (
+        if self._path in ("factored", "fused") or (
             self._path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}
         ):
             y = self.storage.guard(self.base_layer(x, *args, **kwargs))
-            for name, index in rows.items():
-                call.part, base = index, y[index]
-                part = self.advance(name, self._cast_input(name, x[index]), base, base)
-                y = y.index_copy(0, index, part.to(y.dtype))
-            call.part = None
+            try:
+                for name, index in rows.items():
+                    call.part, base = index, y[index]
+                    part = self.advance(name, self._cast_input(name, x[index]), base, base)
+                    y = y.index_copy(0, index, part.to(y.dtype))
+            finally:
+                call.part = None
             return y
         y = self.base_layer(x, *args, **kwargs)
         if not isinstance(y, torch.Tensor):

@@ -204,7 +204,7 @@ class _Decomposition:
                 A: Any = group.pca.components_[: self.ranks[name]]  # type: ignore[index]
                 if self.options.whiten:
                     A = A / group.pca.singular_values_[: len(A), None].sqrt()  # type: ignore[index]
-                found[name] = A.clone().contiguous()
+                found[name] = A.to(torch.float32, copy=True).contiguous()
         return {n: found[n] for n in self.layers}
 
 

@@ -1,0 +1,403 @@
+"""LoRA variants: DoRA, aLoRA, BD-LoRA, KaSA, MonteCLoRA, VeLoRA, QA-LoRA, Arrow; intruder dimensions."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    LoraConfig,
+    MontecloraConfig,
+    PeftModel,
+    VeloraConfig,
+    create_arrow_model,
+    get_peft_model,
+)
+from peft.ops import plain
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.intruders import reduce_intruder_dimension
+from peft.tuners.lora.variants.alora import calculate_alora_offsets
+from peft.tuners.lora.variants.arrow import leading_direction
+
+
+def mlp(bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12, bias=bias), nn.Linear(12, 6, bias=bias))
+
+
+def adapted(targets=("0", "1"), bias: bool = True, **kwargs):
+    model = get_peft_model(
+        mlp(bias), LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": list(targets), **kwargs})
+    )
+    generator = torch.Generator().manual_seed(5)
+    for name, p in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            p.data = torch.randn(p.shape, generator=generator) * 0.3
+        if "magnitude" in name:
+            p.data = p.data * 1.3
+    return model
+
+
+def layer_of(model: nn.Module, key: str) -> LoraLayer:
+    return model.base_model.model.get_submodule(key)
+
+
+x8 = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(1))
+
+
+# ---- the mechanism
+@pytest.mark.parametrize(
+    "first, second",
+    [({"use_dora": True}, {"use_bdlora": BdLoraConfig()}), ({"use_dora": True}, {"kasa_config": KasaConfig()})],
+)
+def test_variants_do_not_combine(first, second):
+    base = mlp()
+    with pytest.raises(ValueError, match="cannot be combined"):
+        get_peft_model(base, LoraConfig(target_modules=["0"], **first, **second))
+    assert type(base[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "layer, kwargs",
+    [
+        (nn.MultiheadAttention(8, 2), {"use_dora": True}),
+        (nn.Conv2d(3, 4, 3), {"velora_config": VeloraConfig()}),
+        (nn.Embedding(5, 4), {"kasa_config": KasaConfig()}),
+        (nn.Embedding(5, 4), {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}),
+    ],
+)
+def test_unsupported_layers_are_named(layer, kwargs):
+    base = nn.Sequential(layer)
+    with pytest.raises(ValueError, match="does not support '0'"):
+        get_peft_model(base, LoraConfig(r=2, target_modules=["0"], **kwargs))
+    assert base[0] is layer
+
+
+def test_different_variants_on_one_layer():
+    model = adapted(use_dora=True)
+    model.add_adapter("v", LoraConfig(r=2, target_modules=["0"], velora_config=VeloraConfig(num_groups=2)))
+    model.add_adapter("p", LoraConfig(r=2, target_modules=["0"]))
+    for active in ("default", "v", "p", ["p", "default", "v"]):
+        model.base_model.set_adapter(active)
+        assert model(x8).shape == (4, 3, 6)
+    model.delete_adapter("v")
+    assert "lora_velora_embed" in dir(layer_of(model, "0")) and "v" not in layer_of(model, "0").lora_velora_embed
+
+
+# ---- DoRA
+def dora_reference(layer, x, p=None):
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    V = layer.base_layer.weight + layer.scaling["default"] * B @ A
+    g = layer.lora_magnitude_vector["default"].weight / V.norm(dim=1).detach()
+    return F.linear(x, g[:, None] * V, layer.base_layer.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_dora_values_and_gradients(bias, is_plain):
+    model = adapted(use_dora=True, bias=bias)
+    layer = layer_of(model, "0")
+    with plain(is_plain):
+        out = layer(x8)
+    expected = dora_reference(layer, x8)
+    torch.testing.assert_close(out, expected)
+    parameters = list(layer.parameters_of("default"))
+    got = torch.autograd.grad(out.square().sum(), parameters)
+    want = torch.autograd.grad(expected.square().sum(), parameters)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+
+
+def test_dora_starts_at_the_base_and_merges_bit_by_bit_back():
+    base = mlp()
+    expected = base(x8)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1"], use_dora=True))
+    torch.testing.assert_close(model(x8), expected)
+    model = adapted(use_dora=True)
+    weight = layer_of(model, "0").base_layer.weight
+    before, out = weight.clone(), model(x8)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x8), out, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(weight, before)
+    torch.testing.assert_close(
+        layer_of(model, "0").get_delta_weight("default") + weight, _merged(model, "0"), rtol=1e-5, atol=1e-6
+    )
+
+
+def _merged(model, key):
+    return copy.deepcopy(model).merge_and_unload().get_submodule(key).weight
+
+
+def test_order_of_dora_and_lora_matters_in_forward_as_in_merging():
+    outputs = []
+    for order in (["default", "b"], ["b", "default"]):
+        model = adapted(use_dora=True)
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["0"]))
+        layer_of(model, "0").lora_B["b"].weight.data.normal_(generator=torch.Generator().manual_seed(3))
+        model.base_model.set_adapter(order)
+        outputs.append(model(x8))
+        torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x8), outputs[-1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*outputs)
+
+
+def test_dora_rows_in_a_mixed_batch():
+    model = adapted(use_dora=True)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"]))
+    model.eval()
+    alone = model(x8)
+    with model.disable_adapter():
+        base = model(x8)
+    out = model(x8, adapter_names=["default", "__base__", "b", "default"])
+    torch.testing.assert_close(out[[0, 3]], alone[[0, 3]])
+    torch.testing.assert_close(out[1], base[1])
+
+
+def test_dora_caching_keeps_norms_in_eval_mode_only():
+    from peft.helpers import DoraCaching
+
+    model = adapted(use_dora=True)
+    layer = layer_of(model, "0")
+    expected = model(x8)
+    with DoraCaching():
+        model.eval()
+        torch.testing.assert_close(model(x8), expected)
+        assert "default" in layer.__dict__["_norm_cache"]
+        torch.testing.assert_close(model(x8), expected)
+        model.train()
+        assert "_norm_cache" not in layer.__dict__
+        layer.lora_B["default"].weight.data *= 3
+        changed = model(x8)
+        model.eval()
+        torch.testing.assert_close(model(x8), changed)
+    assert not torch.allclose(changed, expected)
+
+
+def test_dora_dropout_uses_one_mask_for_both_products():
+    model = adapted(use_dora=True, lora_dropout=0.5)
+    layer = layer_of(model, "0")
+    layer.train()
+    torch.manual_seed(3)
+    out = layer(x8)
+    f = layer.factors("default")
+    g = layer.lora_magnitude_vector["default"].weight / layer.lora_variant["default"].norm(layer, "default")
+    y = layer.base_layer(x8)
+    # y + (g-1) W d + g s B A d for the dropped input d: solve for what d gives, with d = 0 or 2 x
+    rest = (out - y).detach()
+    V = (g - 1)[:, None] * layer.base_layer.weight + g[:, None] * f.scale * f.B @ f.A
+    d = torch.linalg.lstsq(V.detach(), rest.reshape(-1, 12).T).solution.T.reshape(x8.shape)
+    ratio = d / x8
+    assert torch.all((ratio.abs() < 1e-2) | ((ratio - 2).abs() < 1e-2))
+
+
+# ---- aLoRA
+class Embedder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.lin = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.config = {"model_type": "custom"}
+
+    def forward(self, input_ids=None):
+        return self.lin(self.emb(input_ids))
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return kwargs
+
+
+def test_alora_acts_from_the_last_invocation_on():
+    cfg = LoraConfig(r=2, target_modules=["lin"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    model = get_peft_model(Embedder(), cfg)
+    layer = layer_of(model, "lin")
+    layer.lora_B["default"].weight.data.normal_()
+    ids = torch.tensor([[1, 5, 6, 5, 6, 2], [5, 6, 1, 2, 3, 4], [1, 2, 3, 4, 6, 5]])
+    assert calculate_alora_offsets({"default": cfg}, "default", ids) == [3, 6, None]
+    out = model(input_ids=ids)
+    with model.disable_adapter():
+        base = model(input_ids=ids)
+    delta = model.base_model.model.emb(ids) @ layer.get_delta_weight("default").T
+    gate = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6, [0] * 6])[..., None]
+    torch.testing.assert_close(out, base + gate * delta)
+    torch.testing.assert_close(model(input_ids=ids, alora_offsets=[None, 2, 1])[1, 4:], (base + delta)[1, 4:])
+    model.eval()
+    mixed = model(input_ids=ids, adapter_names=["__base__", "default", "default"])
+    torch.testing.assert_close(mixed, torch.cat([base[:1], out[1:]]))
+    with pytest.raises(NotImplementedError):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="Beam"):
+        model(input_ids=ids, num_beams=2)
+
+
+# ---- BD-LoRA
+def test_bdlora_factors_are_block_diagonal():
+    options = BdLoraConfig(target_modules_bd_a=["1"], target_modules_bd_b=["0"], nblocks=2)
+    model = adapted(use_bdlora=options)
+    first, second = layer_of(model, "0"), layer_of(model, "1")
+    assert first.lora_B["default"].weight.shape == (12, 1) and second.lora_A["default"].weight.shape == (2, 6)
+    B = torch.block_diag(*first.lora_B["default"].weight.chunk(2))
+    torch.testing.assert_close(first.get_delta_weight("default"), 1.5 * B @ first.lora_A["default"].weight)
+    out = model(x8)
+    torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x8), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (BdLoraConfig(target_modules_bd_a=["0"], nblocks=3), "divisible"),
+        (BdLoraConfig(target_modules_bd_a=["1"], nblocks=2), "neither"),
+        (BdLoraConfig(target_modules_bd_a=["0"], target_modules_bd_b=[""], nblocks=2), "both"),
+    ],
+)
+def test_bdlora_matching(options, match):
+    with pytest.raises(ValueError, match=match):
+        adapted(targets=["0"], use_bdlora=options)
+
+
+# ---- KaSA
+def test_kasa_truncates_the_base_once_and_has_a_loss():
+    W = mlp()[0].weight.detach()
+    model = adapted(targets=["0"], kasa_config=KasaConfig(beta=0.5, gamma=0.0))
+    layer = layer_of(model, "0")
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    torch.testing.assert_close(layer.base_layer.weight, (U[:, :6] * S[:6]) @ Vh[:6], rtol=1e-4, atol=1e-5)
+    d = layer.lora_diag["default"]
+    expected = 1.5 * (layer.lora_B["default"].weight * d) @ layer.lora_A["default"].weight
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+    torch.testing.assert_close(model.base_model._get_kasa_loss(), 0.5 * d.square().sum())
+    with pytest.raises(ValueError, match="KaSA"):
+        model.add_adapter("b", LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="min"):
+        adapted(targets=["0"], r=8, kasa_config=KasaConfig())
+
+
+# ---- MonteCLoRA
+def test_monteclora_is_noisy_in_training_only():
+    model = adapted(
+        targets=["0"], monteclora_config=MontecloraConfig(sample_scaler=0.1, use_entropy=True, buffer_size=1)
+    )
+    model.train()
+    assert not torch.allclose(model(x8), model(x8))
+    loss = model(x8).square().sum() + model.base_model._get_monteclora_loss()
+    loss.backward()
+    sampler = layer_of(model, "0").lora_monteclora_sampler["default"]
+    assert sampler.std_prior.grad is not None and sampler.expert_weights_prior.grad is not None
+    assert not sampler.gaussian_var_prior.requires_grad
+    copy.deepcopy(model)  # the graph of the last draw is no obstacle
+    model.eval()
+    assert torch.equal(model(x8), model(x8)) and model.base_model._get_monteclora_loss() == 0.0
+    out = model(x8)
+    torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x8), out, rtol=1e-5, atol=1e-5)
+
+
+# ---- VeLoRA
+def test_velora_gradient_is_that_of_the_projected_input():
+    model = adapted(targets=["0"], velora_config=VeloraConfig(num_groups=3, scale=0.5))
+    layer = layer_of(model, "0")
+    out = layer(x8)
+    torch.testing.assert_close(out, layer.base_layer(x8) + x8 @ layer.get_delta_weight("default").T)
+    out.sum().backward()
+    embed = layer.lora_velora_embed["default"]  # [3]
+    padded = F.pad(x8, (0, 1)).reshape(-1, 3, 3)
+    torch.testing.assert_close(embed, F.normalize(padded.mean((0, 1)), dim=0))
+    projected = (0.5 * (padded @ embed)[..., None] * embed).flatten(1)[:, :8]
+    upstream = 1.5 * torch.ones(12, 12) @ layer.lora_B["default"].weight  # [tokens, r]
+    torch.testing.assert_close(layer.lora_A["default"].weight.grad, upstream.T @ projected, rtol=1e-4, atol=1e-4)
+
+
+def test_velora_once_and_random():
+    model = adapted(targets=["0"], velora_config=VeloraConfig(num_groups=2, init_type="batch_average_once"))
+    layer = layer_of(model, "0")
+    model(x8)
+    first = layer.lora_velora_embed["default"].clone()
+    model(-x8)
+    assert torch.equal(layer.lora_velora_embed["default"], first)
+    model = adapted(targets=["0"], velora_config=VeloraConfig(num_groups=2, init_type="random"))
+    assert layer_of(model, "0").lora_velora_embed["default"].norm() == pytest.approx(1.0, abs=1e-5)
+
+
+# ---- Arrow
+def test_leading_direction():
+    torch.manual_seed(0)
+    A, B = torch.randn(3, 8), torch.randn(6, 3)
+    Vh = torch.linalg.svd(B @ A).Vh
+    torch.testing.assert_close(leading_direction(A, B).abs(), Vh[0].abs(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_arrow_routes_each_token(tmp_path, general):
+    paths = []
+    for i in range(5):
+        model = adapted()
+        generator = torch.Generator().manual_seed(i)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data = torch.randn(p.shape, generator=generator) * 0.3
+        model.save_pretrained(tmp_path / str(i))
+        paths.append(str(tmp_path / str(i)))
+    options = ArrowConfig(top_k=2, router_temperature=0.5, use_gks=general)
+    model = create_arrow_model(mlp(), paths[:3], options, general_adapter_paths=paths[3:])
+    assert model.active_adapter == "arrow_router"
+    layer = layer_of(model, "0")
+    pairs = [(layer.lora_A[f"task_{i}"].weight, layer.lora_B[f"task_{i}"].weight) for i in range(3)]
+    if general:
+        mean = [
+            torch.stack([getattr(layer, s)[f"gks_{i}"].weight for i in range(2)]).mean(0) for s in ("lora_A", "lora_B")
+        ]
+        pairs = [(A - mean[0], B - mean[1]) for A, B in pairs]
+    x = x8.reshape(-1, 8)
+    expected = layer.base_layer(x)
+    likeness = torch.stack([(x @ torch.linalg.svd(B @ A).Vh[0]).abs() for A, B in pairs], 1)
+    top, index = likeness.topk(2)
+    weights = torch.softmax(top / 0.5, 1)
+    for t in range(len(x)):
+        for w, e in zip(weights[t], index[t], strict=True):
+            A, B = pairs[e]
+            expected[t] = expected[t] + w * 1.5 * (B @ (A @ x[t]))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="router"):
+        model.merge_adapter()
+
+
+def test_arrow_checks_its_experts(tmp_path):
+    for i, r in enumerate((2, 3)):
+        adapted(r=r).save_pretrained(tmp_path / str(i))
+    paths = [str(tmp_path / "0"), str(tmp_path / "1")]
+    with pytest.raises(ValueError, match="equal ranks"):
+        create_arrow_model(mlp(), paths, ArrowConfig())
+    with pytest.raises(ValueError, match="at least one"):
+        create_arrow_model(mlp(), [], ArrowConfig())
+    with pytest.raises(ValueError, match="adapter_config"):
+        create_arrow_model(mlp(), [str(tmp_path)], ArrowConfig())
+
+
+def test_router_configuration_survives_saving(tmp_path):
+    adapted().save_pretrained(tmp_path / "e")
+    model = create_arrow_model(mlp(), [str(tmp_path / "e")] * 2, ArrowConfig())
+    model.save_pretrained(tmp_path / "all")
+    again = PeftModel.from_pretrained(mlp(), tmp_path / "all" / "task_0", adapter_name="task_0")
+    again.load_adapter(tmp_path / "all" / "task_1", "task_1")
+    again.load_adapter(tmp_path / "all" / "arrow_router", "arrow_router")
+    again.set_adapter("arrow_router")
+    torch.testing.assert_close(again(x8), model(x8))
+    again.delete_adapter("task_1")
+    assert torch.isfinite(again(x8)).all()
+
+
+# ---- intruder dimensions
+def test_intruders_are_damped():
+    model = adapted(targets=["0"], r=1, lora_alpha=1)
+    layer = layer_of(model, "0")
+    layer.lora_A["default"].weight.data *= 20
+    layer.lora_B["default"].weight.data *= 20
+    reduce_intruder_dimension(model, top_k=3, threshold_epsilon=0.7, mitigation_lambda=0.5, logging_sink=None)
+    assert model.active_adapter == "intruder_reduced"
+    before, after = layer.get_delta_weight("default"), layer.get_delta_weight("intruder_reduced")
+    assert 0.4 < after.norm() / before.norm() < 0.6
+    with pytest.raises(ValueError, match="exists"):
+        reduce_intruder_dimension(model)
