@@ -210,7 +210,7 @@ def test_tuner_alone_and_unknown_name():
 
 def test_walk_is_cheap_and_knows_all_names():
     model = get_peft_model(net(), LoraConfig(r=2, target_modules=LORA_TARGETS, modules_to_save=["norm"]))
-    assert set(state_keys(model)) == set(model.state_dict())
+    assert list(state_keys(model)) == list(model.state_dict())
     assert clean("_orig_mod.a._fsdp_wrapped_module.b._orig_mod.c") == "_orig_mod.a.b.c"
     for name in ("one", "two", "three"):
         model.add_adapter(name, LoraConfig(r=2, target_modules=["lin0"]))

@@ -6,7 +6,7 @@ compiled.
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -269,21 +269,20 @@ def _refresh_config(model: Any, name: str, config: Any) -> None:
 # ---- saving
 
 
-def trim_padding(entries: Iterable[Entry], name: str, config: Any) -> dict[str, torch.Tensor]:
+def trim_padding(entries: list[Entry], name: str, config: Any) -> dict[str, torch.Tensor]:
     """Factors that are padded with zeros beyond the rank of the configuration, cut to it: file key -> tensor.
 
     Zero rows of A and the zero columns of B that go with them get no gradients, so they stay zero in training.
     """
-    padded: dict[int, list[Entry]] = {}
-    for entry in entries:
-        layer: Any = entry.layer
-        if layer is None or "lora_A" not in layer._modules or name not in layer.r:
-            continue
-        if layer.factor_tensors(name)[0].shape[0] != layer.r[name]:
-            padded.setdefault(id(layer), []).append(entry)
+    padded: set[int] = set()
+    for entry in entries:  # a hot loop: one look at each A
+        if entry.layer is not None and entry.file.endswith(("lora_A.weight", "lora_embedding_A")):
+            rank = entry.layer.__dict__["r"].get(name)
+            if rank != entry.owner._parameters[entry.attr].shape[0]:  # type: ignore[union-attr]
+                padded.add(id(entry.layer))
     trimmed: dict[str, torch.Tensor] = {}
-    for found in padded.values():
-        trimmed.update(_trim(found, name, config))
+    for place in padded:
+        trimmed.update(_trim([e for e in entries if id(e.layer) == place], name, config))
     return trimmed
 
 

@@ -14,7 +14,9 @@ and the auxiliary wrappers, and every container of theirs that holds the adapter
 The name of the adapter is no part of the file, so it can be loaded under any name.
 """
 
+import contextlib
 import functools
+import gc
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -62,6 +64,20 @@ def tensor_of(owner: nn.Module, attr: str) -> torch.Tensor:
     return tensor
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Put garbage collection off. The objects made while a big model is walked are all kept, so that collections find
+    nothing, and each looks at every module of the model: seconds for tens of thousands of layers.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def clean(key: str) -> str:
     """A name without the infixes of FSDP, and without torch.compile's unless the root itself is compiled."""
     key = key.replace(FSDP_INFIX, "")
@@ -93,7 +109,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             stack.append((_join(path, "base_layer"), module.base_layer))
         elif isinstance(module, TunerModel):
             stack.append((_join(path, "model"), module.model))
-        elif not isinstance(module, AuxiliaryTrainingWrapper):
+        elif module._modules and not isinstance(module, AuxiliaryTrainingWrapper):
             stack += [(_join(path, n), m) for n, m in reversed(module._modules.items()) if m is not None]
 
 
@@ -147,17 +163,25 @@ def _tensors_below(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.
 
 def _container_entries(
     path: str, container: nn.Module, name: str, bare: bool, layer: AdapterLayer | None, role: str
-) -> Iterator[Entry]:
+) -> list[Entry]:
     """Entries of adapter `name` in a container keyed by adapter name, which is found at `path`."""
-    if name in container._parameters or name in container._buffers:
-        if name not in container._non_persistent_buffers_set:
-            yield Entry(path, f"{path}.{name}", container, name, layer, role)
-        return
     held = container._modules.get(name)
     if held is None:
-        return
-    for rest, owner, attr in _tensors_below(held):
-        yield Entry(_file_key(path, name, rest, bare), f"{path}.{name}.{rest}", owner, attr, layer, role)
+        if name not in container._parameters and name not in container._buffers:
+            return []
+        if name in container._non_persistent_buffers_set:
+            return []
+        return [Entry(path, f"{path}.{name}", container, name, layer, role)]
+    if not held._modules and not held._buffers and not bare:  # nearly always: a Linear, a Dropout
+        return [
+            Entry(f"{path}.{attr}", f"{path}.{name}.{attr}", held, attr, layer, role)
+            for attr, tensor in held._parameters.items()
+            if tensor is not None
+        ]
+    return [
+        Entry(_file_key(path, name, rest, bare), f"{path}.{name}.{rest}", owner, attr, layer, role)
+        for rest, owner, attr in _tensors_below(held)
+    ]
 
 
 def _file_key(path: str, name: str, rest: str, bare: bool) -> str:
@@ -169,20 +193,25 @@ def _file_key(path: str, name: str, rest: str, bare: bool) -> str:
     return f"{path}.{name}.{rest}" if "." in rest else f"{path}.{rest}"
 
 
+_CONTAINERS = (nn.ModuleDict, nn.ParameterDict, BufferDict)
+
+
 def _is_container(module: nn.Module | None) -> bool:
-    return isinstance(module, (nn.ModuleDict, nn.ParameterDict, BufferDict))
+    return isinstance(module, _CONTAINERS)
 
 
-def layer_entries(path: str, layer: AdapterLayer, name: str, with_shared: bool = False) -> Iterator[Entry]:
+def layer_entries(path: str, layer: AdapterLayer, name: str, with_shared: bool = False) -> list[Entry]:
     """Saved tensors of adapter `name` on one layer."""
     own = layer.__dict__.get("slots")  # variants add slots to single layers
     shared, unsaved, bare = _of_class(type(layer)) if own is None else _roles(own)
     dot = path + "." if path else ""
+    entries: list[Entry] = []
     for slot, container in layer._modules.items():
         if container is None or slot == "base_layer" or slot in unsaved or (slot in shared and not with_shared):
             continue
         if _is_container(container):
-            yield from _container_entries(dot + slot, container, name, slot in bare, layer, "slot")
+            entries += _container_entries(dot + slot, container, name, slot in bare, layer, "slot")
+    return entries
 
 
 def tuner_entries(path: str, tuner: TunerModel, name: str) -> Iterator[Entry]:
@@ -275,8 +304,12 @@ def find_tuner(model: nn.Module) -> TunerModel | None:
 
 
 def state_keys(model: nn.Module) -> Iterator[str]:
-    """Names of all tensors of a model's state dict, without building it."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        path = clean(path + ".") if path else ""
+    """Names of all tensors of a model's state dict, in its order, without building it."""
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
         for attr in _persistent(module):
             yield path + attr
+        if module._modules:
+            dot = path.removesuffix(".")
+            stack += [(_join(dot, n) + ".", m) for n, m in reversed(module._modules.items()) if m is not None]

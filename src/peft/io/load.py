@@ -16,7 +16,17 @@ from ..core.prompt import export_prompt_state, load_prompt_state
 from ..core.tuner import TunerModel
 from ..registry import method_of
 from ..utils.peft_types import PeftType
-from .keys import COMPILE_INFIX, PEFT_PREFIX, Entry, adapter_entries, clean, find_tuner, resolve, state_keys
+from .keys import (
+    COMPILE_INFIX,
+    PEFT_PREFIX,
+    Entry,
+    adapter_entries,
+    clean,
+    find_tuner,
+    no_collection,
+    resolve,
+    state_keys,
+)
 
 
 def _method(config: Any) -> Any:
@@ -97,6 +107,7 @@ class _Plan:
     errors: list[str] = field(default_factory=list)
 
 
+@no_collection()
 def load_adapter_state(
     model: Any,
     state_dict: Mapping[str, torch.Tensor],

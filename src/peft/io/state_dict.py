@@ -18,7 +18,7 @@ from ..utils.warning import PeftWarning
 from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .embeddings import embedding_entries
 from .hotswap import trim_padding
-from .keys import COMPILE_INFIX, Entry, adapter_entries, clean
+from .keys import COMPILE_INFIX, Entry, adapter_entries, clean, no_collection
 from .load import LoadReport, _method, _peft_model, _some, load_adapter_state, tuner_of
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
 # ---- out of the model
 
 
+@no_collection()
 def get_peft_model_state_dict(
     model: Any,
     state_dict: Mapping[str, torch.Tensor] | None = None,
@@ -109,6 +110,7 @@ def _check_gathered(config: Any, state: dict[str, torch.Tensor]) -> None:
 # ---- into the model
 
 
+@no_collection()
 def set_peft_model_state_dict(
     model: Any,
     peft_model_state_dict: Mapping[str, torch.Tensor],
