@@ -266,7 +266,10 @@ class PeftConfig(PeftConfigMixin):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if isinstance(getattr(self, "target_modules", None), str) and (layers is not None or pattern):
             given = "layers_to_transform" if layers is not None else "layers_pattern"
-            text = f"`{given}` cannot be used when `target_modules` is a str (a regex): put the layer indices into the regex."
+            text = (
+                f"`{given}` cannot be used when `target_modules` is a str (a regex): "
+                "put the layer indices into the regex."
+            )
             if self._regex_with_layers == "error":
                 raise ValueError(text)
             warnings.warn(text + " It has no effect.", stacklevel=4)

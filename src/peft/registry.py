@@ -124,7 +124,7 @@ def _name_unknown_options(config: type[PeftConfig]) -> None:
 def _alias_addresses(tuner: type) -> None:
     """Enter a one-file method under its published addresses `peft.tuners.<method>.{config,layer,model}`."""
     module = sys.modules.get(tuner.__module__)
-    if module is None or not module.__name__.startswith(__package__ + ".tuners.") or hasattr(module, "__path__"):
+    if module is None or not module.__name__.startswith(__package__ + ".tuners.") or hasattr(module, "__path__"):  # type: ignore
         return
     if module.__name__.count(".") != 2:
         return

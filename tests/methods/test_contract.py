@@ -1,8 +1,8 @@
 """The contract of every layer method, for every layer kind it declares: taken from the registry, no list to edit."""
 
 import copy
+import importlib
 import pickle
-import sys
 import warnings
 
 import pytest
@@ -68,7 +68,9 @@ def test_default_init_changes_nothing(name, kind):
 
 
 def test_trained_adapter_changes_the_output_and_disabling_restores_it_bitwise(name, kind):
-    expected = base(kind)(inputs(kind))
+    expected = base(kind).requires_grad_(False)(
+        inputs(kind)
+    )  # torch's attention takes another kernel while weights train
     model = adapted(name, kind)
     changed = model(inputs(kind))
     assert (changed - expected).abs().max() > 1e-4
@@ -126,8 +128,9 @@ def test_safe_merge_refuses_nan_and_changes_nothing(name, kind):
 
 def test_gradients_in_float64(name, kind, monkeypatch):
     tuner = LAYER_METHODS[name].tuner
-    for constant in tuner.inexact_gradients:
-        monkeypatch.setattr(sys.modules[tuner.__module__], constant, False)
+    for constant, exact in tuner.inexact_gradients.items():
+        module, attribute = constant.rsplit(".", 1)
+        monkeypatch.setattr(importlib.import_module(f"peft.tuners.{module}"), attribute, exact)
     model = adapted(name, kind, torch.float64).double()
     x = inputs(kind, rows=2)
     x = x.double() if x.is_floating_point() else x

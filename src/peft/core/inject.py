@@ -153,7 +153,7 @@ class Injection:
         """Heads that "all-linear" leaves alone on transformers models."""
         if not hasattr(self.model, "get_output_embeddings") or not hasattr(self.model, "config"):
             return
-        head = self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings()  # type: ignore
         if head is not None:
             yield id(head)
         elif self.cfg.task_type == "SEQ_CLS":
@@ -267,13 +267,25 @@ class Injection:
         if getattr(cfg, "layers_pattern", None):
             notes += f" You also specified 'layers_pattern': {cfg.layers_pattern}."
         if self.report.excluded and len(self.report.excluded) == len(keys):
-            return "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and `modules_to_save`."
+            return (
+                "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` "
+                "and `modules_to_save`."
+            )
         if self.report.excluded:
-            text = "No modules were targeted for adaptation. This might be caused by a combination of mismatched target modules and excluded modules, or by targets that are all in modules_to_save."
+            text = (
+                "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+                "modules and excluded modules, or by targets that are all in modules_to_save."
+            )
         elif not cfg.target_modules:
-            return f"No `target_modules` passed and no `target_parameters` found for {self.tuner.method_label}; name the modules to adapt."
+            return (
+                f"No `target_modules` passed and no `target_parameters` found for {self.tuner.method_label}; "
+                "name the modules to adapt."
+            )
         else:
-            text = f"Target modules {cfg.target_modules} not found in the base model. Please check the target modules and try again."
+            text = (
+                f"Target modules {cfg.target_modules} not found in the base model. "
+                "Please check the target modules and try again."
+            )
         names = [cfg.target_modules] if isinstance(cfg.target_modules, str) else sorted(cfg.target_modules or ())
         hint = match.suggestions(names, keys)
         return f"{text}{notes} {hint}".strip()

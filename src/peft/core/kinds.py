@@ -5,7 +5,7 @@ Methods see weights as canonical [out, in, *kernel]. A kind is a class that is n
 module.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,19 +45,19 @@ class LayerKind:
     plain_types: ClassVar[tuple[type, ...]] = ()
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         return False
 
     @classmethod
-    def parameter(cls, m: nn.Module) -> torch.Tensor:
+    def parameter(cls, m: Any) -> torch.Tensor:
         return getattr(m, cls.weight_name)
 
     @classmethod
-    def bias(cls, m: nn.Module) -> torch.Tensor | None:
+    def bias(cls, m: Any) -> torch.Tensor | None:
         return getattr(m, cls.bias_name, None) if cls.bias_name else None
 
     @classmethod
-    def shape(cls, m: nn.Module) -> Shape:
+    def shape(cls, m: Any) -> Shape:
         """[out, in, *kernel], also when the weight is partitioned or packed."""
         raise NotImplementedError(f"{cls.__name__} has no weight shape")
 
@@ -68,12 +68,12 @@ class LayerKind:
     stored = canonical  # the same swap turns a canonical tensor into storage orientation
 
     @classmethod
-    def call(cls, m: nn.Module, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
+    def call(cls, m: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
         """Apply a canonical weight the way `m` would."""
         raise NotImplementedError(f"{cls.__name__} cannot be called with another weight")
 
     @classmethod
-    def low_rank(cls, m: nn.Module, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
+    def low_rank(cls, m: Any, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
         """(A, B) modules of the layer's own type, freshly initialised by torch (A first)."""
         raise TypeError(f"{cls.__name__} layers have no low-rank pair of modules")
 
@@ -89,11 +89,11 @@ class Linear(LayerKind):
     plain_types = (nn.Linear,)
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         return isinstance(m, nn.Linear) or (not isinstance(m, nn.Embedding) and resolve(m).label is not None)
 
     @classmethod
-    def shape(cls, m: nn.Module) -> Shape:
+    def shape(cls, m: Any) -> Shape:
         for names in (("out_features", "in_features"), ("outfeatures", "infeatures"), ("output_size", "input_size")):
             if hasattr(m, names[0]):
                 return (getattr(m, names[0]), getattr(m, names[1]))
@@ -117,11 +117,11 @@ class Conv1D(Linear):
     plain_types = ()
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(m).__mro__)
 
     @classmethod
-    def shape(cls, m: nn.Module) -> Shape:
+    def shape(cls, m: Any) -> Shape:
         n_in, n_out = getattr(m.weight, "ds_shape", m.weight.shape)
         return (n_out, n_in)
 
@@ -131,7 +131,7 @@ class _Conv(LayerKind):
     ndim: ClassVar[int] = 0
 
     @classmethod
-    def shape(cls, m: nn.Module) -> Shape:
+    def shape(cls, m: Any) -> Shape:
         return (m.out_channels, m.in_channels // m.groups, *m.kernel_size)
 
     @classmethod
@@ -157,7 +157,7 @@ class Conv1d(_Conv):
     ndim, feature_dim, plain_types = 1, -2, (nn.Conv1d,)
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         return isinstance(m, nn.Conv1d)
 
 
@@ -166,7 +166,7 @@ class Conv2d(_Conv):
     ndim, feature_dim, plain_types = 2, -3, (nn.Conv2d,)
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         return isinstance(m, nn.Conv2d)
 
 
@@ -175,7 +175,7 @@ class Conv3d(_Conv):
     ndim, feature_dim, plain_types = 3, -4, (nn.Conv3d,)
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         return isinstance(m, nn.Conv3d)
 
 
@@ -187,15 +187,15 @@ class Embedding(LayerKind):
     plain_types = (nn.Embedding,)
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         return isinstance(m, nn.Embedding)
 
     @classmethod
-    def shape(cls, m: nn.Module) -> Shape:
+    def shape(cls, m: Any) -> Shape:
         return (m.embedding_dim, m.num_embeddings)
 
     @classmethod
-    def look_up(cls, m: nn.Module, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def look_up(cls, m: Any, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Rows of `table` [num_embeddings, any width], with the padding and gradient options of the base layer.
 
         max_norm is left out: it would renormalise the adapter's table in place.
@@ -203,7 +203,7 @@ class Embedding(LayerKind):
         return F.embedding(ids, table, m.padding_idx, None, m.norm_type, m.scale_grad_by_freq, m.sparse)
 
     @classmethod
-    def scale(cls, m: nn.Module) -> float | torch.Tensor | None:
+    def scale(cls, m: Any) -> float | torch.Tensor | None:
         """The factor that scaled embeddings (Gemma) multiply their output with, if it is a scalar."""
         scale = getattr(m, "embed_scale", None)
         if scale is None or isinstance(scale, (int, float)):
@@ -227,11 +227,11 @@ class MultiheadAttention(LayerKind):
     plain_types = (nn.MultiheadAttention,)
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         return isinstance(m, nn.MultiheadAttention)
 
     @classmethod
-    def shape(cls, m: nn.Module) -> Shape:
+    def shape(cls, m: Any) -> Shape:
         if not m._qkv_same_embed_dim:
             raise ValueError(f"Only same embed for query/key/value is supported as of now for {type(m).__name__}.")
         return (3 * m.embed_dim, m.embed_dim)
@@ -248,12 +248,12 @@ class Norm(LayerKind):
     name = class_name = "Norm"
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         weight = m._parameters.get("weight")
         return weight is not None and weight.dim() == 1
 
     @classmethod
-    def shape(cls, m: nn.Module) -> Shape:
+    def shape(cls, m: Any) -> Shape:
         return (m.weight.shape[0], m.weight.shape[0])
 
 
@@ -263,11 +263,11 @@ class Module(LayerKind):
     name = class_name = "Module"
 
     @staticmethod
-    def matches(m: nn.Module) -> bool:
+    def matches(m: Any) -> bool:
         return True
 
     @classmethod
-    def shape(cls, m: nn.Module) -> Shape:
+    def shape(cls, m: Any) -> Shape:
         return (getattr(m, "out_features", 0), getattr(m, "in_features", 0))
 
 
@@ -279,7 +279,7 @@ class Parameter(LayerKind):
     name, class_name, bias_name, substituted = "Parameter", "ParamWrapper", None, True
 
     @classmethod
-    def shape(cls, m: nn.Module) -> Shape:
+    def shape(cls, m: Any) -> Shape:
         """[out, in] or [E, out, in]."""
         shape = tuple(getattr(m, cls.weight_name).shape)
         if len(shape) not in (2, 3):
@@ -290,7 +290,7 @@ class Parameter(LayerKind):
         return (shape[0], shape[2], shape[1]) if len(shape) == 3 and cls.swapped(m) else shape
 
     @classmethod
-    def swapped(cls, m: nn.Module) -> bool:
+    def swapped(cls, m: Any) -> bool:
         return bool(getattr(m, "is_transposed", False))
 
 
@@ -301,7 +301,7 @@ _by_type: dict[type, type[LayerKind]] = {
 }  # fmt: skip
 
 
-def kind_of(m: nn.Module) -> type[LayerKind] | None:
+def kind_of(m: Any) -> type[LayerKind] | None:
     """The kind of a base module, None when it has none."""
     known = _by_type.get(type(m))
     if known is not None:
@@ -309,7 +309,7 @@ def kind_of(m: nn.Module) -> type[LayerKind] | None:
     return next((kind for kind in _ORDER if kind.matches(m)), None)
 
 
-def pick(m: nn.Module, allowed: tuple[type[LayerKind], ...]) -> type[LayerKind] | None:
+def pick(m: Any, allowed: tuple[type[LayerKind], ...]) -> type[LayerKind] | None:
     """The kind of `m` among those that a method allows."""
     kind = kind_of(m)
     if kind in allowed:

@@ -26,8 +26,8 @@ from .offload import compute_device
 from .slots import Slot, read_slots
 
 HOOKS = (
-    "factors", "delta", "delta_weight", "delta_bias", "map_input", "map_output", "map_weight", "map_bias", "unmap_weight", "unmap_bias",
-    "replace",
+    "factors", "delta", "delta_weight", "delta_bias", "map_input", "map_output", "map_weight", "map_bias",
+    "unmap_weight", "unmap_bias", "replace",
 )  # fmt: skip
 # Adapter dtypes that `cast_adapter_dtype` turns into float32.
 UPCAST = {torch.float16, torch.bfloat16} | {
@@ -58,6 +58,10 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     kind: type[LayerKind]
     storage: WeightStorage
     switch: Switch
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool
+    cast_input_dtype_enabled: bool
     merged_adapters: list[str]
     _names: dict[str, None]
     _local: tuple[tuple[str, ...], bool] | None
@@ -397,18 +401,18 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         what they are.
         """
         base = self.get_base_layer()
-        weight = base.out_proj.weight if self.kind is kinds.MultiheadAttention else self._reference_tensor(base)
+        weight = base.out_proj.weight if self.kind is kinds.MultiheadAttention else self._reference_tensor(base)  # type: ignore
         if weight is None:
             return
         dtype = getattr(base, "compute_dtype", None) or weight.dtype
         dtype = dtype if dtype.is_floating_point or dtype.is_complex else None
-        home = compute_device(base, weight)
+        home = compute_device(base, weight)  # type: ignore
         for owner, attr, tensor in self._own_tensors(name):
             floating = tensor.is_floating_point() or tensor.is_complex()
             want = dtype if floating and dtype is not None else tensor.dtype
             device = home if tensor.device.type != "meta" else tensor.device
             if tensor.dtype != want or tensor.device != device:
-                replace_tensor(owner, attr, tensor, tensor.data.to(device, want))
+                replace_tensor(owner, attr, tensor, tensor.data.to(device, want))  # type: ignore
 
     def _reference_tensor(self, base: nn.Module) -> torch.Tensor | None:
         for attr in ("qweight", "W_q", self.kind.weight_name, "weight"):
@@ -451,7 +455,7 @@ def replace_tensor(owner: Any, attr: str, old: torch.Tensor, new: torch.Tensor) 
     elif isinstance(owner, nn.Module) and attr in owner._buffers:
         owner._buffers[attr] = new
     else:
-        owner[attr] = new
+        owner[attr] = new  # type: ignore
 
 
 def dropout(p: float) -> nn.Module:

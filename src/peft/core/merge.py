@@ -57,6 +57,8 @@ class Mergeable:
             if not self.mergeable:
                 raise TypeError(self._cannot_merge())
             if "replace" in self.hooks:
+                if safe_merge:
+                    self._check_finite(name, *self.parameters_of(name))
                 self._swap(name)
             else:
                 self._merge_one(name, safe_merge, keep or forget)

@@ -87,7 +87,7 @@ class BufferDict(nn.Module):
             self[key] = value
 
     def extra_repr(self) -> str:
-        return ", ".join(f"({k}): {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in self.items())
+        return ", ".join(f"({k}): {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in self.items())  # type: ignore
 
 
 class PersistentBufferDict(BufferDict):

@@ -41,9 +41,8 @@ class TunerModel(nn.Module):
     unsupported_error: ClassVar[type[Exception]] = ValueError
     identity_at_init: ClassVar[bool] = True  # a new adapter with default options changes no output
     second_example: ClassVar[dict[str, Any]] = {}  # what a second adapter needs besides
-    inexact_gradients: ClassVar[
-        tuple[str, ...]
-    ] = ()  # module constants that keep a published gradient that is no derivative
+    # constants (address below peft.tuners -> value for exact gradients) that keep a published gradient that is none
+    inexact_gradients: ClassVar[dict[str, Any]] = {}
     example: ClassVar[dict[str, Any]] = {}  # options fit for layers of width 16 to 24; the contract tests use them
 
     def __init__(
@@ -82,7 +81,7 @@ class TunerModel(nn.Module):
     def _surround(self, model: nn.Module, configs: dict[str, PeftConfig], switch: Switch | None = None) -> None:
         """Set up the state of a tuner around `model` as it is; nothing is injected."""
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = configs
+        self.peft_config: dict[str, Any] = configs
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.reports: dict[str, InjectionReport] = {}

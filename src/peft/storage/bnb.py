@@ -77,8 +77,8 @@ class Int8Storage(_BnbStorage):
         import bitsandbytes as bnb
 
         old = module.weight
-        fresh = bnb.nn.Int8Params(value.detach().to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
-        module.weight = fresh.to(old.device)
+        fresh = bnb.nn.Int8Params(value.detach().to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)  # type: ignore
+        module.weight = fresh.to(old.device)  # type: ignore
         module.state.reset_grads()
 
 
@@ -88,7 +88,7 @@ class Int4Storage(_BnbStorage):
     def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
         import bitsandbytes as bnb
 
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore
 
     def _quantise(self, module: Any, value: torch.Tensor) -> None:
         import bitsandbytes as bnb
@@ -99,8 +99,8 @@ class Int4Storage(_BnbStorage):
             for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
             if hasattr(old, k)
         }
-        fresh = bnb.nn.Params4bit(value.detach().to("cpu"), requires_grad=False, **kept)
-        module.weight = fresh.to(old.device)
+        fresh = bnb.nn.Params4bit(value.detach().to("cpu"), requires_grad=False, **kept)  # type: ignore
+        module.weight = fresh.to(old.device)  # type: ignore
 
     def guard(self, y: torch.Tensor) -> torch.Tensor:
         return y.clone()  # some kernels return a view that must not be changed in place

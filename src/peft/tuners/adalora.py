@@ -156,7 +156,7 @@ class RankAllocator:
                 if p.grad is None:
                     continue
                 now = (p * p.grad).abs().detach()
-                mean, spread = self.averages.get(f"{key}.{slot}", (torch.zeros_like(now), torch.zeros_like(now)))
+                mean, spread = self.averages.get(f"{key}.{slot}", (torch.zeros_like(now), torch.zeros_like(now)))  # type: ignore
                 mean = b1 * mean + (1 - b1) * now
                 spread = b2 * spread + (1 - b2) * (now - mean).abs()
                 self.averages[f"{key}.{slot}"] = (mean, spread)

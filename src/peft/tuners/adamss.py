@@ -72,7 +72,7 @@ def cluster(rows: torch.Tensor, count: int) -> torch.Tensor:
         from sklearn.cluster import KMeans
     except ImportError as exc:
         raise ImportError("AdaMSS clusters weights with scikit-learn: pip install scikit-learn.") from exc
-    means = KMeans(n_clusters=count, init="random", n_init=1, max_iter=10, random_state=123456789)
+    means = KMeans(n_clusters=count, init="random", n_init=1, max_iter=10, random_state=123456789)  # type: ignore
     return torch.from_numpy(means.fit_predict(rows.float().cpu().numpy())).long()
 
 
@@ -127,7 +127,7 @@ class AdamssLayer(AdapterLayer):
 
     def _maps(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(P [Σ rank, in(+1)], B [out, Σ rank]) with [ΔW | Δb] = B P; row o of B is non-zero for its own cluster."""
-        A, B = list(self.adamss_A[name]), list(self.adamss_B[name])
+        A, B = list(self.adamss_A[name]), list(self.adamss_B[name])  # type: ignore
         P = torch.cat(A) @ self.adamss_newB[name].to(A[0])
         order = torch.argsort(self.labels[name], stable=True).to(P.device)
         stacked = torch.block_diag(*B)  # clusters one after another
@@ -174,7 +174,7 @@ class AdamssModel(TunerModel):
     def _subspaces(self, name: str) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         for layer in self.layers():
             if isinstance(layer, AdamssLayer) and name in layer:
-                yield from zip(layer.adamss_A[name], layer.adamss_B[name], strict=True)
+                yield from zip(layer.adamss_A[name], layer.adamss_B[name], strict=True)  # type: ignore
 
     def update_and_allocate(self, global_step: int) -> None:
         """Adaptive subspace allocation; call it after each optimizer step, before the gradients are cleared."""

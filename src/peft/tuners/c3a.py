@@ -85,7 +85,7 @@ class C3AModel(TunerModel):
     layer_cls = C3ALayer
     unsupported_error = TypeError
     example = {"block_size": 8, "init_weights": True}
-    inexact_gradients = ("PUBLISHED_INPUT_GRADIENT",)
+    inexact_gradients = {"c3a.PUBLISHED_INPUT_GRADIENT": False}
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
         return cfg.with_values(block_size=pattern_value(cfg.block_size_pattern, key, cfg.block_size))

@@ -97,7 +97,7 @@ class FrodLayer(AdapterLayer):
         w, v = W.double().cpu(), V.double().cpu()
         try:
             B = torch.linalg.solve(v, w.T).T
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore
             B = w @ torch.linalg.pinv(v, rtol=1e-6).T
         scale = B.norm(dim=0)
         U = torch.where(scale > 1e-12, B / scale.clamp(min=1e-12), torch.zeros_like(B))

@@ -110,8 +110,7 @@ class GloraLayer(AdapterLayer):
             return None
         c = self._value(self.glora_C, name)
         moved = 0.0 if isinstance(c, float) else (self.base_weight().to(c.dtype) @ c)[:, 0]
-        change = bias * self._value(self.glora_D, name) + self._value(self.glora_E, name) + moved
-        return change
+        return bias * self._value(self.glora_D, name) + self._value(self.glora_E, name) + moved
 
 
 @register_method("glora", config=GloraConfig)

@@ -97,8 +97,8 @@ class GraloraLayer(AdapterLayer):
         h = h.unflatten(-1, (k, -1)).permute(2, 1, 0, 3).flatten(2)  # [k_out, N, k_in · r/k]
         out = torch.bmm(h, B).transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
         if self.hybrid_r[name]:
-            z = F.linear(x, self.gralora_A_general[name].weight) * scale
-            out = out + F.linear(z, self.gralora_B_general[name].weight)
+            z = F.linear(x, self.gralora_A_general[name].weight) * scale  # type: ignore
+            out = out + F.linear(z, self.gralora_B_general[name].weight)  # type: ignore
         return out
 
     def delta_weight(self, name: str) -> torch.Tensor:
@@ -106,7 +106,7 @@ class GraloraLayer(AdapterLayer):
         blocks = torch.einsum("nijs,jnso->joni", A.unflatten(-1, (k, -1)), B.unflatten(1, (k, -1)))
         delta = blocks.reshape(self.out_features, self.in_features)
         if self.hybrid_r[name]:
-            delta = delta + self.gralora_B_general[name].weight @ self.gralora_A_general[name].weight
+            delta = delta + self.gralora_B_general[name].weight @ self.gralora_A_general[name].weight  # type: ignore
         return delta * self.scaling[name]
 
 

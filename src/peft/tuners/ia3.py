@@ -58,8 +58,8 @@ class IA3Layer(AdapterLayer):
         features = (base.in_channels if self.kind.is_conv else self.in_features) if inner else self.out_features
         kernel = (1,) * getattr(self.kind, "ndim", 0)
         shape = (1, features, *kernel) if kernel or inner else (features, 1)
-        drawn = torch.randn(shape)  # drawn in any case: the published library consumes it too
-        self.ia3_l[name] = nn.Parameter(torch.ones(shape) if cfg.init_ia3_weights else drawn)
+        drawn = torch.randn(shape)  # drawn in any case: the published library consumes it too  # type: ignore
+        self.ia3_l[name] = nn.Parameter(torch.ones(shape) if cfg.init_ia3_weights else drawn)  # type: ignore
 
     def _scale(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x * self.kind.per_feature(self.ia3_l[name].flatten(), x)

@@ -122,5 +122,5 @@ def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 @register_method("loha", config=LoHaConfig, prefix="hada_", mixed=True)
 class LoHaModel(LycorisTuner):
     layer_cls = LoHaLayer
-    inexact_gradients = ("PUBLISHED_TUCKER_GRADIENT",)
+    inexact_gradients = {"loha.PUBLISHED_TUCKER_GRADIENT": False}
     example = {"r": 2, "alpha": 4}

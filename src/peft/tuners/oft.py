@@ -95,7 +95,7 @@ class OFTRotationModule(nn.Module):
                 v.data.copy_(inside)  # projected gradient descent: the optimizer goes on from the projected point
             else:  # values are projected, gradients pass straight through
                 v = v + (inside - v.detach())
-        Q = cayley.skew(v, self.oft_block_size, self.rows, self.cols)
+        Q = cayley.skew(v, self.oft_block_size, self.rows, self.cols)  # type: ignore
         R = cayley.cayley_series(Q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley.cayley(Q)
         if self.training and self.dropout > 0:
             keep = torch.rand(R.shape[0], 1, 1, device=R.device) >= self.dropout

@@ -119,7 +119,7 @@ class OSFLayer(AdapterLayer):
 @register_method("osf", config=OSFConfig)
 class OSFModel(TunerModel):
     layer_cls = OSFLayer
-    inexact_gradients = ("PROJECT_GRADIENTS",)
+    inexact_gradients = {"osf.PROJECT_GRADIENTS": False}
 
     def default_targets(self, cfg: Any, model: nn.Module) -> Any:
         """The method's own table; every linear layer of unknown architectures."""

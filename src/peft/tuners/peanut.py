@@ -92,7 +92,7 @@ class PeanutLayer(AdapterLayer):
     def _hidden(self, name: str) -> torch.Tensor:
         """H [in, r]"""
         f, A = self.act_fn[name], self.peanut_A[name].weight
-        H = f(F.linear(self.base_weight().to(A.dtype).T, A))
+        H = f(F.linear(self.base_weight().to(A.dtype).T, A))  # type: ignore
         kept = []
         for layer in self.peanut_encoders[name]:  # type: ignore[union-attr]
             kept.append(H)
@@ -102,7 +102,7 @@ class PeanutLayer(AdapterLayer):
         return H
 
     def factors(self, name: str) -> Factors:
-        return Factors(self._hidden(name).T, self.peanut_B[name].weight, self.scaling[name])
+        return Factors(self._hidden(name).T, self.peanut_B[name].weight, self.scaling[name])  # type: ignore
 
 
 @register_method("peanut", config=PeanutConfig)

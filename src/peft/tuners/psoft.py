@@ -98,7 +98,7 @@ class OrthLayer(nn.Module):
         """R [r, r]."""
         R, cfg = self.weight, self.cfg
         if cfg.psoft_orth:
-            Q = cayley.skew(self.weight, self.r, self.rows, self.cols)
+            Q = cayley.skew(self.weight, self.r, self.rows, self.cols)  # type: ignore
             if not cfg.use_cayley_neumann:
                 R = cayley.cayley(-Q)  # published sign: (I + Q)(I - Q)⁻¹
             else:

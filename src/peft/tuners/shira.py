@@ -26,10 +26,10 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
     generator = torch.Generator(device="cpu")
     if random_seed is not None:
         generator.manual_seed(random_seed)
-    chosen = torch.randperm(shape.numel(), generator=generator, device="cpu")[: r * (shape[0] + shape[1])]
-    mask = torch.zeros(shape.numel(), device="cpu")
+    chosen = torch.randperm(shape.numel(), generator=generator, device="cpu")[: r * (shape[0] + shape[1])]  # type: ignore
+    mask = torch.zeros(shape.numel(), device="cpu")  # type: ignore
     mask[chosen] = 1.0
-    return mask.view(shape)
+    return mask.view(shape)  # type: ignore
 
 
 @dataclass

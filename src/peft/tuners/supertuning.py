@@ -85,8 +85,8 @@ class SupertuningLayer(AdapterLayer):
         self.supertuning_indices[name] = self._positions(n, cfg.select_top)
         if cfg.r:
             A, B = self.kind.low_rank(self.get_base_layer(), cfg.r)
-            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-            nn.init.zeros_(B.weight) if cfg.init_weights else nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))  # type: ignore
+            nn.init.zeros_(B.weight) if cfg.init_weights else nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))  # type: ignore
             self.supertuning_lora_A[name], self.supertuning_lora_B[name] = A, B
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class SupertuningLayer(AdapterLayer):
         sparse = self._sparse(name)
         if not self.supertuning_rank[name]:
             return sparse
-        low_rank = self.supertuning_lora_B[name].weight @ self.supertuning_lora_A[name].weight
+        low_rank = self.supertuning_lora_B[name].weight @ self.supertuning_lora_A[name].weight  # type: ignore
         return sparse + low_rank * (self.supertuning_lora_alpha[name] / self.supertuning_rank[name])
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -129,11 +129,11 @@ class TinyLoraModel(TunerModel):
         dtype = next((m.weight.dtype for m in targets.values() if m.weight.dtype.is_floating_point), torch.float32)
         vectors = {}
         for group in sorted({g for _, g in self._places.values()}):
-            v = torch.zeros(cfg.u, dtype=dtype)
+            v = torch.zeros(cfg.u, dtype=dtype)  # type: ignore
             if cfg.init_weights == "uniform":
                 v.uniform_(-cfg.init_v_bound, cfg.init_v_bound)
             elif cfg.init_weights is False:
-                v = torch.randn(cfg.u, dtype=dtype)
+                v = torch.randn(cfg.u, dtype=dtype)  # type: ignore
             vectors[str(group)] = nn.Parameter(v)
         self.tinylora_v[name] = nn.ParameterDict(vectors)
 

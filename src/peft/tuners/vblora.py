@@ -142,7 +142,7 @@ class VBLoRAModel(TunerModel):
         if len(out) != len(state):
             for layer in self.layers():
                 if name in layer:
-                    layer.topk_only[name] = True
+                    layer.topk_only[name] = True  # type: ignore
         return out
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
