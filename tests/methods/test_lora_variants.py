@@ -1,6 +1,8 @@
 """LoRA variants: DoRA, aLoRA, BD-LoRA, KaSA, MonteCLoRA, VeLoRA, QA-LoRA, Arrow; intruder dimensions."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -318,6 +320,45 @@ def test_velora_once_and_random():
     assert torch.equal(layer.lora_velora_embed["default"], first)
     model = adapted(targets=["0"], velora_config=VeloraConfig(num_groups=2, init_type="random"))
     assert layer_of(model, "0").lora_velora_embed["default"].norm() == pytest.approx(1.0, abs=1e-5)
+
+
+# ---- QA-LoRA
+class BaseQuantLinear(nn.Module):
+    """Stands in for a GPTQ layer: the weight is for its own kernel only."""
+
+    __module__ = "gptqmodel.nn_modules"
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = 8, 6, None
+        self.register_buffer("qweight", torch.zeros(2, 6, dtype=torch.int32))
+
+    def forward(self, x):
+        return x[..., :6]
+
+
+def test_qalora_pools_over_groups(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gptqmodel", types.ModuleType("gptqmodel"))
+    cfg = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_qalora=True, qalora_group_size=4)
+    model = get_peft_model(nn.Sequential(BaseQuantLinear()), cfg)
+    layer = layer_of(model, "0")
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert A.shape == (2, 2)
+    B.data.normal_()
+    pooled = torch.stack([x8[..., :4].mean(-1), x8[..., 4:].mean(-1)], -1) * 2
+    torch.testing.assert_close(model(x8), x8[..., :6] + 1.5 * pooled @ A.T @ B.T)
+    with pytest.raises((NotImplementedError, TypeError)):
+        model.merge_adapter()
+    for kwargs, error in (
+        ({"use_dora": True}, ValueError),
+        ({"init_lora_weights": "pissa"}, TypeError),
+        ({"qalora_group_size": 3}, ValueError),
+    ):
+        options = {"r": 2, "target_modules": ["0"], "use_qalora": "qalora_group_size" in kwargs, **kwargs}
+        with pytest.raises(error):
+            get_peft_model(nn.Sequential(BaseQuantLinear()), LoraConfig(**options))
+    with pytest.warns(UserWarning, match="GPTQ"):
+        adapted(use_qalora=True)
 
 
 # ---- Arrow

@@ -2,6 +2,7 @@
 """LoRA. Names that need more code than a plain adapter are loaded when they are used."""
 
 import importlib
+import importlib.util
 from typing import Any
 
 from .config import (
@@ -55,7 +56,13 @@ _ADDRESSES = (
 )  # fmt: skip
 
 
+# These exist only where their package is installed, which is what code asks for by importing them.
+_NEED = {"Linear4bit": "bitsandbytes", "Linear8bitLt": "bitsandbytes", "EetqLoraLinear": "eetq"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _NEED and importlib.util.find_spec(_NEED[name]) is None:
+        raise AttributeError(f"{name} needs the package {_NEED[name]}, which is not installed.")
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     if name in _ADDRESSES:

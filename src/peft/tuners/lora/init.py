@@ -18,6 +18,7 @@ from torch import nn
 
 from ...config import nearest
 from ...core import kinds
+from ...storage.base import resolve
 
 if TYPE_CHECKING:
     from .layer import LoraLayer
@@ -234,6 +235,8 @@ def check(cfg: Any, key: str, kind: type[kinds.LayerKind], base: nn.Module) -> N
         raise ValueError(f"{text}; attention modules and raw parameters take True, False and 'gaussian'.")
     if function in _READ_BASE:
         weight = getattr(base, kind.weight_name, None)
+        if not resolve(base).readable:
+            raise TypeError(f"{text}: a {resolve(base).label} weight cannot be read.")
         if function is not olora and (weight is None or weight.dtype not in ALLOWED_COMPUTE_DTYPES):
             raise TypeError(
                 f"{text}: it needs a float weight. Load the base model in float32, float16 or bfloat16, or "

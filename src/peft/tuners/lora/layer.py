@@ -326,3 +326,9 @@ for _cls in (Conv1d, Conv2d, Conv3d, Embedding):
 
 from .substituted import MultiheadAttention as MultiheadAttention  # noqa: E402
 from .substituted import ParamWrapper as ParamWrapper  # noqa: E402
+from .substituted import _LoraParameterProxy as _LoraParameterProxy  # noqa: E402
+
+
+def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+    """The transposed weight if `fan_in_fan_out` (published helper; layer kinds know their orientation)."""
+    return weight.T if fan_in_fan_out else weight

@@ -48,6 +48,8 @@ class LoraModel(TunerModel):
         super().check_config(name, cfg)
         variant_class(cfg)
         init.scheme(cfg.init_lora_weights)
+        if cfg.megatron_config:
+            warnings.warn("megatron_config has no effect: Megatron's parallel layers are not supported.", stacklevel=5)
         others = [c for n, c in self.peft_config.items() if n != name and isinstance(c, LoraConfig)]
         if any(bool(c.kasa_config) != bool(cfg.kasa_config) for c in others):
             raise ValueError(
@@ -128,6 +130,8 @@ class LoraModel(TunerModel):
 
     def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
         self._set_orientation(cfg, layers)
+        if cfg.use_qalora and not any(layer.storage.label == "gptq" for layer in layers.values()):
+            warnings.warn("use_qalora has no effect: none of the adapted layers is a GPTQ layer.", stacklevel=6)
         if getattr(cfg, "target_modules_to_tie", None):
             from .tied import tie_layers
 

@@ -129,15 +129,34 @@ class ParamWrapper(LoraLayer, _of_kind=True):
 
     def substituted_weight(self, names: tuple[str, ...]) -> torch.Tensor:
         weight = self.base_weight()
+        dtype = weight.dtype
         for name in names:
             f = self.factors(name)
+            if weight.dtype.itemsize == 1:  # float8 has no arithmetic
+                weight = weight.to(f.A.dtype)
             if f.dropout > 0.0 and self.training:
                 f = f._replace(A=f.A * nn.functional.dropout(torch.ones_like(f.A[0]), f.dropout))
             weight = weight + self.product(f)
+        if dtype.itemsize == 1:
+            weight = weight.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
         return weight
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
         return None
+
+
+class _LoraParameterProxy(nn.Module):
+    """For `torch.nn.utils.parametrize`: W -> W + delta_weight.
+
+    The library itself does not parametrise; others build on it.
+    """
+
+    def __init__(self, delta_weight: torch.Tensor):
+        super().__init__()
+        self.delta_weight = delta_weight
+
+    def forward(self, W: torch.Tensor) -> torch.Tensor:
+        return W + self.delta_weight
 
 
 LoraLayer.by_kind["MultiheadAttention"] = MultiheadAttention

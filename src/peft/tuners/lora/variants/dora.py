@@ -31,6 +31,15 @@ class Dora(LoraVariant):
     quantised = True
     additive = False
 
+    @classmethod
+    def check(cls, cfg: Any, key: str, kind: Any, layer_storage: Any, base: nn.Module) -> None:
+        super().check(cfg, key, kind, layer_storage, base)
+        if not layer_storage.readable:
+            raise ValueError(
+                f"DoRA needs the weight of {key!r}, but a {layer_storage.label} weight cannot be read. "
+                "Set use_dora=False."
+            )
+
     def create(self, layer: Any, name: str, cfg: Any) -> None:
         A, _, _ = self._matrices(layer, name)
         size = (1, layer.out_features, *(1,) * layer.kind.ndim) if layer.kind.is_conv else (layer.out_features,)
