@@ -5,7 +5,6 @@ In training A becomes A + Σ_n w_n·noise_n, with weights w from a (logistic-nor
 Wishart-drawn variance; in evaluation the adapter is plain LoRA.
 """
 
-import warnings
 from typing import Any
 
 import torch
@@ -39,8 +38,8 @@ class Sampler(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_live": None}  # a graph can't be copied
 
-    def noise(self) -> torch.Tensor | None:
-        """Σ_n w_n·noise_n as an addition to A, [r, in]; None when the draw failed."""
+    def noise(self) -> torch.Tensor:
+        """Σ_n w_n·noise_n as an addition to A, [r, in]."""
         v, w = self._variance(), self._weights()
         Z = torch.randn(self.num_samples, self.in_features, self.r, device=v.device, dtype=v.dtype)
         self._live = (v, w)
@@ -48,10 +47,8 @@ class Sampler(nn.Module):
             self.gaussian_var_prior.copy_(torch.diag(v))
             self.expert_weights.copy_(w)
         noise = torch.einsum("n,nir->ri", w, Z) * v.sqrt()[:, None] * self.sample_scaler
-        if not torch.isfinite(noise).all():
-            warnings.warn("MonteCLoRA drew values that are not finite; the adapter acts without noise.", stacklevel=3)
-            return None
-        return noise
+        # entries that are not finite act as no noise; a branch on data would break the graph of torch.compile
+        return torch.nan_to_num(noise, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _variance(self) -> torch.Tensor:
         """diag(S Ω Sᵀ) with S = diag(exp(std_prior)), Ω Wishart with r degrees of freedom by Bartlett's
@@ -118,8 +115,7 @@ class MonteCLora(LoraVariant):
         f = layer.plain_factors(name)
         if not layer.training:
             return f
-        noise = layer.lora_monteclora_sampler[name].noise()
-        return f if noise is None else f._replace(A=f.A + noise.to(f.A.dtype))
+        return f._replace(A=f.A + layer.lora_monteclora_sampler[name].noise().to(f.A.dtype))
 
     def static_factors(self, layer: Any, name: str) -> Factors:
         return layer.plain_factors(name)
