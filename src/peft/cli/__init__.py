@@ -8,6 +8,7 @@ command runs, so that help and errors come at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CliError as error:
         print(f"peft {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `peft inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"peft {args.command}: interrupted", file=sys.stderr)
         return 130
