@@ -7,6 +7,8 @@ with these names asks what kind of weight is below.
 
 from typing import Any
 
+from torch import nn
+
 from .layer import LoraLayer
 
 
@@ -24,8 +26,8 @@ class Linear8bitLt(metaclass=Over):
 
     labels = ("bnb 8bit",)
 
-    def __new__(cls, *args: Any, **kwargs: Any):
-        return LoraLayer.by_kind["Linear"](*args, **kwargs)
+    def __new__(cls, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any):
+        return LoraLayer.by_kind["Linear"](base_layer, adapter_name, config, **kwargs)
 
 
 class Linear4bit(Linear8bitLt):
