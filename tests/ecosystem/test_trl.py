@@ -28,7 +28,8 @@ WORDS = [
     "<s>",
     "</s>",
     "<unk>",
-    *"the a red green blue cat dog bird runs sleeps sings and not very is was here there".split(),
+    *("the", "a", "red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "sings", "and", "not", "very"),
+    *("is", "was", "here", "there"),
 ]
 SIZES = {
     "vocab_size": 32,
