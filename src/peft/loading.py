@@ -159,7 +159,10 @@ def _strip(model: nn.Module, adapter_name: str) -> None:
     parts: Any = [m for m in model.modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper))]
     for part in parts:
         part.drop(adapter_name)
-    if configs or not parts or not issubclass(tuner, TunerModel):
+    if configs or not issubclass(tuner, TunerModel):
+        return
+    tuner.strip(model)
+    if not parts:
         return
     parts[0].switch.set_active(())  # so that saved modules give way to their originals
     shell = tuner.__new__(tuner)
@@ -249,18 +252,9 @@ def _put(model: "PeftModel", name: str, weights: dict, ignore: bool, low_cpu: bo
     from .io.state_dict import load_adapter_state
 
     options: Any = {"ignore_mismatched_sizes": ignore, "low_cpu_mem_usage": low_cpu, "source": source}
-    tuner = model.base_model
     if hasattr(type(model), "_nested_keys"):
         weights = model._nested_keys(weights, name)
-    if getattr(model.peft_config[name], "is_adaption_prompt", False) and tuner.active_adapter != name:
-        before = tuner.active_adapter  # its weights are in the model only while it is active
-        tuner.set_adapter(name)
-        try:
-            report = load_adapter_state(model, weights, name, **options)
-        finally:
-            tuner.set_adapter(before)
-    else:
-        report = load_adapter_state(model, weights, name, **options)
+    report = load_adapter_state(model, weights, name, **options)
     if report.not_finite:
         warnings.warn(
             f"The adapter weights in {source} hold NaN: {report.not_finite[:8]}. The run that wrote them diverged.",

@@ -17,17 +17,17 @@ from torch import nn
 from ..config import PeftConfig
 from . import kinds, match, tied, trainable
 from .context import Switch
-from .inject import Injection, InjectionReport, walk
+from .inject import Injection, InjectionReport
 from .layer import AdapterLayer
-from .offload import onload_layer
 from .slots import BufferDict
 from .targets import default_targets, table_of_method
+from .unload import WholeModelMerge
 from .wrappers import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
-class TunerModel(nn.Module):
+class TunerModel(WholeModelMerge, nn.Module):
     """A base model with the adapters of one method; `tuner.model` is the user's model, changed in place."""
 
     prefix: str
@@ -182,6 +182,16 @@ class TunerModel(nn.Module):
     def on_delete(self, name: str) -> None:
         """Drop what the tuner itself holds for adapter `name`."""
 
+    def own_tensors(self, name: str) -> Iterator[tuple[str, str, nn.Module, str]] | None:
+        """(key in the file, name in memory, owner, attribute) of saved tensors outside adapter layers, names relative to
+        the tuner; None: what its containers hold.
+        """
+        return None
+
+    @classmethod
+    def strip(cls, model: nn.Module) -> None:
+        """Take off `model` what this method put on it besides adapter layers."""
+
     # ---- facts ---------------------------------------------------------------------------------------------
     @property
     def method_label(self) -> str:
@@ -245,12 +255,7 @@ class TunerModel(nn.Module):
     ) -> None:
         """Add adapter `adapter_name` (its configuration is in `peft_config`) to `model`; a failure changes nothing."""
         cfg = self.peft_config[adapter_name]
-        if not adapter_name or "." in adapter_name:
-            raise KeyError(
-                f"Adapter name {adapter_name!r} can't be empty or contain a dot: it becomes part of parameter names."
-            )
-        if adapter_name == "__base__":
-            raise ValueError("The adapter name '__base__' is reserved: in `adapter_names` it means the base model.")
+        self.check_name(adapter_name)
         self.check_config(adapter_name, cfg)
         self.convert_config(cfg, model)
         tied.check(self, cfg, model)
@@ -290,6 +295,15 @@ class TunerModel(nn.Module):
         except BaseException:
             self.peft_config.pop(name, None)
             raise
+
+    @staticmethod
+    def check_name(adapter_name: str) -> None:
+        if not adapter_name or "." in adapter_name:
+            raise KeyError(
+                f"Adapter name {adapter_name!r} can't be empty or contain a dot: it becomes part of parameter names."
+            )
+        if adapter_name == "__base__":
+            raise ValueError("The adapter name '__base__' is reserved: in `adapter_names` it means the base model.")
 
     def convert_config(self, cfg: Any, model: nn.Module) -> None:
         """Rewrite a configuration made for another layout of the same architecture (LoRA on fused experts)."""
@@ -405,85 +419,6 @@ class TunerModel(nn.Module):
             layer._local = None
         self.switch.set_disabled(not enabled)
 
-    # ---- merging -------------------------------------------------------------------------------------------
-    def _check_merge_allowed(self) -> None:
-        """Raise when merging is impossible for the model as a whole."""
-        tied.untie_for_merge(self)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters (default: the active ones) into the base weights, keeping the layers so that they can be
-        unmerged.
-        """
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
-        self._check_merge_allowed()
-        for layer in reversed(self.layers()):  # of nested layers the inner one first
-            with onload_layer(layer):
-                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Take merged adapters out again, in the opposite order of merging: tied weights and nested layers get back
-        what they were.
-        """
-        for layer in self.layers():
-            with onload_layer(layer):
-                layer.unmerge()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """Merge and take all adapter layers away; returns the base model (the same object, changed in place)."""
-        return self._unload(True, progressbar, safe_merge, adapter_names)
-
-    def unload(self) -> nn.Module:
-        """Take all adapter layers away without merging; returns the base model."""
-        return self._unload(False)
-
-    def _unload(
-        self, merge: bool, progressbar: bool = False, safe_merge: bool = False, names: list[str] | None = None
-    ) -> nn.Module:
-        if isinstance(names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got the str {names!r}.")
-        if merge:
-            self._check_merge_allowed()
-            if safe_merge:  # nothing is taken away when one layer refuses
-                self.merge_adapter(names, safe_merge=True)
-        nodes = [n for n in walk(self.model) if isinstance(n.module, (AdapterLayer, AuxiliaryTrainingWrapper))]
-        for node in _progress(nodes, progressbar, "Unloading " + ("and merging " if merge else "") + "model"):
-            self._unload_node(node.parent, node.leaf, node.module, merge, names)
-        self.forget_layers()
-        tied.after_unload(self.model)
-        self.model.__dict__.pop("peft_config", None)
-        return self.model
-
-    def _unload_node(
-        self, parent: nn.Module, leaf: str, module: nn.Module, merge: bool, names: list[str] | None
-    ) -> None:
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            setattr(parent, leaf, module.unload(merge))
-            return
-        assert isinstance(module, AdapterLayer)
-        chain = [module]
-        while isinstance(chain[-1].base_layer, AdapterLayer):
-            chain.append(chain[-1].base_layer)
-        with onload_layer(module):
-            for layer in reversed(chain):
-                if merge and layer.mergeable is False and any(n in layer for n in (names or self.active_adapters)):
-                    raise TypeError(layer._cannot_merge())
-                if merge:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # "already merged" is what safe_merge just did
-                        layer.merge(
-                            adapter_names=names, keep=layer is not module
-                        )  # outer ones may need the pristine weight
-                elif layer.merged:
-                    layer.unmerge()
-        base = module.get_base_layer()
-        setattr(parent, leaf, base)
-        for name, child in list(base.named_children()):
-            if isinstance(child, AdapterLayer):  # out_proj of an attention module
-                self._unload_node(base, name, child, merge, names)
-
     # ---- the rest ------------------------------------------------------------------------------------------
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter everywhere. If it was active: the other active ones stay, else the first remaining one
@@ -543,11 +478,3 @@ def find_parts(model: nn.Module) -> tuple[list[AdapterLayer], list[AuxiliaryTrai
         elif module._modules:
             stack += reversed(module._modules.values())
     return layers, wrappers
-
-
-def _progress(items: list, show: bool, text: str) -> Iterator:
-    if not show:
-        return iter(items)
-    from tqdm import tqdm
-
-    return iter(tqdm(items, desc=text))

@@ -27,6 +27,9 @@ def _base_modules(module: nn.Module, name: str, path: str) -> Iterator[tuple[str
         else:
             yield from _base_modules(module.get_submodule("original_module"), name, _join(path, "original_module"))
         return
+    if inner := getattr(type(module), "base_attribute", None):  # a module put around one of the base model's
+        yield from _base_modules(module.get_submodule(inner), name, _join(path, inner))
+        return
     yield name, path, module
     for child_name, child in module._modules.items():
         if child is not None:

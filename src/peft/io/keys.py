@@ -216,6 +216,11 @@ def layer_entries(path: str, layer: AdapterLayer, name: str, with_shared: bool =
 
 def tuner_entries(path: str, tuner: TunerModel, name: str) -> Iterator[Entry]:
     """Saved tensors of adapter `name` that the tuner holds for all layers."""
+    own = tuner.own_tensors(name)
+    if own is not None:
+        for file, memory, owner, attr in own:
+            yield Entry(_join(path, file), clean(_join(path, memory)), owner, attr)
+        return
     for slot, container in tuner._modules.items():
         if slot != "model" and container is not None and _is_container(container):
             yield from _container_entries(_join(path, slot), container, name, False, None, "shared")
