@@ -70,7 +70,13 @@ def test_checkpoint_holds_the_adapter_only(tmp_path: Path) -> None:
     train(model, tmp_path / "run", max_steps=4, save_strategy="steps", save_steps=4)
     folder = tmp_path / "run" / "checkpoint-4"
     found = tiny.files(folder)
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "trainer_state.json", "optimizer.pt"} <= found
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+        "trainer_state.json",
+        "optimizer.pt",
+    } <= found
     assert not found & {"model.safetensors", "config.json", "pytorch_model.bin"}
     assert "library_name: peft" in (folder / "README.md").read_text()
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "base")
@@ -89,7 +95,9 @@ def _named(folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}, {"modules_to_save": ["lm_head"]}], ids=str
+)
 def test_resume_is_bitwise(tmp_path: Path, options: dict) -> None:
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     whole = adapted(lora(**options))
@@ -154,7 +162,9 @@ def test_best_model_at_end(tmp_path: Path) -> None:
     stored = load_file(Path(best) / "adapter_model.safetensors")
     live = peft.get_peft_model_state_dict(model)
     assert tiny.same(stored, live)
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == [n for n, _ in model.named_parameters() if "lora_" in n]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        n for n, _ in model.named_parameters() if "lora_" in n
+    ]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -206,7 +216,9 @@ def test_classification_head(tmp_path: Path) -> None:
     original = head.original_module.weight.detach().clone()
     trainer = train(model, tmp_path, tiny.Classes(), max_steps=24, save_strategy="steps", save_steps=24)
     assert trainer.label_names == ["labels"] and tiny.falls(tiny.losses(trainer))
-    assert torch.equal(original, head.original_module.weight) and not torch.equal(original, head.modules_to_save.default.weight)
+    assert torch.equal(original, head.original_module.weight) and not torch.equal(
+        original, head.modules_to_save.default.weight
+    )
     again = peft.PeftModel.from_pretrained(tiny.bert(), tmp_path / "checkpoint-24")
     assert isinstance(again, peft.PeftModelForSequenceClassification)
     assert torch.equal(tiny.logits(again), tiny.logits(model.eval()))
@@ -216,7 +228,9 @@ METHODS = {
     "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
     "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    "ia3": lambda: peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3": lambda: peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
     "oft": lambda: peft.OFTConfig(task_type="CAUSAL_LM", target_modules=TARGETS, oft_block_size=8),
     "vera": lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"], r=4),
     "tokens": lambda: peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=list(range(3, 60))),
@@ -235,7 +249,9 @@ def test_other_methods(tmp_path: Path, method: str) -> None:
     )  # fmt: skip
     assert tiny.falls(tiny.losses(trainer), 0.99), tiny.losses(trainer)
     assert tiny.same(before, tiny.base_tensors(model))
-    again = peft.PeftModel.from_pretrained(tiny.llama(), trainer.state.best_model_checkpoint if method != "p-tuning" else tmp_path / "checkpoint-6")
+    again = peft.PeftModel.from_pretrained(
+        tiny.llama(), trainer.state.best_model_checkpoint if method != "p-tuning" else tmp_path / "checkpoint-6"
+    )
     assert tiny.close(tiny.logits(again), tiny.logits(model.eval()), 1e-6)
 
 
@@ -280,7 +296,9 @@ def test_seq2seq_trainer(tmp_path: Path) -> None:
     trainer.train()
     assert tiny.falls(tiny.losses(trainer))
     prediction = trainer.predict(tiny.Texts(4), max_length=6)
-    expected = model.generate(input_ids=tiny.Texts(4).tokens, attention_mask=torch.ones(4, 12, dtype=torch.long), max_length=6)
+    expected = model.generate(
+        input_ids=tiny.Texts(4).tokens, attention_mask=torch.ones(4, 12, dtype=torch.long), max_length=6
+    )
     assert (torch.tensor(prediction.predictions)[:, : expected.shape[1]] == expected).all()
 
 

@@ -32,7 +32,9 @@ def llama(cls: type = tf.LlamaForCausalLM, **changes: Any) -> Any:
 
 
 def gpt2(cls: type = tf.GPT2LMHeadModel) -> Any:
-    config = tf.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2)
+    config = tf.GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+    )
     return _make(cls, config)
 
 
@@ -43,13 +45,23 @@ def bert(cls: type = tf.BertForSequenceClassification, **changes: Any) -> Any:
 
 def t5() -> Any:
     config = tf.T5Config(
-        vocab_size=VOCAB, d_model=WIDTH, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+        vocab_size=VOCAB,
+        d_model=WIDTH,
+        d_ff=48,
+        d_kv=8,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
     )
     return _make(tf.T5ForConditionalGeneration, config, scale=1.0)
 
 
 def mixtral(**changes: Any) -> Any:
-    return _make(tf.MixtralForCausalLM, tf.MixtralConfig(**{**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, **changes}))
+    return _make(
+        tf.MixtralForCausalLM,
+        tf.MixtralConfig(**{**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, **changes}),
+    )
 
 
 def qwen3_moe(**changes: Any) -> Any:
@@ -82,7 +94,11 @@ class Texts(torch.utils.data.Dataset):
         return len(self.tokens)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.tokens[i], "attention_mask": torch.ones_like(self.tokens[i]), "labels": self.tokens[i]}
+        return {
+            "input_ids": self.tokens[i],
+            "attention_mask": torch.ones_like(self.tokens[i]),
+            "labels": self.tokens[i],
+        }
 
 
 class Classes(Texts):
@@ -99,7 +115,9 @@ def tokenizer() -> Any:
     words["<pad>"], words["<s>"], words["</s>"] = words.pop("w0"), words.pop("w1"), words.pop("w2")
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>")
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
 
 
 # ---- comparisons

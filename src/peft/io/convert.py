@@ -322,6 +322,8 @@ def build_peft_weight_mapping(
     if not prefixes:
         prefixes = {m.prefix for m in methods().values()}
     mapping: list[Any] = [WeightRenaming("base_model.model.model.", "model."), WeightRenaming("base_model.model.", "")]
+    if getattr(peft_config, "use_dora", False):  # the only entry of a module that files know without `.weight`
+        mapping.append(WeightRenaming("lora_magnitude_vector$", "lora_magnitude_vector.weight"))
     mapping += [WeightRenaming(rf"({prefix}[^\.]*)", rf"\1.{adapter_name}") for prefix in sorted(prefixes)]
     alone = _fused_alone(peft_config)
     for conversion in weight_conversions:
