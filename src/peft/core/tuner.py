@@ -183,7 +183,8 @@ class TunerModel(WholeModelMerge, nn.Module):
         """Drop what the tuner itself holds for adapter `name`."""
 
     def own_tensors(self, name: str) -> Iterator[tuple[str, str, nn.Module, str]] | None:
-        """(key in the file, name in memory, owner, attribute) of saved tensors outside adapter layers, names relative to
+        """(key in the file, name in memory, owner, attribute) of saved tensors outside adapter layers, names relative
+        to
         the tuner; None: what its containers hold.
         """
         return None

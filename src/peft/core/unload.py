@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging the adapters of a whole model and taking the layers away again: the merging half of TunerModel."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from . import tied
+from .inject import walk
+from .layer import AdapterLayer
+from .offload import onload_layer
+from .wrappers import AuxiliaryTrainingWrapper
+
+
+class WholeModelMerge:
+    """See the methods."""
+
+    def _check_merge_allowed(self: Any) -> None:
+        """Raise when merging is impossible for the model as a whole."""
+        tied.untie_for_merge(self)
+
+    def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (default: the active ones) into the base weights, keeping the layers so that they can be
+        unmerged.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
+        self._check_merge_allowed()
+        for layer in reversed(self.layers()):  # of nested layers the inner one first
+            with onload_layer(layer):
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self: Any) -> None:
+        """Take merged adapters out again, in the opposite order of merging: tied weights and nested layers get back
+        what they were.
+        """
+        for layer in self.layers():
+            with onload_layer(layer):
+                layer.unmerge()
+
+    def merge_and_unload(
+        self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge and take all adapter layers away; returns the base model (the same object, changed in place)."""
+        return self._unload(True, progressbar, safe_merge, adapter_names)
+
+    def unload(self: Any) -> nn.Module:
+        """Take all adapter layers away without merging; returns the base model."""
+        return self._unload(False)
+
+    def _unload(
+        self: Any, merge: bool, progressbar: bool = False, safe_merge: bool = False, names: list[str] | None = None
+    ) -> nn.Module:
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got the str {names!r}.")
+        if merge:
+            self._check_merge_allowed()
+            if safe_merge:  # nothing is taken away when one layer refuses
+                self.merge_adapter(names, safe_merge=True)
+        nodes = [n for n in walk(self.model) if isinstance(n.module, (AdapterLayer, AuxiliaryTrainingWrapper))]
+        for node in _progress(nodes, progressbar, "Unloading " + ("and merging " if merge else "") + "model"):
+            self._unload_node(node.parent, node.leaf, node.module, merge, names)
+        self.forget_layers()
+        tied.after_unload(self.model)
+        self.model.__dict__.pop("peft_config", None)
+        return self.model
+
+    def _unload_node(
+        self: Any, parent: nn.Module, leaf: str, module: nn.Module, merge: bool, names: list[str] | None
+    ) -> None:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            setattr(parent, leaf, module.unload(merge))
+            return
+        assert isinstance(module, AdapterLayer)
+        chain = [module]
+        while isinstance(chain[-1].base_layer, AdapterLayer):
+            chain.append(chain[-1].base_layer)
+        with onload_layer(module):
+            for layer in reversed(chain):
+                if merge and layer.mergeable is False and any(n in layer for n in (names or self.active_adapters)):
+                    raise TypeError(layer._cannot_merge())
+                if merge:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # "already merged" is what safe_merge just did
+                        layer.merge(
+                            adapter_names=names, keep=layer is not module
+                        )  # outer ones may need the pristine weight
+                elif layer.merged:
+                    layer.unmerge()
+        base = module.get_base_layer()
+        setattr(parent, leaf, base)
+        for name, child in list(base.named_children()):
+            if isinstance(child, AdapterLayer):  # out_proj of an attention module
+                self._unload_node(base, name, child, merge, names)
+
+
+def _progress(items: list, show: bool, text: str) -> Iterator:
+    if not show:
+        return iter(items)
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=text))
