@@ -107,7 +107,14 @@ def test_a_prompt_method(train, capsys):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("ia3", []), ("vera", ["--set", "target_modules=q_proj,o_proj"]), ("ln_tuning", [])],
+    [
+        ("ia3", []),
+        ("vera", ["--set", "target_modules=q_proj,o_proj"]),
+        ("ln_tuning", []),
+        ("multitask_prompt_tuning", ["--lr", "0.1"]),
+        ("adaption_prompt", ["--lr", "0.1"]),
+        ("adalora", []),
+    ],
 )
 def test_other_methods(train, capsys, method, options):
     code, out = train("--method", method, *options)
@@ -145,6 +152,7 @@ def test_other_data(train, tmp_path, form, capsys):
         (["--eval-split", "1.5"], "between 0 and 1"),
         (["--max-length", "2"], "--max-length 2"),
         (["--resume"], "no checkpoint"),
+        (["--method", "trainable_tokens", "--set", "token_indices="], "nothing is trainable"),
     ],
 )
 def test_errors_are_one_line(train, capsys, options, message):

@@ -159,6 +159,16 @@ def split_examples(examples: list[Example], fraction: float, seed: int) -> tuple
     return order[held_out:], order[:held_out]
 
 
+def method_inputs(model: Any, rows: int) -> dict[str, Any]:
+    """What a method wants beside tokens: multitask prompts a task for each sequence, here one task for all."""
+    import torch
+
+    config = model.peft_config[model.active_adapter]
+    if config.is_prompt_learning and getattr(config, "num_tasks", None):
+        return {"task_ids": torch.zeros(rows, dtype=torch.long, device=model.device)}
+    return {}
+
+
 def collator(pad_id: int, last_logits_only: bool) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Pads a batch.
 

@@ -41,7 +41,8 @@ def _merges(record: Any) -> str:
 
 def _title(record: Any) -> str:
     """The paper: first line of the docstring of the file that defines the method."""
-    text = (sys.modules[record.tuner.__module__].__doc__ or record.tuner.__doc__ or "").strip()
+    layer = record.layer if record.layer is not None and record.name in record.layer.__module__ else record.tuner
+    text = (sys.modules[layer.__module__].__doc__ or layer.__doc__ or "").strip()
     line = text.splitlines()[0] if text else ""
     return line if len(line) <= 90 else line[:89] + "\u2026"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,8 @@ def _build_config(config_cls: type, chosen: dict[str, Any], args: argparse.Names
         values |= {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     if "num_virtual_tokens" in fields:
         values["num_virtual_tokens"] = 16
+    if "adapter_len" in fields:
+        values |= {"adapter_len": 10, "adapter_layers": job.model.config.num_hidden_layers}
     if "total_step" in fields:
         values["total_step"] = args.steps or max(1, len(job.train) // (args.batch_size * args.accumulate))
     try:
@@ -208,6 +211,8 @@ def _wrap_model(args: argparse.Namespace, job: SimpleNamespace) -> None:
         job.peft_model = get_peft_model(job.model, job.config)
     except (ValueError, TypeError) as error:
         raise CliError(f"{args.method}: {error}") from error
+    if job.peft_model.get_nb_trainable_parameters()[0] == 0:
+        raise CliError(f"{args.method}: nothing is trainable with these options, see `peft methods {args.method}`")
     job.targets = describe_targets(job.peft_model)
     job.parameters = parameter_line(job.peft_model)
     _say(job, f"method   {args.method}", *job.targets.lines, job.parameters)
@@ -222,6 +227,8 @@ def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
     trainer, job.recorder = training.build_trainer(job.peft_model, job.arguments, job.tokenizer, job.train, stop)
     clock = time.perf_counter()
     job.before = training.held_out_loss(trainer, job.held_out)
+    if not math.isfinite(job.before):
+        raise CliError(f"{args.method}: the loss is {job.before} before training, with this model, data and options")
     job.said_before = sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
     job.timings["held-out loss before"] = time.perf_counter() - clock
     _say(job, f"held-out loss before: {job.before:.4f}")

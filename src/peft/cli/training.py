@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import IGNORE, collator
+from .data import IGNORE, collator, method_inputs
 from .errors import CliError
 
 
@@ -173,12 +173,11 @@ def build_trainer(
     update = getattr(model.base_model, "update_and_allocate", None)
     if update is not None:
         callbacks.append(RankBudget(update))
+    pad = collator(tokenizer.pad_token_id, last_logits_only=arguments.n_gpu <= 1 and _takes_last_logits(model))
     trainer = Trainer(
         model=model,
         args=arguments,
-        data_collator=collator(
-            tokenizer.pad_token_id, last_logits_only=arguments.n_gpu <= 1 and _takes_last_logits(model)
-        ),
+        data_collator=lambda rows: pad(rows) | method_inputs(model, len(rows)),
         train_dataset=train,  # type: ignore[arg-type]  # a list is a map-style data set
         processing_class=tokenizer,
         callbacks=callbacks,

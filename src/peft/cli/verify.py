@@ -54,9 +54,14 @@ def verify(trained: Any, adapter: Path, source: str, dtype: Any, rows: list[dict
 def _logits(model: Any, ids: list[Any]) -> list[Any]:
     import torch
 
+    from peft import PeftModel
+
+    from .data import method_inputs
+
     model.eval()
+    extra = method_inputs(model, 1) if isinstance(model, PeftModel) else {}
     with torch.no_grad():
-        return [model(input_ids=row.to(model.device)).logits.float().cpu() for row in ids]
+        return [model(input_ids=row.to(model.device), **extra).logits.float().cpu() for row in ids]
 
 
 def _difference(expected: list[Any], found: list[Any]) -> float:
