@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from tests.ecosystem import tiny
 
 import peft
-from tests.ecosystem import tiny
 
 
 def adapted(base: Any = None, **options: Any) -> peft.PeftModel:
     base = tiny.llama() if base is None else base
     torch.manual_seed(0)
-    config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], **options})
+    config = peft.LoraConfig(
+        **{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
+    )
     return tiny.spread(peft.get_peft_model(base, config)).eval()
 
 
@@ -38,7 +40,9 @@ def test_caches(expected: torch.Tensor, cache: str | None) -> None:
     model = adapted()
     if cache == "quantized":
         pytest.importorskip("hqq")
-        found = generate(model, cache_implementation="quantized", cache_config={"backend": "hqq", "nbits": 8, "residual_length": 64})
+        found = generate(
+            model, cache_implementation="quantized", cache_config={"backend": "hqq", "nbits": 8, "residual_length": 64}
+        )
     else:
         found = generate(model, **({"use_cache": False} if cache is None else {"cache_implementation": cache}))
     assert torch.equal(found, expected)
@@ -53,7 +57,14 @@ def test_cache_objects(expected: torch.Tensor) -> None:
         tf.DynamicCache(config=model.config), tf.StaticCache(config=model.config, max_cache_len=32), tf.DynamicCache(),
     ):  # fmt: skip
         assert torch.equal(generate(model, past_key_values=cache), expected)
-    out = model.generate(**prompt(), max_new_tokens=8, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True)
+    out = model.generate(
+        **prompt(),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
     assert torch.equal(out.sequences, expected) and len(out.scores) == 8
     assert out.past_key_values.get_seq_length() == 13
 
@@ -69,7 +80,9 @@ def test_static_cache_step_by_step() -> None:
     assert tiny.close(torch.cat(parts, 1), whole)
 
 
-@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"do_sample": True, "top_k": 5, "seed": 1}, {"prompt_lookup_num_tokens": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{"num_beams": 3}, {"do_sample": True, "top_k": 5, "seed": 1}, {"prompt_lookup_num_tokens": 2}], ids=str
+)
 def test_decoding_modes(mode: dict) -> None:
     model, merged = adapted(), tiny.clone(adapted()).merge_and_unload()
     options = dict(mode)
@@ -106,13 +119,17 @@ def test_mixed_batch() -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_prompt_methods(cache: str) -> None:
     torch.manual_seed(0)
-    model = peft.get_peft_model(tiny.llama(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    model = peft.get_peft_model(
+        tiny.llama(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    ).eval()
     torch.nn.init.normal_(model.prompt_encoder.default.embedding.weight)
     slow = prompt()["input_ids"][:1]
     for _ in range(5):
         slow = torch.cat([slow, tiny.logits(model, slow)[:, -1:].argmax(-1)], 1)
     options = {} if cache == "dynamic" else {"cache_implementation": cache}
-    found = model.generate(input_ids=prompt()["input_ids"][:1], max_new_tokens=5, do_sample=False, eos_token_id=None, **options)
+    found = model.generate(
+        input_ids=prompt()["input_ids"][:1], max_new_tokens=5, do_sample=False, eos_token_id=None, **options
+    )
     assert torch.equal(found, slow)
 
 

@@ -1,4 +1,6 @@
-"""Adapters on transformers models without a wrapper: add_adapter, load_adapter, set_adapter and what belongs to them."""
+"""Adapters on transformers models without a wrapper: add_adapter, load_adapter, set_adapter and what belongs to
+them.
+"""
 
 import json
 from pathlib import Path
@@ -8,10 +10,10 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from tests.ecosystem import tiny
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tests.ecosystem import tiny
 
 
 def lora(**options: Any) -> peft.LoraConfig:
@@ -46,7 +48,11 @@ def test_add_and_train() -> None:
     model = base
     torch.manual_seed(0)
     assert model.add_adapter(lora()) is None
-    assert model._hf_peft_config_loaded and list(model.peft_config) == ["default"] and model.active_adapters() == ["default"]
+    assert (
+        model._hf_peft_config_loaded
+        and list(model.peft_config) == ["default"]
+        and model.active_adapters() == ["default"]
+    )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 8 and all(".default.weight" in n for n in trained)
     assert torch.equal(tiny.logits(model), tiny.logits(tiny.llama()))
@@ -236,7 +242,9 @@ def test_saved_folder(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base") and config["peft_type"] == "LORA"
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert tiny.same({k.removeprefix("base_model.model."): v for k, v in stored.items()}, model.get_adapter_state_dict())
+    assert tiny.same(
+        {k.removeprefix("base_model.model."): v for k, v in stored.items()}, model.get_adapter_state_dict()
+    )
     assert all(k.startswith("base_model.model.model.layers.") for k in stored)
     add(model, lora(r=2), "second", 3)
     model.set_adapter(["default", "second"])
@@ -374,7 +382,9 @@ def test_generation(two: Any) -> None:
     two.set_adapter("one")
     prompt = tiny.ids(2, 5)
     found = two.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
-    merged = _merged(two, "one").generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    merged = _merged(two, "one").generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False
+    )
     assert torch.equal(found, merged)
 
 

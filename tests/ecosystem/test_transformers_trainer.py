@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from tests.ecosystem import tiny
 
 import peft
-from tests.ecosystem import tiny
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

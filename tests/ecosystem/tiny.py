@@ -21,9 +21,9 @@ def _make(cls: type, config: Any, scale: float = 8.0) -> Any:
     torch.manual_seed(0)
     model = cls(config)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.mul_(scale)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name and "wte" not in name:
+                parameter.mul_(scale)
     return model.eval()
 
 
