@@ -55,10 +55,12 @@ class LoraModel(TunerModel):
             raise ValueError(
                 "KaSA adapters change the base weights: they cannot be mixed with adapters that do not use KaSA."
             )
-        if any(set(c.target_parameters or ()) != set(cfg.target_parameters or ()) for c in others) and (
-            cfg.target_parameters or any(c.target_parameters for c in others)
-        ):
-            raise ValueError("All adapters of a model must have the same `target_parameters`.")
+        targeted = {frozenset(c.target_parameters) for c in [cfg, *others] if c.target_parameters}
+        if cfg.target_parameters and len(targeted) > 1:
+            raise ValueError(
+                "All adapters of a model that adapt parameters must have the same `target_parameters`, got "
+                f"{' and '.join(str(sorted(t)) for t in targeted)}."
+            )
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
