@@ -257,8 +257,8 @@ class TunerModel(WholeModelMerge, nn.Module):
         """Add adapter `adapter_name` (its configuration is in `peft_config`) to `model`; a failure changes nothing."""
         cfg = self.peft_config[adapter_name]
         self.check_name(adapter_name)
-        self.check_config(adapter_name, cfg)
         self.convert_config(cfg, model)
+        self.check_config(adapter_name, cfg)
         tied.check(self, cfg, model)
         self.prepare(cfg, model)
         self.prepare_model(adapter_name, cfg, model)
