@@ -85,7 +85,7 @@ def differences(published, function, is_tuner=False):
             keyword_only = True
             continue
         name, _, default = part.partition("=")
-        name = SYNONYMS.get(name, name) if is_tuner else name
+        name = SYNONYMS.get(name, name) if is_tuner and name not in by_name else name
         known.add(name)
         if name not in by_name:
             if not (default and inspect.Parameter.VAR_KEYWORD in {kind for *_, kind in ours}):

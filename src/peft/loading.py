@@ -92,7 +92,7 @@ def from_pretrained(
         key_mapping = getattr(model, "_checkpoint_conversion_mapping", {})
     if config.is_prompt_learning and is_trainable:
         raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
-    _check_experts(model, model_id, config, kwargs)
+    _find_experts(model, model_id, config, kwargs)
     with _removed_on_error(model, config, adapter_name):
         _set_offload(config, ephemeral_gpu_offload)
         config.inference_mode = not is_trainable
@@ -122,16 +122,21 @@ def _class_for(cls: type["PeftModel"], config: PeftConfig) -> type["PeftModel"]:
     return peft_model_class(config, cls) if issubclass(cls, PeftModel) else cls
 
 
-def _check_experts(model: nn.Module, model_id: str | os.PathLike, config: PeftConfig, kwargs: dict[str, Any]) -> None:
-    """X-LoRA: the folders of the experts cannot be found in a local adapter folder, they must be given."""
-    if type(getattr(model, "base_model", None)).__name__ != "XLoraModel":
-        return
-    if type(config).__name__ != "XLoraConfig":
+def _find_experts(model: nn.Module, model_id: str | os.PathLike, config: Any, kwargs: dict[str, Any]) -> None:
+    """X-LoRA: where the experts are: `adapters={name: folder}`, or the configuration says it; paths may be relative to
+    the adapter's folder.
+    """
+    is_xlora = type(config).__name__ == "XLoraConfig"
+    if type(getattr(model, "base_model", None)).__name__ == "XLoraModel" and not is_xlora:
         raise TypeError(f"Expected 'XLoraConfig', got '{type(config).__name__}' instead.")
-    if "adapters" in kwargs:
-        config.adapters = kwargs["adapters"]  # type: ignore[attr-defined]
-    elif Path(model_id).exists():
-        raise ValueError("A local X-LoRA adapter needs the folders of its experts: pass `adapters={name: folder}`.")
+    if not is_xlora:
+        return
+    if kwargs.get("adapters") is not None:
+        config.adapters = dict(kwargs["adapters"])
+    for name, place in config.adapters.items():
+        in_hub = str(place).startswith("experts/") and not Path(model_id).is_dir()
+        if in_hub or Path(model_id, place).is_dir():
+            config.adapters[name] = os.path.join(model_id, place)
 
 
 @contextlib.contextmanager
@@ -337,6 +342,10 @@ def save_pretrained(
     for folder, state, config in ready:
         folder.mkdir(parents=True, exist_ok=True)
         if is_main_process:
+            from .core.tuner import TunerModel
+
+            if isinstance(model.base_model, TunerModel):
+                model.base_model.save_parts(folder, config, safe_serialization)
             save_adapter(folder, state, config, safe_serialization=safe_serialization)
 
 

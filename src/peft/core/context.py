@@ -23,7 +23,7 @@ class Call:
     adapter_names: tuple[str, ...] | None = None
     task_ids: torch.Tensor | None = None
     alora_offsets: Any = None
-    gates: Any = None  # X-LoRA: per-token gates on the deltas
+    gates: Any = None  # X-LoRA: an object whose `forward(layer, names, x, ...)` weighs the deltas for each token
     rows: dict[str, torch.Tensor] | None = None  # adapter name -> row indices, built once per call
     part: torch.Tensor | None = None  # in a mixed batch: the rows that the layer is computing now
     generating: bool = False  # inside `generate`, which repeats rows for beams

@@ -47,9 +47,12 @@ class ForwardPaths:
         key = self._local or self.switch.key
         if key != self._seen:
             self._replan(key)
-        if self.switch.call.adapter_names is not None and not key[1]:
+        call = self.switch.call
+        if call.adapter_names is not None and not key[1]:
             return self._forward_rows(x, *args, **kwargs)
         if self._plan:
+            if call.gates is not None:
+                return call.gates.forward(self, self._plan, x, *args, **kwargs)
             return self._adapt(self._plan, x, *args, **kwargs)
         if self.merged_adapters and key[1]:
             self.unmerge()

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -188,6 +189,9 @@ class TunerModel(WholeModelMerge, nn.Module):
         the tuner; None: what its containers hold.
         """
         return None
+
+    def save_parts(self, folder: Path, config: Any, safe_serialization: bool = True) -> None:
+        """Write files of its own beside those of an adapter; `config` is the copy that will be written."""
 
     @classmethod
     def strip(cls, model: nn.Module) -> None:

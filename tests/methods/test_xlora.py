@@ -1,0 +1,415 @@
+"""X-LoRA: the mixture, files, generation, what upstream gets wrong, and a small task that it really learns."""
+
+import copy
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.models.prompt_models import IDS, base, close
+
+import peft
+from peft import LoraConfig, PeftModel, XLoraConfig
+from peft.tuners.lora import LoraLayer
+
+
+def net():
+    model = base("llama")
+    model.config.use_cache = False
+    return model
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """Two experts of different rank, layers and scaling."""
+    folder, found = tmp_path_factory.mktemp("experts"), {}
+    for i, (name, options) in enumerate(
+        {
+            "math": {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 3},
+            "code": {"r": 3, "target_modules": ["q_proj", "down_proj", "embed_tokens"], "lora_alpha": 6},
+        }.items()
+    ):
+        model = peft.get_peft_model(net(), LoraConfig(task_type="CAUSAL_LM", **options))
+        generator = torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.4 * torch.randn(p.shape, generator=generator))
+        model.save_pretrained(folder / name, save_embedding_layers=False)
+        found[name] = str(folder / name)
+    return found
+
+
+def adapted(experts, seed=3, size=1.0, **kwargs):
+    options = {"task_type": "CAUSAL_LM", "hidden_size": 16, "adapters": dict(experts), **kwargs}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(net(), XLoraConfig(**options)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.base_model.internal_xlora_classifier.parameters():
+            p.add_(size * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def logits(model, **kwargs):
+    return model(input_ids=IDS, **kwargs).logits
+
+
+def by_hand(model, S, factor=1.0):
+    """The base model with every expert's output weighted token by token, in hooks."""
+    plain, handles = net(), []
+    lora, sources = model.base_model.lora_model, dict(model.base_model.named_layers())
+    for i, (key, layer) in enumerate(sources.items()):
+
+        def hook(module, args, out, layer=layer, i=i):
+            for e, name in enumerate(("code", "math")):
+                if name not in layer:
+                    continue
+                A, B, s, _ = layer.factors(name)
+                low = A.T[args[0]] if isinstance(module, torch.nn.Embedding) else args[0] @ A.T
+                out = out + factor * S[:, :, i, e, None] * s * (low @ B.T)
+            return out
+
+        handles.append(plain.get_submodule(key).register_forward_hook(hook))
+    assert list(lora.peft_config) == ["code", "math"]  # sorted, since a file does not keep their order
+    return plain(input_ids=IDS).logits
+
+
+# ---- the maths
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_formula(experts, layerwise):
+    """Names of experts are free (upstream: KeyError), layers may lack some of them."""
+    model = adapted(experts, layerwise_scalings=layerwise, softmax_temperature=2.0, global_scaling_weight=1.5)
+    out = logits(model)
+    hidden = net()(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+    layer = model.base_model.internal_xlora_classifier.layers[0]
+    assert layer.weight.shape == (2 * 7 if layerwise else 2, 16)
+    S = (layer(hidden).view(2, 7, -1, 2) / 2.0).softmax(-1).expand(-1, -1, 7, -1)
+    close(model.get_latest_scalings(), S)
+    close(out, by_hand(model, S, 1.5))
+    assert (out - logits(net())).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_expert_dropout_and_bias_take_the_general_path(experts, tmp_path):
+    expert = peft.get_peft_model(
+        net(), LoraConfig(target_modules=["q_proj"], r=2, lora_dropout=0.5, init_lora_weights=False)
+    )
+    expert.save_pretrained(tmp_path)
+    model = adapted({"a": str(tmp_path)})
+    expected = logits(model)
+    layer = model.base_model.layers()[0]
+    layer.lora_A["a"].register_forward_hook(lambda *_: None)  # hooked factors must be called as modules
+    close(logits(model), expected)
+    model.train()
+    torch.manual_seed(0)
+    assert (logits(model) - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_top_k(experts):
+    model = adapted(experts)
+    logits(model)
+    S = model.get_latest_scalings()
+    model.set_topk_lora(1)
+    first = S.argmax(-1, keepdim=True)
+    close(logits(model), by_hand(model, torch.zeros_like(S).scatter(-1, first, S.gather(-1, first))))
+    assert torch.equal(model.get_latest_scalings(), S)  # before top-k
+    model.base_model.xlora_config.enable_softmax_topk = True
+    close(logits(model), by_hand(model, torch.zeros_like(S).scatter(-1, first, 1.0)))
+
+
+@torch.no_grad()
+def test_scaling_pass_value(experts):
+    model = adapted(experts)
+    model.set_scaling_pass_value(None)
+    out = logits(model)
+    S = model.get_latest_scalings()
+    close(out, by_hand(model, S))
+    plain = net()
+    model.set_scaling_pass_value(0.0)
+    logits(model)
+    assert (model.get_latest_scalings() - S).abs().max() > 1e-3
+    hidden = plain(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+    close(model.get_latest_scalings(), model.internal_xlora_classifier(hidden))
+
+
+@torch.no_grad()
+def test_first_pass_computes_no_head_and_no_experts(experts):
+    model, calls = adapted(experts), []
+    core = model.get_base_model()
+    layer = core.model.layers[0].self_attn.q_proj
+    layer.base_layer.register_forward_hook(lambda *_: calls.append("base"))
+    core.lm_head.register_forward_hook(lambda *_: calls.append("head"))
+    layer.lora_A["math"].register_forward_hook(lambda *_: calls.append("expert"))
+    logits(model)
+    assert sorted(calls) == ["base", "base", "expert", "head"]
+    calls.clear()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(net()))
+    assert sorted(calls) == ["base", "head"]
+
+
+@torch.no_grad()
+def test_every_entrance_is_mixed(experts):
+    model = adapted(experts)
+    expected = logits(model)
+    close(model.base_model(input_ids=IDS).logits, expected)
+    close(model.get_base_model()(IDS).logits, expected)
+    close(logits(adapted(experts, task_type=None)), expected)
+    embeds = net().get_input_embeddings()(IDS)
+    assert model(inputs_embeds=embeds).logits.shape == expected.shape
+    close(model(input_ids=IDS, logits_to_keep=1).logits, expected[:, -1:])
+
+
+# ---- use
+
+
+@torch.no_grad()
+def test_generation(experts):
+    model, ids = adapted(experts), IDS.clip(min=3)
+    found = model.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    expected = ids
+    for _ in range(4):
+        step = model(input_ids=expected).logits[:, -1]
+        step[:, 2] = -torch.inf  # no end
+        expected = torch.cat([expected, step.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, expected)
+    assert model.generate(input_ids=ids, max_new_tokens=3, num_beams=2).shape[0] == 2
+    with pytest.raises(RuntimeError, match="use_cache=False"):
+        model.get_base_model().generate(input_ids=ids, max_new_tokens=3, use_cache=True)
+
+
+@torch.no_grad()
+def test_log(experts):
+    model = adapted(experts)
+    model.enable_scalings_logging()
+    logits(model)
+    model(input_ids=IDS[:, :3])
+    logits(model)
+    model.disable_scalings_logging()
+    logits(model)
+    log = model.get_scalings_log()
+    assert [tuple(S.shape) for S in log] == [(2, 7, 7, 2), (2, 3, 7, 2), (2, 7, 7, 2)]
+    buckets = model.get_bucketed_scalings_log()
+    assert {n: positions for n, (positions, _) in buckets.items()} == {7: [0, 2], 3: [1]}
+    assert torch.equal(buckets[3][1][0], log[1])
+    model.clear_scalings_log()
+    assert model.get_scalings_log() == []
+
+
+def test_gradients_reach_the_classifier_only(experts):
+    model = adapted(experts, xlora_depth=2, xlora_size=8, xlora_dropout_p=0.0).train()
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained == [
+        f"base_model.internal_xlora_classifier.layers.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")
+    ]
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert list(grads) == trained
+    model.zero_grad()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    for name, p in model.named_parameters():
+        if name in grads:
+            close(p.grad, grads[name])
+
+
+@torch.no_grad()
+def test_copies_and_unloading(experts):
+    model = adapted(experts)
+    expected = logits(model)
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+    other.internal_xlora_classifier.layers[0].bias += torch.tensor([3.0, -3.0])
+    assert (logits(other) - expected).abs().max() > 1e-3
+    assert torch.equal(logits(model), expected)
+    plain = model.unload()
+    assert not any(isinstance(m, LoraLayer) for m in plain.modules())
+    assert torch.equal(logits(plain), logits(net()))
+    adapted_again = peft.get_peft_model(plain, XLoraConfig(hidden_size=16, adapters=experts))
+    assert len(adapted_again.base_model.layers()) == 7
+
+
+# ---- files
+
+
+def test_columns_do_not_depend_on_the_order_of_the_dict(experts):
+    places = dict.fromkeys(("10", "b", "2", "a"), experts["math"])
+    model = adapted(places)
+    assert list(model.base_model.xlora_config.adapters) == list(model.base_model.switch.active) == ["2", "10", "a", "b"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("names", [("0", "1"), ("math", "code")])
+def test_save_and_load(experts, tmp_path, depth, names):
+    """Upstream drops the layers of the classifier whose number is the name of an expert."""
+    places = dict(zip(names, experts.values(), strict=True))
+    model = adapted(places, xlora_depth=depth, xlora_size=8)
+    model.set_topk_lora(1)  # upstream does not save what the setters change
+    model.set_global_scaling_weight(0.7)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(state) == 2 * depth
+    assert all(k.startswith("base_model.internal_xlora_classifier.layers.") for k in state)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(classifier|missing).*")
+        again = PeftModel.from_pretrained(net(), tmp_path)
+    assert again.get_global_scaling_weight() == 0.7
+    assert torch.equal(logits(again), logits(model))
+    assert not any(p.requires_grad for p in again.parameters())
+    moved = PeftModel.from_pretrained(net(), tmp_path, adapters=places, is_trainable=True, adapter_name="other")
+    assert sum(p.requires_grad for p in moved.parameters()) == 2 * depth
+
+
+@torch.no_grad()
+def test_incomplete_published_files_load_with_a_warning(experts, tmp_path):
+    model = adapted(experts, xlora_depth=2, xlora_size=8)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    kept = {k: v for k, v in state.items() if ".layers.3." in k}
+    from safetensors.torch import save_file
+
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="2 of the 4 tensors of the X-LoRA classifier"):
+        again = PeftModel.from_pretrained(net(), tmp_path)
+    assert torch.equal(
+        again.internal_xlora_classifier.layers[3].weight, model.internal_xlora_classifier.layers[3].weight
+    )
+
+
+@torch.no_grad()
+def test_trained_experts_are_saved(experts, tmp_path):
+    model = adapted(experts, use_trainable_adapters=True)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n]
+    assert len(trained) == 2 * (4 + 2 + 2 + 1)
+    for name, p in model.named_parameters():
+        if name in trained:
+            p.mul_(1.3)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "first")
+    assert json.loads((tmp_path / "first" / "adapter_config.json").read_text())["adapters"] == {
+        "math": "experts/math",
+        "code": "experts/code",
+    }
+    (tmp_path / "first").rename(tmp_path / "second")  # places are relative
+    assert torch.equal(logits(PeftModel.from_pretrained(net(), tmp_path / "second")), expected)
+    alone = PeftModel.from_pretrained(net(), tmp_path / "second" / "experts" / "math")
+    assert alone.peft_config["default"].peft_type == "LORA"
+
+
+# ---- errors
+
+
+def test_errors(experts, tmp_path):
+    with pytest.raises(ValueError, match="use_cache"):
+        peft.get_peft_model(base("llama"), XLoraConfig(hidden_size=16, adapters=experts))
+    with pytest.raises(ValueError, match="xlora_depth"):
+        adapted(experts, xlora_depth=0)
+    with pytest.raises(ValueError, match="at least one expert"):
+        adapted({})
+    with pytest.raises(ValueError, match="no_such_folder"):
+        adapted({"a": "no_such_folder"})
+    with pytest.warns(UserWarning, match="4096"):
+        XLoraConfig(adapters=experts)
+    with pytest.warns(UserWarning, match="adapters"):
+        XLoraConfig(hidden_size=16)
+    model = adapted(experts)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="cannot be merged"):
+            call()
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(input_ids=IDS, adapter_names=["default", "__base__"])
+    with pytest.raises(ValueError, match="only one X-LoRA"):
+        model.add_adapter("second", XLoraConfig(hidden_size=16, adapters=experts))
+    with pytest.raises(ValueError, match="unload"):
+        model.delete_adapter("default")
+    dora = peft.get_peft_model(net(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    dora.save_pretrained(tmp_path)
+    model = net()
+    names = [n for n, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="plain LoRA"):
+        peft.get_peft_model(model, XLoraConfig(hidden_size=16, adapters={**experts, "dora": str(tmp_path)}))
+    assert [n for n, _ in model.named_modules()] == names
+    assert not hasattr(model, "peft_config")
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- learning
+
+
+def test_learns_to_choose_the_expert_by_the_input(tmp_path):
+    """Expert "up" continues sequences by +1, expert "down" by -3. The first token says which rule holds; only the
+    classifier can connect it with an expert.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    V, generator = 12, torch.Generator().manual_seed(1)
+
+    def model():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=V + 2, use_cache=False, initializer_range=0.2, **sizes))
+
+    def batch(steps):
+        start = torch.randint(0, V, (len(steps), 1), generator=generator)
+        return (start + steps[:, None] * torch.arange(6)) % V
+
+    def run(model, markers, rows):
+        ids = torch.cat([markers[:, None], rows], 1)
+        out = model(input_ids=ids, labels=torch.where(torch.arange(7) < 2, -100, ids))
+        return out.loss, float((out.logits[:, 1:-1].argmax(-1) == ids[:, 2:]).float().mean())
+
+    def train(model, count, lr, draw):
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+        for _ in range(count):
+            optimizer.zero_grad()
+            run(model.train(), *draw())[0].backward()
+            optimizer.step()
+        return model.eval()
+
+    def both_rules():
+        steps = torch.where(torch.rand(24, generator=generator) < 0.5, 1, -3)
+        return torch.where(steps > 0, V, V + 1), batch(steps)
+
+    config = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+    alone = []
+    for name, step in (("up", 1), ("down", -3)):
+        expert = peft.get_peft_model(model(), LoraConfig(**config))
+
+        def any_marker(step=step):
+            return torch.randint(V, V + 2, (24,), generator=generator), batch(torch.full((24,), step))
+
+        train(expert, 50, 1e-2, any_marker)
+        with torch.no_grad():
+            assert run(expert, *any_marker())[1] > 0.95
+            alone.append(run(expert, *both_rules())[1])
+        expert.save_pretrained(tmp_path / name)
+    adapters = {name: str(tmp_path / name) for name in ("up", "down")}
+    mixed = peft.get_peft_model(
+        model(), XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=adapters, xlora_depth=2, xlora_size=32)
+    )
+    train(mixed, 40, 2e-2, both_rules)
+    mixed.save_pretrained(tmp_path / "mixed")
+    again = PeftModel.from_pretrained(model(), tmp_path / "mixed")
+    markers, rows = both_rules()
+    with torch.no_grad():
+        loss, accuracy = run(again, markers, rows)
+        S = again.get_latest_scalings()[:, 2:, 0]  # [b, t, experts]
+    assert max(alone) < 0.8
+    assert accuracy > 0.95, (accuracy, float(loss), alone)
+    assert (S.argmax(-1) == (V + 1 - markers)[:, None]).float().mean() > 0.9
