@@ -7,6 +7,7 @@ parameters; the deltas stay exactly the same. Other architectures had modules re
 LoRA files too.
 """
 
+import contextlib
 import functools
 import re
 import sys
@@ -316,11 +317,7 @@ def build_peft_weight_mapping(
         return []
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    from ..registry import methods
-
-    prefixes = {m.prefix for m in methods().values() if peft_config is None or m.peft_type == peft_config.peft_type}
-    if not prefixes:
-        prefixes = {m.prefix for m in methods().values()}
+    prefixes = _prefixes(peft_config)
     mapping: list[Any] = [WeightRenaming("base_model.model.model.", "model."), WeightRenaming("base_model.model.", "")]
     if getattr(peft_config, "use_dora", False):  # the only entry of a module that files know without `.weight`
         mapping.append(WeightRenaming("lora_magnitude_vector$", "lora_magnitude_vector.weight"))
@@ -332,6 +329,16 @@ def build_peft_weight_mapping(
         elif _is_experts(conversion):
             mapping += [_lora_converter(conversion, factor, adapter_name, alone) for factor in "AB"]
     return mapping
+
+
+def _prefixes(config: Any) -> set[str]:
+    """The parameter prefix of the configuration's method, all known ones if there is no (known) method."""
+    from ..registry import method_of, methods
+
+    with contextlib.suppress(KeyError):
+        if config is not None:
+            return {method_of(config).prefix}
+    return {m.prefix for m in methods().values()}
 
 
 def _fused_alone(config: Any) -> bool:

@@ -5,6 +5,7 @@ Merging dequantises, changes and quantises again, so it rounds; the copy that un
 weight itself.
 """
 
+import copy
 import warnings
 from typing import Any
 
@@ -88,7 +89,8 @@ class Int4Storage(_BnbStorage):
     def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
         import bitsandbytes as bnb
 
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore
+        data, state = _plain_layout(weight)
+        return bnb.functional.dequantize_4bit(data, state)  # type: ignore
 
     def _quantise(self, module: Any, value: torch.Tensor) -> None:
         import bitsandbytes as bnb
@@ -107,6 +109,35 @@ class Int4Storage(_BnbStorage):
 
 
 INT8, INT4 = Int8Storage(), Int4Storage()
+
+
+def _plain_layout(weight: Any) -> tuple[torch.Tensor, Any]:
+    """Data and quantisation state of a 4-bit weight in the layout that can be dequantised and differentiated."""
+    state = weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight.data, state
+    rows, columns = state.shape
+    packed = weight.data.reshape(-1, 32)  # 32 rows at a time, one column in the low and one in the high halves
+    codes = (
+        torch.cat([packed & 15, packed >> 4], -1).reshape(rows // 32, columns // 2, 32, 2).transpose(1, 2).reshape(-1)
+    )
+    plain = copy.copy(state)
+    plain.absmax = state.absmax.T.reshape(-1).float()
+    plain.nested, plain.dtype, plain.packing_format_for_cpu = False, state.original_dtype, False
+    data = ((codes[::2] << 4) | codes[1::2]).view(getattr(state, "original_storage_type", torch.uint8))
+    return data.reshape(-1, 1), plain
+
+
+def keep_differentiable(module: Any) -> None:
+    """On some CPUs the first evaluation of a 4-bit layer packs its weight for a kernel without gradients, and training
+    afterwards silently gets none through the layer: unpack it, and have it stay so.
+    """
+    if not getattr(module, "support_avx512bf16_for_cpu", False):
+        return
+    module.support_avx512bf16_for_cpu = False
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        module.weight.data, module.weight.quant_state = _plain_layout(module.weight)
+        module.quant_state = module.weight.quant_state
 
 
 def detect(module: nn.Module) -> _BnbStorage | None:

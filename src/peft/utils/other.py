@@ -4,6 +4,7 @@
 import functools
 import inspect
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -209,6 +210,11 @@ def prepare_model_for_kbit_training(
     packed = _is_packed(model)
     for parameter in model.parameters():
         parameter.requires_grad = False
+    if "bitsandbytes" in sys.modules:
+        from ..storage.bnb import keep_differentiable
+
+        for module in model.modules():
+            keep_differentiable(module)
     if not packed:
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
