@@ -24,13 +24,14 @@ class Call:
     task_ids: torch.Tensor | None = None
     alora_offsets: Any = None
     gates: Any = None  # X-LoRA: an object whose `forward(layer, names, x, ...)` weighs the deltas for each token
+    shadow: Any = None  # ShadowPEFT: states before the blocks
     rows: dict[str, torch.Tensor] | None = None  # adapter name -> row indices, built once per call
     part: torch.Tensor | None = None  # in a mixed batch: the rows that the layer is computing now
     generating: bool = False  # inside `generate`, which repeats rows for beams
 
     def clear(self) -> None:
         self.adapter_names = self.task_ids = self.alora_offsets = self.gates = self.rows = self.part = None
-        self.generating = False
+        self.generating, self.shadow = False, None
 
     @property
     def routed(self) -> bool:

@@ -51,6 +51,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     # hooks get x in the adapter's dtype; False: they handle any floating dtype themselves
     casts_input: ClassVar[bool] = True
     one_active: ClassVar[bool] = False  # the method cannot combine several active adapters
+    name_in_files: ClassVar[str | None] = None  # files keep an adapter name in their keys, always this one
     standalone_delta: ClassVar[bool] = True  # delta_weight does not depend on the base weight (so it can become a LoRA)
 
     slots: ClassVar[dict[str, Slot]] = {}

@@ -211,6 +211,11 @@ def layer_entries(path: str, layer: AdapterLayer, name: str, with_shared: bool =
             continue
         if _is_container(container):
             entries += _container_entries(dot + slot, container, name, slot in bare, layer, "slot")
+    if (fixed := type(layer).name_in_files) is not None:
+        start = len(dot)
+        for i, entry in enumerate(entries):
+            slot, _, rest = entry.memory[start:].partition(f".{name}")
+            entries[i] = entry._replace(file=f"{dot}{slot}.{fixed}{rest}")
     return entries
 
 
