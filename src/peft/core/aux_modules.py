@@ -255,15 +255,19 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         key = self._local or self.switch.key
-        if key != self._seen:
-            self._current = None if key[1] else self.check_set_adapter(key[0])
-            self._seen = key
+        if torch.compiler.is_compiling():  # nothing is remembered, see `AdapterLayer._planned`
+            current = None if key[1] else self.check_set_adapter(key[0])
+        else:
+            if key != self._seen:
+                self._current = None if key[1] else self.check_set_adapter(key[0])
+                self._seen = key
+            current = self._current
         call = self.switch.call
         if (call.adapter_names is not None or "adapter_names" in kwargs) and not key[1]:
             return self._forward_rows(kwargs.pop("adapter_names", call.adapter_names), *args, **kwargs)
-        if self._current is None:
+        if current is None:
             return self.original_module(*args, **kwargs)
-        return self.modules_to_save[self._current](*args, **kwargs)
+        return self.modules_to_save[current](*args, **kwargs)
 
     def _forward_rows(self, names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Mixed batch: rows use the copy of their adapter; without one ("__base__") the original."""

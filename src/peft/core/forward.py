@@ -22,14 +22,33 @@ class ForwardPaths:
     """The forward half of AdapterLayer."""
 
     def _replan(self: Any, key: tuple[tuple[str, ...], bool]) -> None:
-        names, disabled = key
-        self._plan = () if disabled or self.merged_adapters else tuple(n for n in names if n in self._names)
-        if (self.one_active or "replace" in self.hooks) and len(self._plan) > 1:
-            raise ValueError(f"{self.method_name} supports only one active adapter per layer, got {list(self._plan)}.")
-        self._path = self._choose_path()
+        self._plan = self._active_here(key)
+        self._path = self._choose_path(self._plan)
         self._seen = key
 
-    def _choose_path(self: Any) -> str:
+    def _active_here(self: Any, key: tuple[tuple[str, ...], bool]) -> tuple[str, ...]:
+        """Active adapters that this layer holds."""
+        names, disabled = key
+        plan = () if disabled or self.merged_adapters else tuple(n for n in names if n in self._names)
+        if (self.one_active or "replace" in self.hooks) and len(plan) > 1:
+            raise ValueError(f"{self.method_name} supports only one active adapter per layer, got {list(plan)}.")
+        return plan
+
+    def _planned(self: Any) -> tuple[str, ...]:
+        """The plan for the current setting. torch.compile works it out while tracing and guards on what that reads, so
+        that switching back finds the old graph; what a layer remembers would be one more thing to guard on.
+        """
+        key = self._local or self.switch.key
+        if torch.compiler.is_compiling():
+            return self._active_here(key)
+        if key != self._seen:
+            self._replan(key)
+        return self._plan
+
+    def _path_of(self: Any, names: tuple[str, ...]) -> str:
+        return self._choose_path(names) if torch.compiler.is_compiling() else self._path
+
+    def _choose_path(self: Any, names: tuple[str, ...]) -> str:
         if "replace" in self.hooks:
             return "replace"
         if self.kind.substituted:
@@ -44,22 +63,19 @@ class ForwardPaths:
         return "prefer_weight" if self.prefer_weight_path else "activation"
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        key = self._local or self.switch.key
-        if key != self._seen:
-            self._replan(key)
-        call = self.switch.call
-        if call.adapter_names is not None and not key[1]:
+        plan, call = self._planned(), self.switch.call
+        if call.adapter_names is not None and not self._key[1]:
             return self._forward_rows(x, *args, **kwargs)
-        if self._plan:
+        if plan:
             if call.gates is not None:
-                return call.gates.forward(self, self._plan, x, *args, **kwargs)
-            return self._adapt(self._plan, x, *args, **kwargs)
-        if self.merged_adapters and key[1]:
+                return call.gates.forward(self, plan, x, *args, **kwargs)
+            return self._adapt(plan, x, *args, **kwargs)
+        if self.merged_adapters and self._key[1]:
             self.unmerge()
         return self.base_layer(x, *args, **kwargs)
 
     def _adapt(self: Any, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        path = self._path
+        path = self._path_of(names)
         if path == "factored":
             return self._adapt_factored(names, x, *args, **kwargs)
         if path == "activation":
@@ -116,10 +132,7 @@ class ForwardPaths:
         """Tensors (by name in the innermost base module) to call it with; nested wrappers contribute theirs."""
         inner, found = self.base_layer, {}
         if hasattr(inner, "replaced_tensors"):
-            key = inner._key
-            if key != inner._seen:
-                inner._replan(key)
-            found = inner.replaced_tensors(inner._plan)
+            found = inner.replaced_tensors(inner._planned())
         if names:
             weight = self._to_storage(self.substituted_weight(names))
             found[self.kind.weight_name] = weight.to(self.kind.parameter(self.get_base_layer()).dtype)
@@ -192,8 +205,9 @@ class ForwardPaths:
         rows = {n: i for n, i in call.row_index(x.device).items() if n in self._names}
         if not rows:
             return self.base_layer(x, *args, **kwargs)
-        if self._path in ("factored", "fused") or (
-            self._path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}
+        path = self._path_of(tuple(rows))
+        if path in ("factored", "fused") or (
+            path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}
         ):
             y = self.storage.guard(self.base_layer(x, *args, **kwargs))
             try:

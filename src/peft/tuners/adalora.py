@@ -109,7 +109,7 @@ class AdaLoraLayer(AdapterLayer):
             return low_rank.delta(x, self.factors(name), self.training)
         return self.kind.call(self.get_base_layer(), self.lora_dropout[name](x), self.delta_weight(name))
 
-    def _choose_path(self) -> str:
+    def _choose_path(self, names: tuple[str, ...]) -> str:
         return "factored" if self.factored else "activation"
 
 

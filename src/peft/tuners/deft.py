@@ -123,8 +123,12 @@ class DeftLayer(AdapterLayer):
     def _drops(self, name: str) -> bool:
         return self.training and dropout_p(self.deft_dropout[name]) > 0 and not self.deft_para[name]
 
-    def _choose_path(self) -> str:
-        return "activation" if any(self._drops(n) for n in self._plan) else "factored"
+    def _choose_path(self, names: tuple[str, ...]) -> str:
+        return "activation" if any(self._drops(n) for n in names) else "factored"
+
+    def train(self, mode: bool = True):
+        self._seen = None  # the path depends on the mode
+        return super().train(mode)
 
 
 @register_method("deft", config=DeftConfig)

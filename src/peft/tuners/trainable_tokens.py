@@ -122,9 +122,10 @@ class TrainableTokensLayer(AdapterLayer):
                     )
                 owner[token] = name
 
-    def _replan(self, key: tuple[tuple[str, ...], bool]) -> None:
-        super()._replan(key)
-        self.check_overlap(self._plan)
+    def _active_here(self, key: tuple[tuple[str, ...], bool]) -> tuple[str, ...]:
+        plan = super()._active_here(key)
+        self.check_overlap(plan)
+        return plan
 
     # ---- maths
     def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

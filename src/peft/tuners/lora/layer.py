@@ -148,16 +148,16 @@ class LoraLayer(AdapterLayer):
         self._rebase(self.storage.write(base, self._to_storage(weight), self.kind.weight_name))
 
     # ---- forward
-    def _choose_path(self) -> str:
+    def _choose_path(self, names: tuple[str, ...]) -> str:
         if self.kind.substituted:
             return "substitution"
         if (
-            len(self._plan) == 1
-            and (variant := self.lora_variant.get(self._plan[0])) is not None
+            len(names) == 1
+            and (variant := self.lora_variant.get(names[0])) is not None
             and variant.fuses(self)
         ):
             return "fused"
-        return "factored" if all(self._is_factored(n) for n in self._plan) else "activation"
+        return "factored" if all(self._is_factored(n) for n in names) else "activation"
 
     def _is_factored(self, name: str) -> bool:
         """Whether only the factors matter: no bias, no variant that needs activations, A and B plain modules
@@ -235,7 +235,14 @@ class LoraLayer(AdapterLayer):
     def set_scale(self, adapter: str, scale: float | int) -> None:
         """Scaling of one adapter: `scale` times the initial one. Unknown adapters are ignored."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._initial_scaling(adapter)
+            self._put_scaling(adapter, scale * self._initial_scaling(adapter))
+
+    def _put_scaling(self, name: str, value: float) -> None:
+        """Scalings that are tensors (prepared for hot swapping) stay the tensors that a compiled graph reads."""
+        if isinstance(self.scaling[name], torch.Tensor):
+            self.scaling[name].fill_(value)
+        else:
+            self.scaling[name] = value
 
     def scale_layer(self, scale: float | int) -> None:
         """Multiply the scaling of the active adapters."""
@@ -248,7 +255,10 @@ class LoraLayer(AdapterLayer):
         """Divide the scaling of the active adapters; without a number set it back to the initial one."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] = self._initial_scaling(name) if scale is None else self.scaling[name] / scale
+                if scale is None:
+                    self._put_scaling(name, self._initial_scaling(name))
+                else:
+                    self.scaling[name] /= scale
 
     def train(self, mode: bool = True):
         if mode:

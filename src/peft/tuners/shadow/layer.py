@@ -63,9 +63,10 @@ class ShadowLayer(AdapterLayer):
         if key != self._seen:
             self._replan(key)
         state: ShadowState | None = self.switch.call.shadow
-        if not self._plan or state is None:
+        plan = self._planned()
+        if not plan or state is None:
             return self.base_layer(*args, **kwargs)
-        (name,), (index, last) = self._plan, self.place[self._plan[0]]
+        (name,), (index, last) = plan, self.place[plan[0]]
         h = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         s = state.before.get(index)
         if s is None:
