@@ -69,6 +69,21 @@ def qwen3_moe(**changes: Any) -> Any:
     return _make(tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig(**{**sizes, **changes}))
 
 
+def qwen2_vl() -> Any:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    config = tf.Qwen2VLConfig(text_config={**_SIZES, "rope_parameters": rope}, vision_config=vision, **tokens)
+    return _make(tf.Qwen2VLForConditionalGeneration, config)
+
+
+def llava() -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", **sizes, "image_size": 8, "patch_size": 4}
+    config = tf.LlavaConfig(text_config={"model_type": "llama", **_SIZES}, vision_config=vision, image_token_index=60)
+    return _make(tf.LlavaForConditionalGeneration, config)
+
+
 def saved(model: nn.Module, folder: Path) -> str:
     """The model's folder, as if it came from the hub."""
     model.save_pretrained(folder)

@@ -240,15 +240,10 @@ def _conversions(model: Any) -> list[Any] | None:
     base: Any = tuner.model if tuner is not None else model
     try:
         from transformers import PreTrainedModel
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+        from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:
         return None
-    model_type = _model_type(base)
-    if (
-        not isinstance(base, PreTrainedModel)
-        or model_type is None
-        or get_checkpoint_conversion_mapping(model_type) is None
-    ):
+    if not isinstance(base, PreTrainedModel):
         return None
     return get_model_conversion_mapping(base)
 
