@@ -205,6 +205,40 @@ def test_configuration_after_conversion() -> None:
         model.add_adapter("third", peft.LoraConfig(r=2, target_modules=["w1", "w3"]))
 
 
+PATTERNS = {
+    "one rank for each": ({"w1": 6, "w3": 6, "w2": 2}, {"rank_pattern": {"w1": 6, "w3": 6, "w2": 2}, "alpha_pattern": {"w1": 12, "w3": 12, "w2": 4}}),
+    "two ranks fused": ({"w1": 6, "w3": 3}, {"rank_pattern": {"w1": 6, "w3": 3}, "alpha_pattern": {"w1": 12, "w3": 6}}),
+    "rslora": ({}, {"use_rslora": True, "lora_alpha": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_old_checkpoint_with_ranks(tmp_path: Path, case: str) -> None:
+    ranks, options = PATTERNS[case]
+    leaves = ["w1", "w2", "w3"]
+    factors = old_factors("mixtral", leaves, ranks)
+    folder = old_folder(tmp_path / "old", factors, leaves, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = peft.PeftModel.from_pretrained(tiny.mixtral(), folder)
+    expected = tiny.logits(by_hand("mixtral", factors))
+    assert tiny.close(tiny.logits(model), expected, 1e-4)
+    model.save_pretrained(tmp_path / "new")
+    again = tiny.mixtral()
+    again.load_adapter(str(tmp_path / "new"))
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    native = tiny.mixtral()
+    native.load_adapter(str(folder))
+    assert tiny.close(tiny.logits(native), expected, 1e-4)
+
+
+def test_fused_projections_with_two_scalings() -> None:
+    config = peft.LoraConfig(r=4, target_modules=["w1", "w2", "w3"], alpha_pattern={"w1": 3})
+    with pytest.raises(ValueError, match="w1 and w3 the scalings"):
+        peft.get_peft_model(tiny.mixtral(), config)
+    assert config.target_modules == {"w1", "w2", "w3"} and config.target_parameters is None
+
+
 def test_two_old_checkpoints(tmp_path: Path) -> None:
     leaves = ["w1", "w2", "w3"]
     first, second = old_factors("mixtral", leaves), old_factors("mixtral", leaves, dict.fromkeys(leaves, 2))

@@ -143,19 +143,37 @@ def _check_fused(leaves: set[str], table: dict[str, str]) -> None:
 def _apply(config: Any, modules: set[str], parameters: set[str], table: dict[str, str]) -> None:
     config.target_modules = modules
     config.target_parameters = set(getattr(config, "target_parameters", None) or ()) | parameters
-    if not any(p == FUSED or p.endswith("." + FUSED) for p in parameters):
-        return
-    # Two projections share the parameter, each with its own rank; alpha / r stays.
-    halves = [leaf for leaf, parameter in table.items() if parameter == FUSED]
-    for field, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
-        pattern = dict(getattr(config, field) or {})
-        given = {pattern.get(leaf, default) for leaf in halves}
-        value = given.pop() if len(given) == 1 else default
-        for leaf in halves:
-            if leaf in pattern and leaf not in modules:
-                del pattern[leaf]
-        pattern.setdefault(FUSED_PATTERN, 2 * value)
-        setattr(config, field, pattern)
+    ranks, alphas = (
+        dict(getattr(config, "rank_pattern", None) or {}),
+        dict(getattr(config, "alpha_pattern", None) or {}),
+    )
+    if any(p == FUSED or p.endswith("." + FUSED) for p in parameters):
+        rank, alpha = _fused_rank(
+            config, ranks, alphas, [leaf for leaf, parameter in table.items() if parameter == FUSED]
+        )
+        ranks.setdefault(FUSED_PATTERN, rank)
+        alphas.setdefault(FUSED_PATTERN, alpha)
+    for patterns in (ranks, alphas):
+        for leaf in [n for n, new in table.items() if n != new and n in patterns and n not in modules]:
+            value = patterns.pop(leaf)
+            if table[leaf] != FUSED:
+                patterns.setdefault(rf".*\.{re.escape(table[leaf])}", value)
+    config.rank_pattern, config.alpha_pattern = ranks, alphas
+
+
+def _fused_rank(config: Any, ranks: dict[str, int], alphas: dict[str, float], halves: list[str]) -> tuple[int, float]:
+    """Rank and alpha of a parameter that two projections share: the ranks add up, the scaling stays."""
+    r, alpha = [ranks.get(leaf, config.r) for leaf in halves], [alphas.get(leaf, config.lora_alpha) for leaf in halves]
+    power = 0.5 if config.use_rslora else 1.0
+    scalings = [a / n**power for a, n in zip(alpha, r, strict=True)]
+    if max(scalings) > 1.0001 * min(scalings):
+        raise ValueError(
+            f"rank_pattern and alpha_pattern give {' and '.join(halves)} the scalings {scalings}, but they are fused "
+            f"into {FUSED}, which has one. Choose ranks and alphas with the same alpha / r."
+        )
+    if len(set(r)) == 1 and power == 1.0:
+        return len(r) * r[0], len(r) * alpha[0]
+    return sum(r), scalings[0] * sum(r) ** power
 
 
 def _convert_pattern(config: Any, names: _Names, table: dict[str, str], family: str) -> None:
