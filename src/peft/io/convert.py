@@ -163,8 +163,8 @@ def _apply(config: Any, modules: set[str], parameters: set[str], table: dict[str
 
 def _fused_rank(config: Any, ranks: dict[str, int], alphas: dict[str, float], halves: list[str]) -> tuple[int, float]:
     """Rank and alpha of a parameter that two projections share: the ranks add up, the scaling stays."""
-    r: list[int] = [ranks[leaf] if leaf in ranks else config.r for leaf in halves]
-    alpha: list[float] = [alphas[leaf] if leaf in alphas else config.lora_alpha for leaf in halves]
+    r = [{leaf: config.r, **ranks}[leaf] for leaf in halves]
+    alpha = [{leaf: config.lora_alpha, **alphas}[leaf] for leaf in halves]
     power = 0.5 if config.use_rslora else 1.0
     scalings = [a / n**power for a, n in zip(alpha, r, strict=True)]
     if max(scalings) > 1.0001 * min(scalings):
