@@ -151,11 +151,7 @@ class LoraLayer(AdapterLayer):
     def _choose_path(self, names: tuple[str, ...]) -> str:
         if self.kind.substituted:
             return "substitution"
-        if (
-            len(names) == 1
-            and (variant := self.lora_variant.get(names[0])) is not None
-            and variant.fuses(self)
-        ):
+        if len(names) == 1 and (variant := self.lora_variant.get(names[0])) is not None and variant.fuses(self):
             return "fused"
         return "factored" if all(self._is_factored(n) for n in names) else "activation"
 
