@@ -226,6 +226,8 @@ class ShadowModel(TunerModel):
     def _auxiliary_loss(self, name: str, start: torch.Tensor, labels: torch.Tensor, given: dict) -> torch.Tensor | None:
         task = self.peft_config[name].task_type
         if task == "CAUSAL_LM":
+            keep = given.get("logits_to_keep", 0)  # the labels are those of the positions kept
+            start = start[:, slice(-keep, None) if isinstance(keep, int) else keep]
             logits = self.model.get_output_embeddings()(start)  # type: ignore[operator]
             return causal_loss(logits, labels)
         if task == "SEQ_CLS":
