@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from .config import PeftConfig, nearest
+from .core.targets import table_of_method, target_table
 from .utils.peft_types import PeftType
 
 C = TypeVar("C", bound=type)
@@ -94,6 +95,10 @@ def add_record(
     if layer is not None and "prefix" not in vars(layer):
         layer.prefix = prefix
         layer.method_name = name
+    if layer is not None:
+        tuner.tuner_layer_cls = layer
+        if not hasattr(tuner, "target_module_mapping"):
+            tuner.target_module_mapping = target_table(table) if (table := table_of_method(name)) else {}
     _records[peft_type] = Method(peft_type, config, tuner, prefix, mixed)
 
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftModel,
+    VBLoRAModel,
+    VeraModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    registry,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 
 
@@ -170,3 +180,73 @@ def test_combining_convolutions_and_embeddings():
             ["default", "b"], [1.0, 1.0], kind, combination_type=kind, svd_rank=4 if kind == "svd" else None
         )
         torch.testing.assert_close(layer.get_delta_weight(kind), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- the base weight, and LoRAs that changed it
+
+
+def test_base_weight_is_read_and_written_as_it_is_stored():
+    from transformers.pytorch_utils import Conv1D
+
+    layer = get_peft_model(
+        nn.Sequential(Conv1D(6, 4)), LoraConfig(target_modules=["0"], fan_in_fan_out=True)
+    ).base_model.model[0]
+    weight = layer.get_base_weight()
+    assert weight.shape == (4, 6) and not weight.requires_grad and torch.equal(weight, layer.weight)
+    with pytest.raises(ValueError, match=r"stored as \[4, 6\], got a tensor of shape \[6, 4\]"):
+        layer.set_base_weight(weight.T)
+    layer.set_base_weight(weight + 1)
+    assert torch.equal(layer.weight, weight) and not layer.weight.requires_grad
+    before = layer.get_base_weight().clone()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="unmerge_adapter"):
+        layer.set_base_weight(weight * 2)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_weight(), before)
+
+
+def test_frozen_weight_names():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Embedding(8, 8)), LoraConfig(target_modules=["0", "1"]))
+    assert [layer.frozen_peft_weight_names for layer in model.base_model.layers()] == [{}, {}]
+    model.add_adapter("mica", LoraConfig(r=4, target_modules=["0"], init_lora_weights="mica"))
+    assert model.base_model.model[0].frozen_peft_weight_names == {"mica": ("lora_B",)}
+
+
+def test_targets_and_layers_are_published_on_the_tuner():
+    assert (
+        LoraModel.target_module_mapping["llama"] == ["q_proj", "v_proj"] and len(LoraModel.target_module_mapping) == 40
+    )
+    assert LoraModel.tuner_layer_cls is LoraLayer
+    assert VBLoRAModel.target_module_mapping != VeraModel.target_module_mapping
+    for method in registry.methods().values():
+        assert getattr(method.tuner, "tuner_layer_cls", None) is method.layer
+
+
+@pytest.mark.parametrize("kwargs", [None, {}, {"state_dict": "gathered"}], ids=str)
+def test_subtract_mutated_init(kwargs):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    want = copy.deepcopy(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="pissa"))
+    initial = {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
+    model.add_adapter("initial", LoraConfig(r=2, target_modules=["0", "1"]))
+    set_peft_model_state_dict(model, initial, "initial")
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1
+    trained = get_peft_model_state_dict(model)
+    if kwargs:
+        kwargs = {"state_dict": model.state_dict()}
+    state = model.base_model.subtract_mutated_init(trained, "initial", kwargs)
+    assert {k: tuple(v.shape) for k, v in state.items() if "0.lora" in k} == {
+        "base_model.model.0.lora_A.weight": (4, 8),
+        "base_model.model.0.lora_B.weight": (6, 4),
+    }
+    plain = get_peft_model(want, LoraConfig(r=4, lora_alpha=16, target_modules=["0", "1"]))
+    set_peft_model_state_dict(plain, state)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(plain(x), model(x))
+    with pytest.raises(ValueError, match="does not exist"):
+        model.base_model.subtract_mutated_init(trained, "nope")
+    with pytest.raises(ValueError, match="init_lora_weights=True"):
+        model.base_model.subtract_mutated_init(trained, "default")

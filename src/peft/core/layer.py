@@ -208,6 +208,13 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         """Slots of adapter `name` that get gradients; methods that freeze one of theirs override it."""
         return self.adapter_layer_names
 
+    @property
+    def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
+        """Adapter -> those of its slots that get no gradients; adapters without any are left out."""
+        held = {n: {s for s in self.adapter_layer_names if n in getattr(self, s)} for n in self._names}
+        frozen = {n: tuple(sorted(slots - set(self.trainable_slots(n)))) for n, slots in held.items()}
+        return {n: slots for n, slots in frozen.items() if slots}
+
     # ---- the base layer ------------------------------------------------------------------------------------
     def get_base_layer(self) -> nn.Module:
         layer = self.base_layer

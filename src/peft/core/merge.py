@@ -200,6 +200,24 @@ class Mergeable:
             return self.kind.canonical(self.storage.thaw(saved, self.get_base_layer()))
         return self._current_weight()
 
+    def get_base_weight(self: Any) -> torch.Tensor:
+        """The base weight as it is now, in floats and in the orientation in which the layer stores it."""
+        return self.storage.read(self.get_base_layer(), self.kind.weight_name).detach()
+
+    def set_base_weight(self: Any, weight_data: torch.Tensor) -> None:
+        """Write the base weight, given in the orientation in which the layer stores it."""
+        if self.merged or self._pristine("weight") is not None:
+            raise RuntimeError(
+                "The base weight has adapters merged into it: call `unmerge_adapter` before changing it."
+            )
+        base, shape = self.get_base_layer(), self.get_base_weight().shape
+        if weight_data.shape != shape:
+            raise ValueError(
+                f"The base weight of this {type(base).__name__} is stored as {list(shape)}, got a tensor of shape "
+                f"{list(weight_data.shape)}. Give it in the orientation of `get_base_weight`."
+            )
+        self._rebase(self.storage.write(base, weight_data, self.kind.weight_name))
+
     def _pristine(self: Any, name: str) -> Any:
         """The copy of the tensor that was taken first: by the innermost layer around it that has merged."""
         found: Any = None

@@ -2,7 +2,7 @@
 """TunerModel: the part of a method that sees the whole model. Hooks around injection, the shared switch, whole-model
 operations.
 
-Also exported as `tuners_utils.BaseTuner`. Methods set `layer_cls` (and `target_table`) and override hooks.
+Also exported as `tuners_utils.BaseTuner`. Methods set `layer_cls` and override hooks.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from .context import Switch
 from .inject import Injection, InjectionReport
 from .layer import AdapterLayer
 from .slots import BufferDict
-from .targets import default_targets, table_of_method
+from .targets import target_table
 from .unload import WholeModelMerge
 from .wrappers import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 
@@ -33,9 +33,9 @@ class TunerModel(WholeModelMerge, nn.Module):
 
     prefix: str
     layer_cls: ClassVar[type[AdapterLayer]]
-    target_table: ClassVar[str | None] = (
-        None  # default targets by model type if not the method's own, see core/targets.py
-    )
+    # Default targets by model type: the method's table in core/targets.py, unless its class says otherwise.
+    target_module_mapping: ClassVar[dict[str, Any]]
+    tuner_layer_cls: ClassVar[type[AdapterLayer]]  # published name of layer_cls
     uses_shared_state: ClassVar[bool] = False  # the tuner owns tensors, so injection without it is impossible
     supports_parameters: ClassVar[bool] = False  # target_parameters
     condense_targets: ClassVar[bool] = True
@@ -115,7 +115,7 @@ class TunerModel(WholeModelMerge, nn.Module):
 
     def default_targets(self, cfg: Any, model: nn.Module) -> Any:
         model_type = self.get_model_config(model).get("model_type", "custom")
-        found = default_targets(self.target_table or table_of_method(cfg.peft_type) or "lora", model_type)
+        found = (getattr(type(self), "target_module_mapping", None) or target_table("lora")).get(model_type)
         if found is None:
             also = " or `target_parameters`" if self.supports_parameters else ""
             raise ValueError(

@@ -42,7 +42,13 @@ def convert_to_plain_lora(
         )
     from .files import load_peft_weights
 
-    before = load_peft_weights(initial, device="cpu")
+    return subtract_initial(state, load_peft_weights(initial, device="cpu"), str(initial)), _doubled(config)
+
+
+def subtract_initial(
+    state: dict[str, torch.Tensor], before: dict[str, torch.Tensor], where: str
+) -> dict[str, torch.Tensor]:
+    """[A; A0] and [B | -B0] for every pair of factors; `before` holds A0 and B0 under the same keys."""
     out = {}
     for key, value in state.items():
         axis = _rank_axis(key)
@@ -50,10 +56,10 @@ def convert_to_plain_lora(
             out[key] = value
             continue
         if key not in before:
-            raise ValueError(f"The initial adapter in {initial} lacks {key!r}: it does not belong to this adapter.")
+            raise ValueError(f"The initial adapter in {where} lacks {key!r}: it does not belong to this adapter.")
         first = before[key].to(value.device, value.dtype)
         out[key] = torch.cat([value, first if axis == 0 else -first], dim=axis)
-    return out, _doubled(config)
+    return out
 
 
 def _rank_axis(key: str) -> int | None:

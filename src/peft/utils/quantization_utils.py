@@ -21,11 +21,11 @@ class QuantizationBackend:
 
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
         """The weight of the base layer as floats, in the orientation in which the layer stores it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement get_base_weight")
 
     def set_base_weight(self, peft_layer: Any, weight_data: torch.Tensor) -> None:
         """Store a weight in the base layer of `peft_layer`; it may get a new base layer."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement set_base_weight")
 
     def maybe_clone_base_result(self, x: torch.Tensor) -> torch.Tensor:
         """The base output, cloned where a kernel returns a view that is unsafe to add to."""

@@ -188,7 +188,7 @@ def loftq(layer: "LoraLayer", name: str, cfg: Any) -> None:
     options = {"bits": cfg.loftq_config.get("loftq_bits", 4), "iterations": cfg.loftq_config.get("loftq_iter", 1)}
     Q, A, B = loftq_factors(compute_weight(layer, name), layer.r[name], **options)
     layer.set_factors(name, A, B)
-    return layer.set_base_weight(Q.to(dtype))
+    return layer.set_base_weight(layer.kind.stored(Q.to(dtype)))
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -265,10 +265,6 @@ def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
 
 def compute_weight(layer: "LoraLayer", name: str) -> torch.Tensor:
     """The canonical base weight [out, in] in float32 (float64 stays)."""
-    if layer.merged:
-        raise RuntimeError(
-            "This initialization reads the base weight: call `unmerge_adapter` before adding the adapter."
-        )
     W = layer.base_weight()
     return W if W.dtype in (torch.float32, torch.float64) else W.to(torch.float32)
 
@@ -276,7 +272,7 @@ def compute_weight(layer: "LoraLayer", name: str) -> torch.Tensor:
 def _replace(layer: "LoraLayer", name: str, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
     """Take s·B·A out of the base weight and give it to the adapter."""
     residual = torch.addmm(W, B, A, alpha=-layer.scaling[name])
-    layer.set_base_weight(residual)
+    layer.set_base_weight(layer.kind.stored(residual))
     layer.set_factors(name, A, B)
 
 

@@ -142,11 +142,6 @@ class LoraLayer(AdapterLayer):
         weight = (B * s) @ A if isinstance(s, torch.Tensor) else (B @ A) * s
         return weight.to(dtype)
 
-    def set_base_weight(self, weight: torch.Tensor) -> None:
-        """Write a canonical weight into the base layer."""
-        base = self.get_base_layer()
-        self._rebase(self.storage.write(base, self._to_storage(weight), self.kind.weight_name))
-
     # ---- forward
     def _choose_path(self, names: tuple[str, ...]) -> str:
         if self.kind.substituted:

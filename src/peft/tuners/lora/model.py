@@ -179,6 +179,28 @@ class LoraModel(TunerModel):
         return {**state, **found} if keep else {k: v for k, v in state.items() if k not in found}
 
     # ---- combination
+    def subtract_mutated_init(
+        self, output_state_dict: dict[str, torch.Tensor], adapter_name: str, kwargs: dict[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Tensors (of twice the rank) of a LoRA of the unchanged base: `output_state_dict` of a trained adapter whose
+        initialisation changed the base, less adapter `adapter_name`, which holds what it started from.
+        """
+        from ...io.initial import subtract_initial
+        from ...io.state_dict import get_peft_model_state_dict
+
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist; there are {sorted(self.peft_config)}.")
+        if init.changes_base(self.peft_config[adapter_name].init_lora_weights):
+            raise ValueError(
+                f"Adapter {adapter_name} holds the initial factors: load it with `init_lora_weights=True`, or they are "
+                "computed again."
+            )
+        gathered = (kwargs or {}).get("state_dict")
+        if gathered is not None:
+            gathered = {k.removeprefix("base_model."): t for k, t in gathered.items()}
+        before = get_peft_model_state_dict(self, gathered, adapter_name)
+        return subtract_initial(output_state_dict, {f"base_model.{k}": t for k, t in before.items()}, adapter_name)
+
     def add_weighted_adapter(
         self,
         adapters: list[str],

@@ -45,12 +45,10 @@ class Kasa(LoraVariant):
 
 def truncate(layer: Any, r: int) -> None:
     """Take the r smallest singular triplets out of the base weight."""
-    if layer.merged:
-        raise RuntimeError("KaSA changes the base weight: call `unmerge_adapter` before adding the adapter.")
     W = layer.base_weight()
     wide = W.float()
     U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
-    layer.set_base_weight((wide - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(W.dtype))
+    layer.set_base_weight(layer.kind.stored((wide - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(W.dtype)))
 
 
 def loss(layer: Any, name: str, options: Any) -> torch.Tensor:
