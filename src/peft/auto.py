@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .config import PeftConfig
+from .import_utils import require
 from .peft_model import PeftModel
 
 # `parent_library` comes from the adapter's file, and importing a module runs code: only these are imported unasked.
@@ -19,7 +20,10 @@ class _TargetClass:
     """`_target_class` as published, without importing transformers before it is used."""
 
     def __get__(self, instance: Any, owner: "type[_BaseAutoPeftModel]") -> Any:
-        return None if owner._target is None else getattr(importlib.import_module("transformers"), owner._target)
+        if owner._target is None:
+            return None
+        require(owner.__name__, "transformers")
+        return getattr(importlib.import_module("transformers"), owner._target)
 
 
 class _TargetPeftClass:

@@ -12,6 +12,15 @@ from packaging.version import Version
 GPTQMODEL_MINIMUM = "7.0.0"
 OPTIMUM_MINIMUM = "1.24.0"
 TORCHAO_MINIMUM = "0.16.0"
+# Optional packages by import name: the requirement as it stands in pyproject.toml, and the extra that it stands in.
+OPTIONAL = {
+    "transformers": ("transformers>=4.51", "cli"),
+    "accelerate": ("accelerate>=1.3", "cli"),
+    "gguf": ("gguf>=0.10", "demo"),
+    "sklearn": ("scikit-learn>=1.3", "adamss"),
+    "bitsandbytes": ("bitsandbytes", "quantization"),
+    "eetq": ("eetq", None),
+}
 
 
 def _is_there(package: str) -> bool:
@@ -32,6 +41,26 @@ def _require(distribution: str, minimum: str) -> None:
             f"Found an incompatible version of {distribution}. Found version {version}, but only versions "
             f">= {minimum} are supported. Please upgrade or uninstall it."
         )
+
+
+@functools.lru_cache
+def require(purpose: str, *packages: str, error: type[Exception] = ImportError) -> None:
+    """One message about all `packages` that are missing or too old for `purpose`: what is there, what is needed."""
+    from packaging.requirements import Requirement
+
+    wrong, install = [], {}
+    for package in packages:
+        text, extra = OPTIONAL[package]
+        needed = Requirement(text)
+        try:
+            found = _version(needed.name) if _is_there(package) else None
+        except metadata.PackageNotFoundError:  # an importable package without metadata has no version to judge
+            continue
+        if found is None or not needed.specifier.contains(found, prereleases=True):
+            wrong.append(f"{text} ({f'{found} is' if found else 'not'} installed)")
+            install[f"'peft[{extra}]'" if extra else needed.name] = None
+    if wrong:
+        raise error(f"{purpose} needs {' and '.join(wrong)}: pip install {' '.join(install)}")
 
 
 @functools.lru_cache

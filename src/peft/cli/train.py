@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..import_utils import require
 from .errors import CliError
 
 # Chosen so that the built-in run trains for three to five minutes on two cores.
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from . import models, options
 
     started = time.perf_counter()
-    models.require_transformers()
+    require("peft train", "transformers", "accelerate", error=CliError)
     _check(args)
     config_cls = options.config_class(args.method)
     chosen = options.parse_assignments(config_cls, args.set)

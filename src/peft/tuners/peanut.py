@@ -19,6 +19,7 @@ from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
+from ..import_utils import require
 from ..ops.low_rank import Factors
 from ..registry import register_method
 
@@ -53,6 +54,7 @@ def activation(name: str) -> nn.Module:
     common = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
     if name in common:
         return common[name]()
+    require(f"act_fn={name!r}", "transformers")
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import PromptLearningConfig, option
 from ..core.prompt import BasePromptEncoder, sizes, word_vectors
+from ..import_utils import require
 from ..registry import register_method
 
 
@@ -52,6 +53,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
 def text_token_ids(config: PromptTuningConfig, n: int) -> torch.Tensor:
     """The first n token ids of the text, repeated from the start if there are fewer."""
+    require("prompt_tuning_init='TEXT'", "transformers")
     from transformers import AutoTokenizer
 
     # A checkpoint's config must not be able to run code: the flag is never taken from it.

@@ -135,7 +135,9 @@ def replace_lora_weights_loftq(
     from ..import_utils import is_bnb_4bit_available
 
     if not is_bnb_4bit_available():
-        raise ValueError("bitsandbytes must be installed and the model must be quantized in 4bits.")
+        raise ValueError(
+            "bitsandbytes must be installed (pip install 'peft[quantization]') and the model must be quantized in 4bits."
+        )
     layers = _layers_4bit(peft_model, adapter_name)
     if not layers:
         raise ValueError(f"No bnb LoRA module of the adapter {adapter_name!r} found on the model.")

@@ -2,9 +2,9 @@
 """LoRA. Names that need more code than a plain adapter are loaded when they are used."""
 
 import importlib
-import importlib.util
 from typing import Any
 
+from ...import_utils import require
 from .config import (
     ArrowConfig,
     BdLoraConfig,
@@ -61,8 +61,8 @@ _NEED = {"Linear4bit": "bitsandbytes", "Linear8bitLt": "bitsandbytes", "EetqLora
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEED and importlib.util.find_spec(_NEED[name]) is None:
-        raise AttributeError(f"{name} needs the package {_NEED[name]}, which is not installed.")
+    if name in _NEED:
+        require(name, _NEED[name], error=AttributeError)
     if name in _LAZY:
         return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     if name in _ADDRESSES:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...import_utils import require
 from .config import MIRROR
 
 BLOCK_LISTS = ("layers", "h", "single_transformer_blocks", "transformer_blocks")
@@ -109,6 +110,7 @@ def trained_parameters(cfg: Any, backbone: Any) -> list[nn.Parameter]:
 
 def load_backbone(name: str) -> tuple[nn.Module, nn.Linear | None]:
     """A pretrained shadow network, with its trained projection if it has one."""
+    require("A pretrained shadow model", "transformers")
     from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
     values = PreTrainedConfig.get_config_dict(name)[0]
