@@ -191,7 +191,12 @@ class PeftConfigMixin:
     @classmethod
     def _split_kwargs(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         hub = _hub_parameters()
-        own = set(inspect.get_annotations(cls))
+        own = {
+            name
+            for c in (cls, *cls.__bases__)
+            if c is cls or c is PeftConfigMixin
+            for name in inspect.get_annotations(c)
+        }
         hub_kwargs = {k: v for k, v in kwargs.items() if k in hub}
         class_kwargs = {k: v for k, v in kwargs.items() if k in own and k not in hub}
         other = {k: v for k, v in kwargs.items() if k not in hub and k not in own}

@@ -103,7 +103,7 @@ def from_pretrained(
             autocast_adapter_dtype=autocast_adapter_dtype,
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
-        result = peft_model.load_adapter(
+        peft_model.load_adapter(
             model_id,
             adapter_name,
             is_trainable=is_trainable,
@@ -112,7 +112,6 @@ def from_pretrained(
             key_mapping=key_mapping,
             **kwargs,
         )
-    _warn_missing(peft_model, adapter_name, result)
     return peft_model
 
 
@@ -265,10 +264,9 @@ def _put(model: "PeftModel", name: str, weights: dict, ignore: bool, low_cpu: bo
             f"The adapter weights in {source} hold NaN: {report.not_finite[:8]}. The run that wrote them diverged.",
             stacklevel=4,
         )
-    if not report.missing:  # otherwise both are said together
-        report.warn_unexpected(source)
     shared = _shared_names(model)
     report.missing[:] = [k for k in report.missing if not any(f"{s}.{name}" in k for s in shared)]
+    _warn_keys(model, name, report)
     return report.incompatible()
 
 
@@ -278,19 +276,16 @@ def _shared_names(model: "PeftModel") -> list[str]:
     return list(containers(model.base_model)) if containers is not None else []
 
 
-def _warn_missing(model: "PeftModel", name: str, result: Any) -> None:
+def _warn_keys(model: "PeftModel", name: str, report: Any) -> None:
     """Say what of the file was not used, and what it lacks."""
-    missing, unexpected = result.missing_keys, result.unexpected_keys
+    missing, unexpected = report.missing, report.unexpected
     if not missing and not unexpected:
         return
     parts = []
     if missing:
         parts.append(f"Found missing adapter keys while loading the checkpoint: {missing}.")
     if unexpected:
-        from .io.state_dict import get_peft_model_state_dict
-
-        valid = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        hints = "".join(f" {key!r}:{nearest(key, valid)}" for key in unexpected[:3] if nearest(key, valid))
+        hints = "".join(f" {key!r}: the nearest valid key is {valid!r}." for key, valid in report.hints.items())
         more = f" and {len(unexpected) - 8} more" if len(unexpected) > 8 else ""
         parts.append(
             f"Keys of the checkpoint that the model has no place for were ignored: {unexpected[:8]}{more}.{hints}"
@@ -298,7 +293,7 @@ def _warn_missing(model: "PeftModel", name: str, result: Any) -> None:
     prefix = method_of(model.peft_config[name]).prefix
     if missing and name in prefix:
         parts.insert(0, name_warning(name, prefix))
-    warnings.warn(" ".join(parts), stacklevel=4)
+    warnings.warn(" ".join(parts), stacklevel=5)
 
 
 def save_pretrained(

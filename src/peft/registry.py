@@ -162,7 +162,9 @@ def methods() -> dict[PeftType, Method]:
 def method(peft_type: PeftType | str) -> Method:
     """The record of one method; KeyError with the nearest name when unknown."""
     if peft_type not in list(PeftType):
-        raise KeyError(f"Unknown PEFT type passed: {peft_type!r}.{nearest(str(peft_type), list(PeftType.__members__))}")
+        raise KeyError(
+            f"Unknown PEFT type passed: {peft_type!r}.{nearest(str(peft_type).upper(), list(PeftType.__members__))}"
+        )
     peft_type = PeftType(peft_type)
     if peft_type not in _records:
         name = peft_type.value.lower()

@@ -1,0 +1,67 @@
+"""Configurations as files and as classes: what a file says, what the caller says, and what happens on conflict."""
+
+import json
+
+import pytest
+
+from peft import IA3Config, LoraConfig, PeftConfig, PeftType, PromptTuningConfig, TaskType
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(**values):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, **values}))
+        return tmp_path
+
+    return write
+
+
+def test_the_file_wins_and_only_the_class_own_options_fill_it_up(folder):
+    path = folder()
+    config = LoraConfig.from_pretrained(path, r=9, lora_alpha=33, task_type="CAUSAL_LM", revision="x", junk=1)
+    assert (config.r, config.lora_alpha, config.task_type, config.revision) == (4, 33, None, None)
+    assert PeftConfig.from_pretrained(path, task_type="CAUSAL_LM").task_type == "CAUSAL_LM"
+    assert type(IA3Config.from_pretrained(path)) is LoraConfig  # the file's method, whoever asks
+
+
+def test_a_newer_file_loads_with_a_warning_that_names_its_unknown_keys(folder):
+    with pytest.warns(UserWarning, match=r"\['frob', 'zeta'\] for class LoraConfig.*newer version"):
+        config = PeftConfig.from_pretrained(folder(zeta=1, frob=2, peft_version="9.9"))
+    assert (config.r, config.peft_version) == (4, "9.9")
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"peft_type": "lora"}, KeyError, "'lora'. Did you mean 'LORA'"),
+        ({"peft_type": "LORRA"}, KeyError, "Did you mean 'LORA'"),
+        (
+            {"target_modules": "q", "layers_to_transform": [1]},
+            ValueError,
+            "cannot be used when `target_modules` is a str",
+        ),
+        ({"layers_pattern": "h"}, ValueError, "`layers_to_transform` must also be specified"),
+        ({"target_parameters": "w"}, TypeError, "list of names"),
+        ({"task_type": "CAUSAL_ML"}, ValueError, "Did you mean 'CAUSAL_LM'"),
+    ],
+)
+def test_broken_files(folder, values, error, message):
+    with pytest.raises(error) as caught:
+        PeftConfig.from_pretrained(folder(**values))
+    assert message in str(caught.value)
+
+
+def test_a_file_without_a_method(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"r": 4}')
+    assert LoraConfig.from_pretrained(tmp_path).r == 4
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "zeta": 1}')
+    with pytest.raises(TypeError, match="peft_type"):
+        LoraConfig.from_pretrained(tmp_path)
+
+
+def test_names_and_flags():
+    assert (len(PeftType), len(TaskType), PeftType.LORA, TaskType.SEQ_CLS) == (45, 6, "LORA", "SEQ_CLS")
+    assert PromptTuningConfig(task_type="CAUSAL_LM").is_prompt_learning and not LoraConfig().is_prompt_learning
+    assert "runtime_config" not in LoraConfig().to_dict() and LoraConfig(r=3) == LoraConfig(r=3)
+    with pytest.raises(TypeError, match="'lora_aplha'. Did you mean 'lora_alpha'"):
+        LoraConfig(lora_aplha=3)
