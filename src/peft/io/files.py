@@ -18,7 +18,13 @@ from ..utils.error import AdapterFileError
 from .atomic import current, replaced, transaction
 from .atomic import write_text_atomic as write_text_atomic
 
-Tensors = dict[str, torch.Tensor]
+
+class Tensors(dict[str, torch.Tensor]):
+    """Tensors by key; `metadata` is the text a safetensors file holds beside them."""
+
+    def __init__(self, tensors: Any = (), metadata: dict[str, str] | None = None):
+        super().__init__(tensors)
+        self.metadata = metadata or {}
 
 
 # ---- writing
@@ -27,7 +33,7 @@ Tensors = dict[str, torch.Tensor]
 def split_shared(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Contiguous tensors with a storage each: of those that share one, all but the first are copied."""
     seen: set[tuple[Any, ...]] = set()
-    split: Tensors = {}
+    split = Tensors(metadata=getattr(tensors, "metadata", None))
     for key, tensor in tensors.items():
         if tensor.device.type == "meta":
             raise RuntimeError(
@@ -47,7 +53,8 @@ def split_shared(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 def _save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(split_shared(tensors), str(path), metadata={"format": "pt"})
+    split = split_shared(tensors)
+    save_file(split, str(path), metadata={**split.metadata, "format": "pt"})
 
 
 def save_safetensors_atomic(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -85,11 +92,11 @@ def read_tensors(path: str | os.PathLike, device: str = "cpu") -> Tensors:
 
 
 def _read_safetensors(path: Path, device: str) -> Tensors:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(str(path), device=device)
+        with safe_open(str(path), framework="pt", device=device) as file:
+            return Tensors({k: file.get_tensor(k) for k in file.keys()}, file.metadata())  # noqa: SIM118
     except SafetensorError as error:
         raise AdapterFileError(
             f"Cannot read the adapter weights {str(path)!r}: {_diagnosis(path)} ({error}). Nothing was loaded."
@@ -124,7 +131,7 @@ def _read_bin(path: Path, device: str) -> Tensors:
         ) from error
     if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
         raise AdapterFileError(f"{str(path)!r} holds a {type(found).__name__}, expected a dict of tensors.")
-    return found
+    return Tensors(found)
 
 
 def read_adapter(
@@ -176,7 +183,7 @@ def load_peft_weights(
     on_mps = str(device).startswith("mps")  # no direct reading there
     tensors = read_tensors(path, "cpu" if on_mps else str(device))
     if on_mps:
-        tensors = {k: v.to(device) for k, v in tensors.items()}
+        tensors = Tensors({k: v.to(device) for k, v in tensors.items()}, tensors.metadata)
     return map_keys(tensors, key_mapping) if key_mapping else tensors
 
 
@@ -206,7 +213,7 @@ def _download(model_id: str, hub: dict[str, Any]) -> str:
 def map_keys(tensors: Tensors, key_mapping: dict[str, str]) -> Tensors:
     """Rename keys: the first pattern that hits a key (without `base_model.model.`) rewrites it."""
     patterns = [(re.compile(p), r) for p, r in key_mapping.items()]
-    mapped: Tensors = {}
+    mapped = Tensors(metadata=getattr(tensors, "metadata", None))
     for key, value in tensors.items():
         prefix = next((p for p in ("base_model.model.", "base_model.") if key.startswith(p)), None)
         if prefix is None:

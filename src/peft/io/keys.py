@@ -17,7 +17,7 @@ The name of the adapter is no part of the file, so it can be loaded under any na
 import contextlib
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -217,6 +217,20 @@ def layer_entries(path: str, layer: AdapterLayer, name: str, with_shared: bool =
             slot, _, rest = entry.memory[start:].partition(f".{name}")
             entries[i] = entry._replace(file=f"{dot}{slot}.{fixed}{rest}")
     return entries
+
+
+def misfits(tuner: TunerModel, name: str, state: Mapping[str, torch.Tensor]) -> list[tuple[Entry, torch.Tensor]]:
+    """Parameters of adapter `name` whose tensors in a file have another shape, with those tensors."""
+    layers = ((path, layer) for path, layer in tuner.named_layers().items() if name in layer)
+    entries = (e for path, layer in layers for e in layer_entries(path, layer, name) if e.attr in e.owner._parameters)
+    stored = ((entry, state.get(PEFT_PREFIX + entry.file, state.get(entry.file))) for entry in entries)
+    return [(entry, value) for entry, value in stored if value is not None and value.shape != entry.tensor.shape]
+
+
+def resize(entry: Entry, shape: Sequence[int]) -> None:
+    """A new parameter, of another shape and without values, in the place of one that is about to be loaded."""
+    old = entry.tensor
+    entry.owner._parameters[entry.attr] = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
 
 
 def tuner_entries(path: str, tuner: TunerModel, name: str) -> Iterator[Entry]:

@@ -6,6 +6,10 @@ has a small trained
 map into the shared right singular space V of [W | b].
 """
 
+import base64
+import json
+import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -147,6 +151,17 @@ class AdamssLayer(AdapterLayer):
         return B @ P[:, self.in_features] if P.shape[1] > self.in_features else None
 
 
+LABELS = "adamss_labels"  # in the text part of a file: {path of the layer: packed labels}
+
+
+def pack(labels: torch.Tensor) -> str:
+    return base64.b64encode(zlib.compress(labels.to("cpu", torch.int32).numpy().tobytes())).decode()
+
+
+def unpack(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.int32).long()
+
+
 @dataclass
 class _Importance:
     """Averages of |p · grad| and of its change for one parameter."""
@@ -175,6 +190,34 @@ class AdamssModel(TunerModel):
         for layer in self.layers():
             if isinstance(layer, AdamssLayer) and name in layer:
                 yield from zip(layer.adamss_A[name], layer.adamss_B[name], strict=True)  # type: ignore
+
+    def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Published files leave the rows of the clusters to be found again; they are kept in the file's text part."""
+        from ..io.files import Tensors
+
+        layers = {k: m for k, m in self.named_layers().items() if isinstance(m, AdamssLayer) and name in m}
+        return Tensors(state, {LABELS: json.dumps({k: pack(m.labels[name]) for k, m in layers.items()})})
+
+    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give each row the cluster it had; clusters found again in other weights (half precision) are others."""
+        from ..io.keys import misfits, resize
+
+        stored = json.loads(getattr(state, "metadata", {}).get(LABELS, "{}"))
+        for path, layer in self.named_layers().items():
+            if not isinstance(layer, AdamssLayer) or name not in layer:
+                continue
+            if path in stored and (labels := unpack(stored[path])).shape == layer.labels[name].shape:
+                layer.labels[name] = labels
+            elif layer.base_weight().dtype != torch.float32:
+                warnings.warn(
+                    f"The file does not say which rows the clusters of {path!r} hold. They were found again in weights "
+                    f"of {layer.base_weight().dtype}: if the training was in float32, they are others.",
+                    stacklevel=2,
+                )
+        if stored:
+            for entry, value in misfits(self, name, state):
+                resize(entry, value.shape)
+        return state
 
     def update_and_allocate(self, global_step: int) -> None:
         """Adaptive subspace allocation; call it after each optimizer step, before the gradients are cleared."""

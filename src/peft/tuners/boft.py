@@ -144,3 +144,12 @@ class BOFTModel(TunerModel):
             blocks(math.prod(self.target_shape(module)[1:]), cfg)
         except ValueError as exc:
             raise ValueError(f"Target module {key}: {exc}") from None
+
+    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Without its CUDA kernel the published library trains one factor, whatever the configuration says."""
+        from ..io.keys import misfits, resize
+
+        for entry, value in misfits(self, name, state):
+            if tuple(value.shape) == (1, *entry.tensor.shape[1:]):
+                resize(entry, value.shape)
+        return state

@@ -110,3 +110,15 @@ class HiraModel(TunerModel):
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
         return cfg.with_values(r=pattern_value(cfg.rank_pattern, key, cfg.r)) if cfg.rank_pattern else cfg
+
+    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Published files ignore the rank pattern: every layer has rank r."""
+        from ..io.keys import misfits, resize
+
+        r = self.peft_config[name].r
+        for entry, value in misfits(self, name, state):
+            own = entry.tensor.shape
+            if tuple(value.shape) in ((r, *own[1:]), (own[0], r, *own[2:])):
+                resize(entry, value.shape)
+                entry.layer.r[name] = r  # type: ignore
+        return state

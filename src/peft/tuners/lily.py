@@ -20,6 +20,7 @@ from ..core.match import suffixes
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
+from .randlora import COPIES_UP_TO
 
 
 @dataclass
@@ -98,6 +99,36 @@ class LilyModel(TunerModel):
                 layer.lily_B[name] = members[0].lily_B[name]
                 layer.lily_A[name] = members[i // cfg.stride_A * cfg.stride_A].lily_A[name]
                 layer._holders.pop(name, None)
+
+    def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Published files repeat shared tensors under every layer; readers need them once, so the copies are only
+        written while they are small.
+        """
+        once = {v.untyped_storage()._cdata: k for k, v in reversed(state.items())}
+        copies = {k for k, v in state.items() if once[v.untyped_storage()._cdata] != k}
+        if sum(state[k].numel() * state[k].element_size() for k in copies) <= COPIES_UP_TO:
+            return state
+        return {k: v for k, v in state.items() if k not in copies}
+
+    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Complete files without copies. The published library does not share in adapters that were added later:
+        where the copies differ, nothing is shared here either.
+        """
+        from ..io.keys import PEFT_PREFIX
+
+        prefix = PEFT_PREFIX if any(k.startswith(PEFT_PREFIX) for k in state) else ""
+        out, first = dict(state), {}
+        for path, layer in self.named_layers().items():
+            for slot in ("lily_A", "lily_B") if isinstance(layer, LilyLayer) and name in layer else ():
+                key, held = f"{prefix}{path}.{slot}.weight", getattr(layer, slot)
+                value = first.setdefault(id(held[name]), state.get(key))
+                if key not in state and value is not None:
+                    out[key] = value
+                elif value is not None and not torch.equal(value, state[key]):
+                    weight = held[name].weight
+                    held[name] = kinds.linear(weight.shape[1], weight.shape[0]).to(weight)
+                    held[name].requires_grad_(weight.requires_grad)
+        return out
 
     @staticmethod
     def _entry(cfg: Any, key: str) -> str:
