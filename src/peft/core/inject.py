@@ -125,12 +125,12 @@ class Injection:
         if getattr(cfg, "target_parameters", None) and self.state_dict is not None:
             raise ValueError("Injecting a LoRA adapter with `target_parameters` from a state_dict is not supported.")
         self._expand_all_linear()
-        given = cfg.target_modules
         self._condense()
         matcher = match.Matcher(cfg)
         targets = self._from_config(matcher) if self.state_dict is None else self._from_state_dict(matcher)
+        self.whole = {t.key for t in targets}
         targets += self._parameters()
-        self._conclude(matcher, given)
+        self._conclude(matcher)
         return targets
 
     def _expand_all_linear(self) -> None:
@@ -224,11 +224,11 @@ class Injection:
         return found
 
     # ---- nothing or not everything matched
-    def _conclude(self, matcher: match.Matcher, given: Any) -> None:
+    def _conclude(self, matcher: match.Matcher) -> None:
         report, cfg = self.report, self.cfg
         counts = matcher.targets.hits
         report.counts = {**counts, **getattr(getattr(self, "parameter_names", None), "hits", {})}
-        modules = sum(counts.values()) if self.state_dict is None else len(self.state_dict)
+        modules = len(self.whole)
         parameters = sum(getattr(getattr(self, "parameter_names", None), "hits", {}).values())
         if not modules and not parameters:
             raise NoMatchingPeftModuleError(self._nothing_matched())
@@ -286,15 +286,18 @@ class Injection:
                 f"Target modules {cfg.target_modules} not found in the base model. "
                 "Please check the target modules and try again."
             )
-        names = [cfg.target_modules] if isinstance(cfg.target_modules, str) else sorted(cfg.target_modules or ())
-        hint = match.suggestions(names, keys)
+        regex = isinstance(cfg.target_modules, str)
+        hint = match.suggestions([cfg.target_modules] if regex else sorted(cfg.target_modules or ()), keys)
+        if regex:
+            hint += " A string is a regex for whole names of modules; give a list for the last parts of names."
         return f"{text}{notes} {hint}".strip()
 
     # ---- checks before anything changes
     def check(self, target: Target) -> None:
         module, tuner = target.node.module, self.tuner
         if target.parameter is not None:
-            if isinstance(module, AdapterLayer) and not issubclass(module.kind, kinds.Parameter):
+            adapted = isinstance(module, AdapterLayer) and not issubclass(module.kind, kinds.Parameter)
+            if adapted or target.node.key in self.whole:
                 raise ValueError(
                     f"Parameter {target.key!r} belongs to a module that is adapted as a whole: target either the "
                     "module or its parameters."

@@ -179,5 +179,5 @@ def find_minimal_target_modules(targets: Collection[str], others: Collection[str
 def suggestions(names: Iterable[str], keys: Collection[str]) -> str:
     """One line of near matches for target names that hit nothing."""
     leaves = {s for key in keys for s in suffixes(key) if s.count(".") <= 1}
-    lines = [f"{name!r}:{hint}" for name in names if (hint := nearest(name, leaves, " nearest "))]
+    lines = [f"{n!r}:{hint}" for n in names if n not in leaves and (hint := nearest(n, leaves, " nearest "))]
     return "; ".join(lines)

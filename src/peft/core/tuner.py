@@ -56,7 +56,7 @@ class TunerModel(WholeModelMerge, nn.Module):
     ):
         super().__init__()
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
-        existing = model.__dict__.get("peft_config")
+        existing = getattr(model, "peft_config", None)  # also of a PeftModel that is wrapped once more
         if isinstance(existing, dict) and existing is not configs:
             warnings.warn(
                 "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters "
@@ -267,6 +267,12 @@ class TunerModel(WholeModelMerge, nn.Module):
         self.prepare(cfg, model)
         self.prepare_model(adapter_name, cfg, model)
         first = not self.layers()
+        if merged := sorted({n for layer in self.layers() for n in layer.merged_adapters}):
+            warnings.warn(
+                f"Adapters {merged} are merged into the base weights and stay so: adapter {adapter_name!r} is added "
+                "beside them, activating it unmerges them first.",
+                stacklevel=4,
+            )
         injection = Injection(self, model, adapter_name, cfg, low_cpu_mem_usage, state_dict)
         layers = injection.run()
         try:

@@ -86,15 +86,6 @@ class LoadReport:
         missing = self.missing if model is None else [k for k in state_keys(model) if k not in self.touched]
         return _IncompatibleKeys(missing, self.unexpected)
 
-    def warn_unexpected(self, source: str = "") -> None:
-        """Say which keys of a file have no place in the model."""
-        if self.unexpected:
-            hints = "".join(f" {k!r}: the nearest valid key is {v!r}." for k, v in self.hints.items())
-            warnings.warn(
-                f"Keys{_from(source)} that the model does not have were not loaded: {_some(self.unexpected)}.{hints}",
-                stacklevel=4,
-            )
-
 
 def _some(keys: list[str], limit: int = 8) -> str:
     return str(keys) if len(keys) <= limit else f"{keys[:limit]} and {len(keys) - limit} more"
@@ -225,7 +216,8 @@ def _make_plan(
             plan.errors.append(_size_error(entry, value, want))
     report.missing = [e.memory for e in entries if e.role != "bias" and e.memory not in report.touched]
     if report.unexpected:
-        report.hints = _hints(report.unexpected, entries)
+        lacking = [e for e in entries if e.memory not in report.touched]
+        report.hints = _hints(report.unexpected, lacking or entries)
     if report.mismatched:
         listed = "\n- ".join(report.mismatched)
         warnings.warn(

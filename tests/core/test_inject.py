@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What injection says when targets hit nothing, hit twice, or meet a model that was adapted before."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from peft import LoraConfig, NoMatchingPeftModuleError, get_peft_model, inject_adapter_in_model
+from peft.utils.save_and_load import get_peft_model_state_dict
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4), "key": nn.Linear(4, 4)}) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["key"](layer["q"](x))
+        return x
+
+
+def targets(**options):
+    return sorted(get_peft_model(Net(), LoraConfig(**options)).targeted_module_names)
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "not_said"),
+    [
+        ({"target_modules": ["kye"]}, "'kye': nearest 'key'", "regex"),
+        ({"target_modules": "q"}, "A string is a regex for whole names", "nearest"),
+        ({"target_modules": ["q"], "exclude_modules": ["q"]}, "excluded modules", "nearest"),
+        ({"target_modules": ["q"], "layers_to_transform": [7]}, "'layers_to_transform': [7]", "nearest"),
+        ({"target_modules": []}, "No `target_modules` passed", "nearest"),
+    ],
+)
+def test_nothing_matched(options, said, not_said):
+    model = Net()
+    before = str(model)
+    with pytest.raises(NoMatchingPeftModuleError) as error:
+        get_peft_model(model, LoraConfig(**options))
+    assert said in str(error.value) and not_said not in str(error.value)
+    assert str(model) == before and not hasattr(model, "peft_config")
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_partly_matched():
+    with pytest.warns(UserWarning, match=r"\['kye'\] matched no module. 'kye': nearest 'key'"):
+        assert targets(target_modules=["q", "kye"]) == [f"layers.{i}.q" for i in range(3)]
+
+
+def test_a_module_and_its_parameter_are_not_both_adapted():
+    with pytest.raises(ValueError, match=r"'layers\.0\.q\.weight' belongs to a module that is adapted as a whole"):
+        targets(target_modules=["q"], target_parameters=["layers.0.q.weight"])
+
+
+def test_a_state_dict_chooses_the_modules():
+    source = inject_adapter_in_model(LoraConfig(target_modules=r"layers\.[01]\.q"), Net())
+    state = get_peft_model_state_dict(source)
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        model = inject_adapter_in_model(LoraConfig(target_modules=["q", "key"]), Net(), state_dict=state)
+    found = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if "lora_A" in n}
+    assert found == {"layers.0.q", "layers.1.q"}
+    foreign = {"zz.lora_A.weight": torch.zeros(1)}
+    with pytest.raises(NoMatchingPeftModuleError), pytest.warns(RuntimeWarning):
+        inject_adapter_in_model(LoraConfig(target_modules=["q"]), Net(), state_dict=foreign)
+
+
+def test_wrapping_a_peft_model_shares_its_adapters():
+    inner = get_peft_model(Net(), LoraConfig(target_modules=["q"]))
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        outer = get_peft_model(inner, LoraConfig(target_modules=["q"]), "second")
+    assert outer.peft_config is inner.peft_config and list(outer.peft_config) == ["default", "second"]
+
+
+def test_adding_to_a_merged_model_is_said_and_changes_nothing():
+    model = get_peft_model(Net(), LoraConfig(target_modules=["q"], init_lora_weights=False))
+    x = torch.randn(2, 4)
+    expected = model(x)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=r"\['default'\] are merged into the base weights"):
+        model.add_adapter("second", LoraConfig(target_modules=["q"], init_lora_weights=False))
+    torch.testing.assert_close(model(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.set_adapter("second")
+        model.set_adapter("default")
+    torch.testing.assert_close(model(x), expected)
