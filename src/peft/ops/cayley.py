@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import fusable, is_plain, reshaped
+from .dispatch import derived, fusable, is_plain, reshaped
 
 
 def skew(v: Tensor, size: int, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
@@ -24,17 +24,55 @@ def skew(v: Tensor, size: int, rows: Tensor | None = None, cols: Tensor | None =
     """
     if rows is None or cols is None:
         rows, cols = torch.triu_indices(size, size, 1, device=v.device)
+    if fusable(v) and not is_plain():
+        return _Skew.apply(v, size, rows, cols)  # type: ignore[return-value]
     flat = v.new_zeros(*v.shape[:-1], size * size).index_copy(-1, rows * size + cols, v)
     upper = flat.unflatten(-1, (size, size))
     return upper - upper.transpose(-2, -1)
 
 
+class _Skew(torch.autograd.Function):
+    """(v [..., size(size-1)/2], size, rows, cols) -> [..., size, size]."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, size: int, rows: Tensor, cols: Tensor):
+        ctx.save_for_backward(rows, cols)
+        upper = v.new_zeros(*v.shape[:-1], size, size)
+        upper[..., rows, cols] = v
+        return upper - upper.transpose(-2, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        rows, cols = ctx.saved_tensors
+        return (grads[0] - grads[0].transpose(-2, -1))[..., rows, cols], None, None, None
+
+
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q)(I + Q)⁻¹ for Q [..., n, n], orthogonal if Q is skew; in float32 at least, returned in Q's dtype."""
     work = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q
+    if fusable(Q) and not is_plain():
+        return _Cayley.apply(work).to(Q.dtype)  # type: ignore[union-attr]
     identity = torch.eye(Q.shape[-1], dtype=work.dtype, device=Q.device)
     # the factors commute, so solving from the left is the same and needs no transposition
     return torch.linalg.solve(identity + work, identity - work).to(Q.dtype)
+
+
+class _Cayley(torch.autograd.Function):
+    """Q -> R = 2 (I + Q)⁻¹ - I, which is all that is kept: dR = -(I + R) dQ (I + R) / 2."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor):
+        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        R = identity.lerp(torch.linalg.inv(identity + Q), 2.0)
+        ctx.save_for_backward(R)
+        return R
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        (R,) = ctx.saved_tensors
+        g, R = (t.reshape(-1, *R.shape[-2:]) for t in (grads[0], R))
+        M = (R + torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).transpose(-2, -1)
+        return torch.bmm(torch.baddbmm(g, M, g, beta=0, alpha=-0.5), M).view(grads[0].shape)
 
 
 def cayley_series(Q: Tensor, terms: int) -> Tensor:
@@ -45,13 +83,41 @@ def cayley_series(Q: Tensor, terms: int) -> Tensor:
         raise ValueError(f"the Cayley-Neumann series needs at least 1 term, got {terms}")
     degree = 3 if terms == 3 else terms - 1
     weights = [1.0] + [2.0] * (degree - 1) + [1.0] if degree > 1 else [1.0] + [2.0] * degree
+    if not is_plain() and fusable(Q) and degree == 4 and Q.dim() == 3:
+        return _FiveTerms.apply(Q)  # type: ignore[return-value]
     identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    if is_plain():
-        total, power = identity.expand_as(Q), Q
-        for k in range(1, degree + 1):
-            total, power = total + weights[k] * power, power @ Q
-        return total
-    return _polynomial(Q, identity, weights)
+    return _powers(Q, identity, weights) if is_plain() else _polynomial(Q, identity, weights)
+
+
+def _powers(Q: Tensor, identity: Tensor, weights: list[float]) -> Tensor:
+    total, power = identity.expand_as(Q), Q
+    for weight in weights[1:]:
+        total, power = total + weight * power, power @ Q
+    return total
+
+
+class _FiveTerms(torch.autograd.Function):
+    """The default series, I + 2Q + Q² (2I + 2Q + Q²) for Q [k, n, n], and its gradient by four products."""
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor):
+        identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        square, line = torch.bmm(Q, Q), torch.add(identity, Q, alpha=2)
+        inner = (square + line).add_(identity)
+        ctx.save_for_backward(Q, square, inner)
+        return torch.baddbmm(line, square, inner)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        Q, square, inner = ctx.saved_tensors
+        (g,) = grads
+        if torch.is_grad_enabled():
+            identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+            return derived(lambda q: _polynomial(q, identity, [1.0, 2.0, 2.0, 2.0, 1.0]), (Q,), (True,), g)
+        Qt = Q.transpose(-2, -1)
+        d_inner = torch.bmm(square.transpose(-2, -1), g)
+        d_square = torch.baddbmm(d_inner, g, inner.transpose(-2, -1))
+        return torch.baddbmm(g + d_inner, d_square, Qt, beta=2).baddbmm_(Qt, d_square)
 
 
 def _polynomial(Q: Tensor, identity: Tensor, weights: list[float]) -> Tensor:
@@ -128,7 +194,7 @@ def rotate(x: Tensor, R: Tensor) -> Tensor:
     blocks, B = R.shape[0], R.shape[-1]
     if torch.is_grad_enabled() and (x.requires_grad or R.requires_grad):
         return _Rotate.apply(x, R)  # type: ignore[return-value]
-    return _rotate_blocks(x.reshape(-1, blocks, B), R).view(x.shape)
+    return rotate_blocks(x.reshape(-1, blocks, B), R).view(x.shape)
 
 
 def rotate_weight(W: Tensor, R: Tensor) -> Tensor:
@@ -149,7 +215,7 @@ def _minus_identity(R: Tensor, dtype: torch.dtype) -> Tensor | None:
     return (R - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).to(dtype)
 
 
-def _rotate_blocks(h: Tensor, R: Tensor) -> Tensor:
+def rotate_blocks(h: Tensor, R: Tensor) -> Tensor:
     """h [T, k, B], R [k, B, B] -> contiguous [T, k, B]."""
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     ht, D = h.transpose(0, 1), _minus_identity(R, h.dtype)
@@ -166,7 +232,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, R: Tensor):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, R)
-        return reshaped(_rotate_blocks(x.reshape(-1, R.shape[0], R.shape[-1]), R), x.shape)
+        return reshaped(rotate_blocks(x.reshape(-1, R.shape[0], R.shape[-1]), R), x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,20 @@ def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     if t.shape == torch.Size(shape) and not t._is_view():
         return t
     return torch.ops.aten._unsafe_view.default(t, shape)
+
+
+def derived(
+    plain_form: Callable[..., Any], inputs: Sequence, needs: Sequence[bool], g: Any
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `plain_form(*inputs)` for the output gradients g, by ordinary ops and differentiable themselves.
+
+    What the backward of an autograd function returns under create_graph=True; also a way to save inputs only.
+    """
+    with torch.enable_grad():
+        out = plain_form(*inputs)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        got = iter(torch.autograd.grad(out, wanted, g, create_graph=True, allow_unused=True))
+    return tuple(next(got) if need else None for need in needs)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ r"""DoRA (arXiv 2402.09353): y = g ⊙ (x Wᵀ + s·(x Aᵀ) Bᵀ) + b, g = m / 
 The norm never forms B A: ‖W_i‖² + 2 s ⟨B_i, (W Aᵀ)_i⟩ + s² B_i (A Aᵀ) B_iᵀ.
 
 Memory. The gradient of m needs the scaled product u = y / g. Where that costs no precision (no bias, not float16) the
-function keeps the layer's own output, which the next op often keeps anyway, and divides the reduced row by g; otherwise
-(a bias, float16, dropout acting) it keeps u. The output is kept without autograd's version check, because a linear
-layer's output may be modified in place (`nn.ReLU(inplace=True)`): the function compares versions itself, and if
-somebody wrote into y it computes u again.
+function keeps the layer's own output or computes u again (`ops.gain` says when and why); otherwise (a bias, float16,
+dropout acting) it keeps u.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ from torch import Tensor
 
 from .dispatch import autocast_dtype, fusable, is_plain, reshaped
 from .dropout import draw_seed, dropout, keep_mask, rescale, seedable
+from .gain import TINY, keep_output, narrow, output_kept
 from .low_rank import Factors
 
 _CHUNK = 1 << 22  # elements of a half-precision weight that are widened at a time
-_TINY = 1e-12  # |g| is kept above this while m trains, so that u can be recovered from y
 
 
 @torch.no_grad()
@@ -38,10 +36,11 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0, w_no
     if is_plain():
         return torch.linalg.vector_norm(W.to(dtype) + scale * (B @ A), dim=1)
     total = row_norms_sq(W) if w_norm_sq is None else w_norm_sq.to(dtype)
-    cross = _rows_times(W, A.t())
-    gram = B @ (A @ A.t())
-    total = total + 2 * scale * (B * cross).sum(1) + scale * scale * (B * gram).sum(1)
-    return total.clamp_(min=0).sqrt_()
+    cross, gram = _rows_times(W, A.t()), A @ A.t()  # [out, r], [r, r]
+    if isinstance(scale, Tensor):
+        cross, gram, scale = cross * scale, gram * (scale * scale), 1.0
+    inner = torch.addmm(cross, B, gram, beta=2 * scale, alpha=scale * scale)
+    return inner.mul_(B).sum(1).add_(total).clamp_(min=0).sqrt_()
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def _rows_times(W: Tensor, M: Tensor) -> Tensor:
 
 def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """m / ‖·‖ in the wider of both dtypes; 0 for a row whose norm is 0, where there is no direction to scale."""
-    return torch.where(norm > 0, magnitude / norm, 0.0)
+    return magnitude / torch.threshold(norm, 0.0, torch.inf)
 
 
 def dora_linear(
@@ -163,14 +162,13 @@ class _Dora(torch.autograd.Function):
         Wc, Ac, Bc, bc = W.to(dtype), A.to(dtype), B.to(dtype), None if b is None else b.to(dtype)
         g = gain(m, norm)
         reuse = needs[5] and b is None and plan.seed is None and dtype is not torch.float16
-        if reuse:
-            g = torch.where(g.abs() < _TINY, _TINY, g)
+        again = reuse and narrow(W)
+        if reuse and not again:
+            g = g + TINY
         y, u, z = _output(h, Wc, bc, Ac, Bc, g, plan, keep_product=needs[5] and not reuse)
         y = reshaped(y, (*x.shape[:-1], y.shape[-1]))
         if reuse:
-            u = y.data  # shares memory but not autograd's version check: see the module's docstring
-            ctx.watch, ctx.version = y.detach(), y._version
-            ctx.watch.data = y.new_empty(0)  # keeps following y's version without holding its memory
+            u = None if again else keep_output(ctx, y)
         ctx.reuse, ctx.plan = reuse, plan
         kept = (Ac if needs[0] else None, Bc, z if needs[4] else None, g, u if needs[5] else None)
         ctx.save_for_backward(x, W, b, A, B, m, norm, *kept)
@@ -226,13 +224,13 @@ def _backward(ctx: Any, G: Tensor, saved: Any) -> tuple[Any, ...]:
     if needs[2]:
         db = G.sum(0).to(b.dtype)
     if needs[5]:
-        divide = norm
-        if ctx.reuse and ctx.watch._version == ctx.version:
-            divide = g * norm  # u is y here
-        elif ctx.reuse:  # y was modified in place after the call
+        divide = torch.threshold(norm, 0.0, torch.inf)
+        if ctx.reuse and u is not None and output_kept(ctx):
+            divide = g * divide  # u is y here
+        elif ctx.reuse:
             u = torch.mm(h, W.to(plan.dtype).t()).addmm_(torch.mm(h, A.to(plan.dtype).t()), Bc.t(), alpha=plan.scale)
         rows = (G * u.view(G.shape)).sum(0, dtype=g.dtype)
-        dm = torch.where(norm > 0, rows / divide, 0.0).to(m.dtype)
+        dm = (rows / divide).to(m.dtype)
     dU = _times(G, g)
     if needs[4]:
         dB = torch.addmm(Bc, dU.t(), z, beta=0, alpha=alpha).to(B.dtype)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Products of Householder reflections H = H_0 H_1 ... H_{r-1}, H_i = I - 2 u_i u_iᵀ, in compact WY form.
 
-With unit columns U [n, r] and S = striu(Uᵀ U) + I/2 (upper triangular), H = I - U S⁻¹ Uᵀ: nothing of size n x n,
-no loop. For orthonormal U, S = I/2 and H = I - 2 U Uᵀ.
+With S = striu(uᵀ u) + diag(uᵀ u) / 2 (upper triangular), H = I - u S⁻¹ uᵀ: nothing of size n x n,
+no loop. For orthonormal U, H = I - 2 U Uᵀ.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .dispatch import is_plain
+from .dispatch import derived, fusable, is_plain
 from .low_rank import Factors, accumulate
 
 
@@ -28,17 +30,43 @@ def gram_schmidt(u: Tensor) -> Tensor:
 
 
 def wy(u: Tensor, orthonormal: bool = False) -> tuple[Tensor, Tensor]:
-    """Vectors u [n, r] -> (U, K) with H = I - U K Uᵀ, U of unit columns, K [r, r] upper triangular.
+    """Vectors u [n, r] -> (U, P), both [n, r], with H = I - P Uᵀ, P = U S⁻¹. At least float32, as the triangular
+    system needs it. `orthonormal`: orthonormalise the vectors first.
 
-    `orthonormal`: orthonormalise the vectors first. At least float32, as the triangular system needs it.
+    The lengths of the vectors cancel, so U is u itself with S = striu(uᵀ u) + diag(uᵀ u) / 2.
     """
     u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
-    identity = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
     if orthonormal:
-        return gram_schmidt(u), 2 * identity
-    U = normalise(u)
-    S = torch.triu(U.t() @ U, 1) + 0.5 * identity
-    return U, torch.linalg.solve_triangular(S, identity, upper=True)
+        U = gram_schmidt(u)
+        return U, 2 * U
+    return u, (_Solved.apply(u) if fusable(u) else _solved(u))  # type: ignore[return-value]
+
+
+def _solved(u: Tensor) -> Tensor:
+    gram = u.t() @ u
+    S = torch.triu(gram, 1) + torch.diag(0.5 * gram.diagonal())
+    return torch.linalg.solve_triangular(S, u, upper=True, left=False)
+
+
+class _Solved(torch.autograd.Function):
+    """u [n, r] -> P = u S⁻¹; keeps S [r, r] and P, which the product with it keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor):
+        S = torch.triu(u.t() @ u)
+        S.diagonal().mul_(0.5)
+        P = torch.linalg.solve_triangular(S, u, upper=True, left=False)
+        ctx.save_for_backward(u, S, P)
+        return P
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        u, S, P = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return derived(_solved, (u,), (True,), grads[0])
+        du = torch.linalg.solve_triangular(S.t(), grads[0], upper=False, left=False)
+        dS = torch.triu(P.t() @ du)  # of opposite sign; the halved diagonal counts twice in dS + dSᵀ, that is once
+        return du.addmm_(u, dS + dS.t().tril(-1), alpha=-1)
 
 
 def dense(u: Tensor, orthonormal: bool = False) -> Tensor:
@@ -57,8 +85,8 @@ def reflect(x: Tensor, u: Tensor, orthonormal: bool = False) -> Tensor:
     """
     if is_plain():
         return (x.to(u.dtype) @ dense(u, orthonormal).t()).to(x.dtype)
-    U, K = wy(u, orthonormal)
-    return accumulate(x, x, (Factors(U.t(), U @ K, -1.0),))
+    U, P = wy(u, orthonormal)
+    return accumulate(x, x, (Factors(U.t(), P, -1.0),))
 
 
 def reflect_weight(W: Tensor, u: Tensor, orthonormal: bool = False, transpose: bool = False) -> Tensor:
@@ -67,7 +95,7 @@ def reflect_weight(W: Tensor, u: Tensor, orthonormal: bool = False, transpose: b
     if is_plain():
         H = dense(u, orthonormal)
         return (W.to(dtype) @ (H.t() if transpose else H).to(dtype)).to(W.dtype)
-    U, K = wy(u, orthonormal)
+    U, P = wy(u, orthonormal)
     w = W.to(torch.promote_types(dtype, U.dtype))
-    U, K = U.to(w.dtype), K.to(w.dtype)
-    return torch.addmm(w, (w @ U) @ (K.t() if transpose else K), U.t(), alpha=-1).to(W.dtype)
+    left, right = (U, P) if transpose else (P, U)
+    return torch.addmm(w, w @ left.to(w.dtype), right.t().to(w.dtype), alpha=-1).to(W.dtype)

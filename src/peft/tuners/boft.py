@@ -16,7 +16,7 @@ from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
-from ..ops import cayley
+from ..ops import cayley, gain
 from ..registry import register_method
 
 
@@ -109,6 +109,12 @@ class BOFTLayer(AdapterLayer):
         """[factors, blocks, size, size]"""
         A = self.boft_R[name]
         return self.boft_dropout[name](cayley.cayley((A - A.transpose(-2, -1)) / 2))
+
+    def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base, y, A = self.base_layer, None, self.boft_R[names[0]]
+        if len(names) == len(A) == 1 and self.kind is kinds.Linear and not kwargs and self._base_is_plain(base):
+            y = gain.linear(base, x, self.boft_s[names[0]], self._rotations(names[0])[0])
+        return super()._adapt_activations(names, x, *args, **kwargs) if y is None else y
 
     def map_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return cayley.butterfly(x, self._rotations(name))

@@ -17,6 +17,7 @@ from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.match import pattern_value
 from ..core.slots import Aux, PersistentBufferDict, Saved, Trainable
 from ..core.tuner import TunerModel
+from ..ops import directions
 from ..ops.low_rank import Factors
 from ..registry import register_method
 
@@ -72,10 +73,9 @@ class DeloraLayer(AdapterLayer):
             self.delora_w_norm[name] = torch.ones(self.in_features, device=device) if meta else weight.norm(dim=0)
 
     def factors(self, name: str) -> Factors:
-        A, B = self.delora_A[name], self.delora_B[name]
-        norms = A.norm(dim=1).clamp(min=1e-4) * B.norm(dim=0).clamp(min=1e-4)
-        c = self.delora_lambda[name] / self.r[name] / norms
-        return Factors(A * self.delora_w_norm[name], B, c, dropout_p(self.delora_dropout[name]))
+        A, B, strength = self.delora_A[name], self.delora_B[name], self.delora_lambda[name]
+        A, B = directions.scaled(A, B, strength, self.delora_w_norm[name])
+        return Factors(A, B, 1.0, dropout_p(self.delora_dropout[name]))
 
 
 @register_method("delora", config=DeloraConfig)

@@ -19,6 +19,7 @@ from ..core.slots import Aux, Trainable
 from ..core.targets import default_targets
 from ..core.tuner import TunerModel
 from ..core.weighted import combined_config
+from ..ops import gain
 from ..registry import register_method
 
 
@@ -63,6 +64,12 @@ class IA3Layer(AdapterLayer):
 
     def _scale(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return x * self.kind.per_feature(self.ia3_l[name].flatten(), x)
+
+    def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base, y = self.base_layer, None
+        if len(names) == 1 and self.kind is kinds.Linear and not self.is_feedforward[names[0]] and not kwargs:
+            y = gain.linear(base, x, self.ia3_l[names[0]]) if self._base_is_plain(base) else None
+        return super()._adapt_activations(names, x, *args, **kwargs) if y is None else y
 
     def map_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._scale(name, x) if self.is_feedforward[name] else x

@@ -100,10 +100,12 @@ class OrthLayer(nn.Module):
         if cfg.psoft_orth:
             Q = cayley.skew(self.weight, self.r, self.rows, self.cols)  # type: ignore
             if not cfg.use_cayley_neumann:
-                R = cayley.cayley(-Q)  # published sign: (I + Q)(I - Q)⁻¹
+                R = cayley.cayley(Q).T  # published sign: (I + Q)(I - Q)⁻¹, which is the transpose
             else:
                 Q = Q if cfg.cayley_neumann_eps is None else cayley.bound(Q, cfg.cayley_neumann_eps)
                 R = cayley.cayley_series(Q, cfg.num_cayley_neumann_terms)
+        if self.vector_b is not None and self.vector_a is not None:
+            return R * (self.vector_b[:, None] @ self.vector_a[None])
         R = R if self.vector_b is None else self.vector_b[:, None] * R
         return R if self.vector_a is None else R * self.vector_a
 
@@ -152,8 +154,7 @@ class PsoftLayer(AdapterLayer):
     def factors(self, name: str) -> Factors:
         R = self.psoft_R[name].matrix()  # type: ignore[operator]
         A, B = self._psoft_A_cache[name].to(R.dtype), self._psoft_B_cache[name].to(R.dtype)
-        G = R - torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
-        return Factors(A, B @ G, 1.0, dropout_p(self.psoft_dropout[name]))
+        return Factors(A, torch.addmm(B, B, R, beta=-1), 1.0, dropout_p(self.psoft_dropout[name]))
 
 
 @register_method("psoft", config=PsoftConfig)

@@ -70,20 +70,20 @@ class VBLoRALayer(AdapterLayer):
             torch.empty(self.out_features // v, r, h).normal_(0, cfg.init_logits_std)
         )
 
-    def _compose(self, name: str, logits: torch.Tensor) -> torch.Tensor:
-        """[.., vectors] -> [.., length]: the mixture of the top-k vectors."""
+    def factors(self, name: str) -> Factors:
+        """Every piece of A [r, in] and B [out, r] is a mixture of its top-k vectors; both are composed at once."""
         if self.topk_only[name] and self.training:
             raise RuntimeError(
                 "Found infinity values in VB-LoRA logits. Ensure training was not resumed from a "
                 "`save_only_topk_weights` model."
             )
-        top, index = logits.topk(self.topk[name], dim=-1)
-        bank = self.vblora_vector_bank[name].to(logits.device)
-        return (bank[index] * top.softmax(-1)[..., None]).sum(-2)
-
-    def factors(self, name: str) -> Factors:
-        A = self._compose(name, self.vblora_logits_A[name]).flatten(1)  # [r, in]
-        B = self._compose(name, self.vblora_logits_B[name]).transpose(1, 2).flatten(0, 1)  # [out, r]
+        logits, k = (self.vblora_logits_A[name], self.vblora_logits_B[name]), self.topk[name]
+        bank = self.vblora_vector_bank[name].to(logits[0].device)
+        (top_a, index_a), (top_b, index_b) = (t.flatten(0, 1).topk(k) for t in logits)
+        weights, index = torch.cat((top_a, top_b)).softmax(-1), torch.cat((index_a, index_b))
+        mixed = (bank[index] * weights[..., None]).sum(-2)  # [pieces, length]
+        A, B = mixed.split((len(top_a), len(top_b)))
+        A, B = A.view(self.r[name], -1), B.view(-1, self.r[name], bank.shape[1]).transpose(1, 2).flatten(0, 1)
         return Factors(A, B, 1.0, dropout_p(self.vblora_dropout[name]))
 
 
