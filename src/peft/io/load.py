@@ -16,6 +16,7 @@ from ..core.prompt import export_prompt_state, load_prompt_state
 from ..core.tuner import TunerModel
 from ..registry import method_of
 from ..utils.peft_types import PeftType
+from .files import Tensors
 from .keys import (
     COMPILE_INFIX,
     PEFT_PREFIX,
@@ -141,11 +142,12 @@ def _from(source: str) -> str:
     return f" in {source}" if source else ""
 
 
-def _checked(state_dict: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+def _checked(state_dict: Mapping[str, torch.Tensor], source: str) -> Tensors:
     bad = [f"{k!r} is a {type(v).__name__}" for k, v in state_dict.items() if not isinstance(v, torch.Tensor)]
     if bad:
         raise TypeError(f"Adapter weights{_from(source)} must be tensors, but {_some(bad)}.")
-    return {clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}
+    metadata = getattr(state_dict, "metadata", None)
+    return Tensors({clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}, metadata)
 
 
 def _has_nan(tensor: torch.Tensor) -> bool:
