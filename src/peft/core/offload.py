@@ -6,7 +6,7 @@ them back.
 import contextlib
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def _store(module: nn.Module, hook: Any) -> None:
 def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy with real weights and device hooks of its own (a plain copy would run those of the original)."""
     hooked = [m for m in module.modules() if "_hf_hook" in m.__dict__]
-    with onload_layer(module), _gathered(module):
+    with onload_layer(module), gathered(module.parameters()):
         if not hooked:
             return copy.deepcopy(module, memo)
         memo = {} if memo is None else memo
@@ -109,13 +109,32 @@ def _rehook(old: nn.Module, new: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _gathered(module: nn.Module) -> Iterator[None]:
-    """The whole parameters of a module that DeepSpeed ZeRO-3 partitions."""
-    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
-    if not parameters:
+def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Those that DeepSpeed ZeRO-3 partitions are whole inside; changes are those of the first process."""
+    parted = [p for p in parameters if hasattr(p, "ds_id")]
+    if not parted:
         yield
         return
     import deepspeed  # pyright: ignore[reportMissingImports]
 
-    with deepspeed.zero.GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parted, modifier_rank=0):
         yield
+
+
+@contextlib.contextmanager
+def unsharded(model: nn.Module) -> Iterator[bool]:
+    """Parameters that FSDP1 shards are whole inside, for reading; yields whether they are so only inside.
+
+    All processes must come here together.
+    """
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    units: list[Any] = [m for m in model.modules() if isinstance(m, sharded)]
+    with contextlib.ExitStack() as stack:
+        if units and all(u.training_state.name == "IDLE" for u in units):  # else the caller has made them whole
+            if units[0] is not model and units[0]._is_root is None:
+                raise RuntimeError(
+                    "FSDP shards this model but has not run yet: give the outermost FSDP module, or run it once before."
+                )
+            on_gpu = units[0].compute_device.type != "cpu"
+            stack.enter_context(sharded.summon_full_params(model, writeback=False, offload_to_cpu=on_gpu))
+        yield bool(units)

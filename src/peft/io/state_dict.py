@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..core.offload import gathered, unsharded
 from ..core.prompt import export_prompt_state
 from ..utils.peft_types import PeftType
 from ..utils.warning import PeftWarning
@@ -44,44 +45,63 @@ def get_peft_model_state_dict(
 ) -> dict[str, torch.Tensor]:
     """The tensors of one adapter under the keys of its file (without the adapter's name).
 
-    `state_dict`: take the values from there (what DeepSpeed or FSDP gathered) instead of from the modules.
+    `state_dict`: take the values from there (what DeepSpeed or FSDP gathered) instead of from the modules. Without it,
+    what is sharded over processes is gathered here, so all of them must call this.
     `save_embedding_layers`: True, False, or "auto" = when an embedding is a target or the vocabulary was resized.
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
+    if state_dict is not None:
+        return _state(model, state_dict, adapter_name, save_embedding_layers)
+    with unsharded(model) as temporary:
+        state = _state(model, None, adapter_name, save_embedding_layers)
+        return {k: v.clone() for k, v in state.items()} if temporary else state
+
+
+def _state(
+    model: Any, state_dict: Mapping[str, torch.Tensor] | None, adapter_name: str, save_embedding_layers: bool | str
+) -> dict[str, torch.Tensor]:
     config = model.peft_config[adapter_name]
     method = _method(config)
+    entries = adapter_entries(model, adapter_name, config)
+    alone = state_dict is not None  # nothing to gather, and the other processes need not be here
+    held: list[torch.Tensor] = [e.tensor for e in entries]
     if method.is_prompt:
-        state = export_prompt_state(_peft_model(model), adapter_name)
-        entries = [e for e in adapter_entries(model, adapter_name) if e.role == "wrapper"]
-    else:
-        state, entries = {}, adapter_entries(model, adapter_name, config)
-    if state_dict is None:
-        state.update((e.file, _whole(e.tensor)) for e in entries)
-        if config.peft_type == PeftType.LORA:
-            state.update(trim_padding(entries, adapter_name, config))
-        _check_gathered(config, state)
-    else:
+        entries = [e for e in entries if e.role == "wrapper"]
+        held += _peft_model(model).prompt_encoder[adapter_name].parameters()
+    with gathered(() if alone else held):
+        state = export_prompt_state(_peft_model(model), adapter_name) if method.is_prompt else {}
         state.update(_pick(entries, state_dict))
+        if not (alone or method.is_prompt):
+            if config.peft_type == PeftType.LORA:
+                state.update(trim_padding(entries, adapter_name, config))
+            _check_gathered(config, state)
     tuner = tuner_of(model, adapter_name, "export_state")
     if tuner is not None:
         state = tuner.export_state(adapter_name, state)
     if not method.is_prompt:
         extra = embedding_entries(model, adapter_name, config, save_embedding_layers)
-        picked = ((e.file, _whole(e.tensor)) for e in extra) if state_dict is None else _pick(extra, state_dict)
-        for key, value in picked:
-            state.setdefault(key, value)
+        with gathered(() if alone else [e.tensor for e in extra]):
+            for key, value in _pick(extra, state_dict):
+                state.setdefault(key, value)
     return state
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """Detached; gathered from all ranks when sharded (every rank must come here)."""
+    if hasattr(tensor, "ds_id"):
+        return tensor.detach().clone()  # partitioned again after this
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
 
 
-def _pick(entries: Iterable[Entry], state_dict: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
-    """Values from a given state dict; it may hold only a part (the trainable parameters)."""
+def _pick(
+    entries: Iterable[Entry], state_dict: Mapping[str, torch.Tensor] | None
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """Values from the modules, or from a given state dict, which may hold only a part (the trainable parameters)."""
+    if state_dict is None:
+        yield from ((e.file, _whole(e.tensor)) for e in entries)
+        return
     names = {clean(k): k for k in state_dict}
     for entry in entries:
         key = names.get(entry.memory) or names.get(entry.memory.removeprefix(COMPILE_INFIX))

@@ -272,6 +272,8 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> functools.partial:
     """FSDP wrapping: transformer blocks, prompt encoders, and leaf modules with a trainable weight each on their own.
 
     The block classes are named by the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP, else by the model itself.
+    Leaves whose weight an adapter layer reads without calling the leaf stay with their block: alone, they would be
+    shards by then.
     """
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -290,9 +292,29 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> functools.partial:
             "Set FSDP_TRANSFORMER_CLS_TO_WRAP to class names that the model contains."
         )
     classes = {available[name] for name in names} | {PrefixEncoder, PromptEncoder, PromptEmbedding, CartridgeEncoder}
-    leaves = functools.partial(lambda_auto_wrap_policy, lambda_fn=_is_trainable_leaf)
+    read = _read_leaves(model)
+    leaves = functools.partial(
+        lambda_auto_wrap_policy, lambda_fn=lambda module: _is_trainable_leaf(module) and id(module) not in read
+    )
     blocks = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes)
     return functools.partial(_or_policy, policies=[leaves, blocks])
+
+
+def _read_leaves(model: nn.Module) -> set[int]:
+    """Ids of modules in adapter layers whose weight is used without a call: all but the factors of plain LoRA."""
+    from ..core.layer import AdapterLayer
+    from ..tuners.lora.layer import LoraLayer
+
+    found: set[int] = set()
+    for layer in model.modules():
+        if not isinstance(layer, AdapterLayer):
+            continue
+        variants = layer.lora_variant if isinstance(layer, LoraLayer) and not layer.kind.substituted else None
+        for container in (layer._modules.get(slot) for slot in layer.adapter_layer_names):
+            for name, held in () if container is None else container._modules.items():
+                if held is not None and (variants is None or name in variants):
+                    found.update(id(m) for m in held.modules())
+    return found
 
 
 def _is_trainable_leaf(module: nn.Module) -> bool:
