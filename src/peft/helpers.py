@@ -80,9 +80,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
     """Inside, the scaling of all LoRA adapters is multiplied by `multiplier`; the old values come back on any exit."""
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    from .tuners.adalora import AdaLoraLayer
     from .tuners.lora import LoraLayer
 
-    before: dict[Any, Any] = {module: module.scaling for module in model.modules() if isinstance(module, LoraLayer)}
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, (LoraLayer, AdaLoraLayer))]
+    before = {module: module.scaling for module in layers}
     if not before:
         raise ValueError("scaling is only supported for models with `LoraLayer`s")
     try:

@@ -121,7 +121,7 @@ def _infer(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: bool, *
         if not flat:
             out = torch.add(out, F.linear(z, B), alpha=s)
         else:
-            z = z.reshape(-1, z.shape[-1])
+            z = z.reshape(out.shape[0], z.shape[-1])  # the rank may be 0
             out = out.addmm_(z, B.t(), alpha=s) if own else torch.addmm(out, z, B.t(), alpha=s)
             own = True
     return out.view(y.shape) if flat else out
@@ -149,8 +149,9 @@ def _composite(
         if isinstance(s, Tensor):
             z, s = z * s.to(compute), 1.0
         if flat:  # in one pass; other tensors may not like being flattened
-            z, B = z.reshape(-1, z.shape[-1]), f.B.to(compute)
-            out = torch.addmm(out.reshape(-1, out.shape[-1]), z, B.t(), alpha=s).view(out.shape)
+            rows = out.reshape(-1, out.shape[-1])
+            z = z.reshape(rows.shape[0], z.shape[-1])  # the rank may be 0
+            out = torch.addmm(rows, z, f.B.to(compute).t(), alpha=s).view(out.shape)
         else:
             out = out + F.linear(z if s == 1.0 else z * s, f.B.to(compute))
     return out.to(y.dtype)

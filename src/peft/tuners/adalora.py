@@ -16,6 +16,7 @@ from torch import nn
 from ..config import option
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
+from ..core.scaling import Rescaling
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops import low_rank
@@ -65,7 +66,7 @@ class AdaLoraConfig(LoraConfig):
             )
 
 
-class AdaLoraLayer(AdapterLayer):
+class AdaLoraLayer(Rescaling, AdapterLayer):
     """A low-rank delta in the form of a singular value decomposition."""
 
     lora_A: Trainable[nn.ParameterDict]  # [r, in]; convolutions [r, in·kernel]
@@ -84,7 +85,7 @@ class AdaLoraLayer(AdapterLayer):
         if r < 0:
             raise ValueError(f"`init_r` should not be negative, the value passed is {r}")
         self.r[name], self.lora_alpha[name], self.lora_dropout[name] = r, cfg.lora_alpha, dropout(cfg.lora_dropout)
-        self.scaling[name] = cfg.lora_alpha if cfg.lora_alpha > 0 else float(r)
+        self.scaling[name] = self._initial_scaling(name)
         width = torch.Size(self.kind.shape(self.get_base_layer())[1:]).numel()
         A, E, B = torch.randn(r, width), torch.randn(r, 1), torch.randn(self.out_features, r)
         torch.randn(1)  # drawn and discarded: the published library consumes it
@@ -94,6 +95,10 @@ class AdaLoraLayer(AdapterLayer):
             nn.init.normal_(B, mean=0.0, std=0.02)
         self.lora_A[name], self.lora_E[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(E), nn.Parameter(B)
         self.ranknum[name] = nn.Parameter(torch.full((1,), float(cfg.init_r), device="cpu"), requires_grad=False)
+
+    def _initial_scaling(self, name: str) -> float:
+        """Divided by the initial rank at every use."""
+        return self.lora_alpha[name] if self.lora_alpha[name] > 0 else float(self.r[name])
 
     def factors(self, name: str) -> Factors:
         """diag(E) and the scale act on the r-wide intermediate."""

@@ -88,6 +88,7 @@ class AdamssLayer(AdapterLayer):
     adamss_newB: Saved[PersistentBufferDict]  # V [R, in] ([R, in + 1] with a bias)
     num_subspaces: Aux[dict]
     labels: Aux[dict]  # [out] cluster of each row
+    pruned: Aux[dict]  # clusters that allocation froze
     kinds = (kinds.Linear, kinds.Conv1D)
     standalone_delta = False
 
@@ -107,7 +108,7 @@ class AdamssLayer(AdapterLayer):
             labels = cluster(U, K)
             self.adamss_newB[name] = V.T.contiguous()
             A = [self._directions(U[labels == i], cfg) for i in range(K)]
-        self.num_subspaces[name], self.labels[name] = K, labels
+        self.num_subspaces[name], self.labels[name], self.pruned[name] = K, labels, set()
         counts = [int((labels == i).sum()) for i in range(K)]
         zero = cfg.init_weights is not None
         B = [
@@ -128,6 +129,23 @@ class AdamssLayer(AdapterLayer):
         if cfg.use_dynamic_rank:
             rank = max(1, min(int((cfg.svd_threshold * S[0] < S).sum()), cfg.subspace_rank))
         return torch.linalg.qr(U.T @ left[:, :rank])[0].T.contiguous()
+
+    def freeze(self, name: str, alive: set[int]) -> None:
+        """Leave only the clusters trainable whose A has its id in `alive`."""
+        for i, pair in enumerate(self.clusters(name)):
+            if id(pair[0]) not in alive:
+                self.pruned[name].add(i)
+                for p in pair:
+                    p.requires_grad_(False)
+                    p.grad = None
+
+    def _may_train(self, name: str, parameter: nn.Parameter) -> bool:
+        dead = (pair for i, pair in enumerate(self.clusters(name)) if i in self.pruned[name])
+        return not any(p is parameter for pair in dead for p in pair)
+
+    def clusters(self, name: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """A and B of each cluster."""
+        return list(zip(self.adamss_A[name], self.adamss_B[name], strict=True))  # type: ignore
 
     def _maps(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(P [Σ rank, in(+1)], B [out, Σ rank]) with [ΔW | Δb] = B P; row o of B is non-zero for its own cluster."""
@@ -189,7 +207,7 @@ class AdamssModel(TunerModel):
     def _subspaces(self, name: str) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         for layer in self.layers():
             if isinstance(layer, AdamssLayer) and name in layer:
-                yield from zip(layer.adamss_A[name], layer.adamss_B[name], strict=True)  # type: ignore
+                yield from layer.clusters(name)
 
     def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Published files leave the rows of the clusters to be found again; they are kept in the file's text part."""
@@ -247,17 +265,14 @@ class AdamssModel(TunerModel):
             cfg.asa_target_subspaces + (len(pairs) - cfg.asa_target_subspaces) * part**cfg.asa_schedule_exponent
         )
         scored = [
-            (float(kept[id(a)].score() + kept[id(b)].score()), (a, b))
+            (float(kept[id(a)].score() + kept[id(b)].score()), id(a))
             for a, b in pairs
             if id(a) in kept and id(b) in kept
         ]
-        if target < len(scored):
-            threshold = sorted((s for s, _ in scored), reverse=True)[target - 1] if target > 0 else float("inf")
-        else:
-            threshold = float("-inf")
-        active = {id(p) for s, pair in scored if s > threshold for p in pair}
-        for pair in pairs:
-            for p in pair:
-                p.requires_grad_(id(p) in active)
-                p.grad = p.grad if id(p) in active else None
+        if target < len(scored):  # published: the one at the threshold is frozen too
+            scored = sorted(scored, reverse=True)[: max(target - 1, 0)]
+        alive = {key for _, key in scored}
+        for layer in self.layers():
+            if isinstance(layer, AdamssLayer) and name in layer:
+                layer.freeze(name, alive)
         kept.clear()

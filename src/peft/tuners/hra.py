@@ -53,11 +53,13 @@ class HRALayer(AdapterLayer):
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
         self.hra_r[name], self.hra_apply_GS[name] = r, cfg.apply_GS
         features = math.prod(self.kind.shape(self.get_base_layer())[1:])
-        pairs = cfg.init_weights and r % 2 == 0
+        # Gram-Schmidt makes noise of the second vector of a pair; orthonormal reflections are never the identity.
+        pairs = cfg.init_weights and r % 2 == 0 and not cfg.apply_GS
         if cfg.init_weights and not pairs:
+            reason = "with apply_GS" if cfg.apply_GS else "when r is odd"
             warnings.warn(
-                "The symmetric initialization can NOT be performed when r is odd: the layer does not "
-                "start at the identity.",
+                f"The symmetric initialization can NOT be performed {reason}: the layer does not start at the "
+                "identity.",
                 stacklevel=2,
             )
         u = nn.init.kaiming_uniform_(torch.empty(features, r // 2 if pairs else r), a=math.sqrt(5))

@@ -12,6 +12,7 @@ from ..config import PeftConfig, option
 from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.match import pattern_value
+from ..core.scaling import Rescaling
 from ..core.slots import Aux
 from ..core.tuner import TunerModel
 
@@ -25,7 +26,7 @@ class LycorisConfig(PeftConfig):
     _regex_with_layers = "warn"
 
 
-class LycorisLayer(AdapterLayer):
+class LycorisLayer(Rescaling, AdapterLayer):
     """A dense delta made of small factors."""
 
     r: Aux[dict]
@@ -86,20 +87,8 @@ class LycorisLayer(AdapterLayer):
         dropping = self.training and any(self.rank_dropout[n] > 0 or self.module_dropout[n] > 0 for n in names)
         return not dropping and not any(self.thin_product_pays(n) for n in names)
 
-    # published scaling API
-    def set_scale(self, adapter: str, scale: float) -> None:
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = self.alpha[name] / self.r[name] if scale is None else self.scaling[name] / scale
+    def _initial_scaling(self, name: str) -> float:
+        return self.alpha[name] / self.r[name]
 
 
 def cp_weight(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

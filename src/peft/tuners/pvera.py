@@ -6,6 +6,7 @@ is used in inference.
 """
 
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,3 +108,8 @@ class PveraModel(SharedProjections, TunerModel):
     uses_shared_state = True
     projections = {"pvera_A": 2, "pvera_B": 1}
     example = {"r": 4}
+
+    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
+        """Noise of its own for each layer; the published library draws the same for all."""
+        seed = cfg.generator_seed
+        return cfg if seed is None else cfg.with_values(generator_seed=seed + zlib.crc32(key.encode()))

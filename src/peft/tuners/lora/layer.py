@@ -14,6 +14,7 @@ from torch import nn
 from ...core import kinds
 from ...core.layer import AdapterLayer, dropout
 from ...core.merge import check_adapters_to_merge as check_adapters_to_merge
+from ...core.scaling import Rescaling
 from ...core.slots import Aux, BareTrainable, Slot, Trainable
 from ...ops import low_rank
 from ...ops.low_rank import Factors
@@ -23,7 +24,7 @@ from .init import ALLOWED_COMPUTE_DTYPES as ALLOWED_COMPUTE_DTYPES
 from .variants import LoraVariant, make_variant
 
 
-class LoraLayer(AdapterLayer):
+class LoraLayer(Rescaling, AdapterLayer):
     """Low-rank delta on linear layers; the other kinds are subclasses in this file and in `substituted.py`."""
 
     lora_A: Trainable[nn.ModuleDict]  # weight [r, in] (convolutions: [r, in, *kernel])
@@ -222,34 +223,6 @@ class LoraLayer(AdapterLayer):
     def _initial_scaling(self, name: str) -> float:
         r = self.r[name]
         return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
-
-    def set_scale(self, adapter: str, scale: float | int) -> None:
-        """Scaling of one adapter: `scale` times the initial one. Unknown adapters are ignored."""
-        if adapter in self.scaling:
-            self._put_scaling(adapter, scale * self._initial_scaling(adapter))
-
-    def _put_scaling(self, name: str, value: float) -> None:
-        """Scalings that are tensors (prepared for hot swapping) stay the tensors that a compiled graph reads."""
-        if isinstance(self.scaling[name], torch.Tensor):
-            self.scaling[name].fill_(value)
-        else:
-            self.scaling[name] = value
-
-    def scale_layer(self, scale: float | int) -> None:
-        """Multiply the scaling of the active adapters."""
-        if scale != 1:
-            for name in self.active_adapters:
-                if name in self.scaling:
-                    self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | int | None = None) -> None:
-        """Divide the scaling of the active adapters; without a number set it back to the initial one."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                if scale is None:
-                    self._put_scaling(name, self._initial_scaling(name))
-                else:
-                    self.scaling[name] /= scale
 
     def train(self, mode: bool = True):
         if mode:
