@@ -53,7 +53,8 @@ def _auto(folder: Path) -> None:
 def _text(folder: Path) -> None:
     from peft.tuners.prompt_tuning import text_token_ids
 
-    text_token_ids(peft.PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="a", tokenizer_name_or_path="x", num_virtual_tokens=2), 2)  # fmt: skip
+    options = {"prompt_tuning_init_text": "a", "tokenizer_name_or_path": "x", "num_virtual_tokens": 2}
+    text_token_ids(peft.PromptTuningConfig(prompt_tuning_init="TEXT", **options), 2)
 
 
 def _activation(folder: Path) -> None:

