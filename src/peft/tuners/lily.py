@@ -124,10 +124,12 @@ class LilyModel(TunerModel):
                 value = first.setdefault(id(held[name]), state.get(key))
                 if key not in state and value is not None:
                     out[key] = value
-                elif value is not None and not torch.equal(value, state[key]):
-                    weight = held[name].weight
-                    held[name] = kinds.linear(weight.shape[1], weight.shape[0]).to(weight)
-                    held[name].requires_grad_(weight.requires_grad)
+                elif value is not None and state[key].shape == value.shape and not torch.equal(value, state[key]):
+                    weight, own = held[name].weight, kinds.linear(*value.T.shape)
+                    device: Any = layer.get_base_layer().weight.device if weight.is_meta else weight.device
+                    own.weight = nn.Parameter(state[key].to(device, weight.dtype, copy=True), weight.requires_grad)
+                    layer._holders.pop(name, None)
+                    held[name], out[key] = own, value  # the key's place is still the shared tensor
         return out
 
     @staticmethod
