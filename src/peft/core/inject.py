@@ -75,8 +75,8 @@ def walk(model: nn.Module) -> Iterator[Node]:
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Tens of thousands of new objects that all stay would only make the garbage collector walk them again and
-    again.
+    """Tens of thousands of new objects that all stay would make the garbage collector walk them again and again: it
+    waits, and then counts them among the old ones.
     """
     if not gc.isenabled():
         yield
@@ -85,6 +85,9 @@ def without_collector() -> Iterator[None]:
     try:
         yield
     finally:
+        if gc.get_freeze_count() == 0:  # freezing and thawing moves everything to the oldest generation, unwalked
+            gc.freeze()
+            gc.unfreeze()
         gc.enable()
 
 
@@ -99,6 +102,7 @@ class Injection:
         self.nodes = list(walk(model))
         self.report = InjectionReport()
         self.layers: dict[str, AdapterLayer] = {}
+        self.device = torch.device("meta") if low_cpu else contextlib.nullcontext()
         self.undo: list[Callable[[], Any]] = []
 
     def run(self) -> dict[str, AdapterLayer]:
@@ -107,8 +111,7 @@ class Injection:
             self.check(target)
         self.tuner.shared(self.name, self.cfg, {t.key: t.node.module for t in targets})
         try:
-            context = torch.device("meta") if self.low_cpu else contextlib.nullcontext()
-            with context, without_collector():
+            with without_collector():
                 for target in targets:
                     self.apply(target)
             self.tuner.after_inject(self.name, self.cfg, self.layers)
@@ -325,7 +328,7 @@ class Injection:
     # ---- changing the model
     def apply(self, target: Target) -> None:
         node, tuner, name = target.node, self.tuner, self.name
-        module = getattr(node.parent, node.leaf)  # several parameters of one module: it is a wrapper by now
+        module: Any = node.parent._modules[node.leaf]  # several parameters of one module: it is a wrapper by now
         cfg = tuner.layer_config(self.cfg, target.key, module)
         layer = self._existing(module, target)
         if layer is None:
@@ -335,7 +338,9 @@ class Injection:
         else:
             self.undo.append(lambda layer=layer: layer.drop(name))
         tuner.link_shared(layer)
-        layer.update_layer(name, cfg)
+        with self.device:
+            layer.make_adapter(name, cfg)
+        layer.settle_adapter(name, cfg)
         self.layers[target.key] = layer
         (self.report.modules if target.parameter is None else self.report.parameters).append(target.key)
 

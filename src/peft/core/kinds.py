@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..storage.base import resolve
+from .modules import blank_state
 
 Shape = tuple[int, ...]
 
@@ -22,10 +23,12 @@ def linear(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
     if weight.device.type != "meta":
         return nn.Linear(n_in, n_out, bias=bias)
     made = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(made)
-    made.__dict__.update(in_features=n_in, out_features=n_out)  # past nn.Module's slow __setattr__
-    made._parameters["weight"] = nn.Parameter(weight)
-    made._parameters["bias"] = nn.Parameter(torch.empty(n_out)) if bias else None
+    state = blank_state()
+    state["in_features"], state["out_features"] = n_in, n_out
+    parameters = state["_parameters"]
+    parameters["weight"] = nn.Parameter(weight)
+    parameters["bias"] = nn.Parameter(torch.empty(n_out)) if bias else None
+    object.__setattr__(made, "__dict__", state)
     return made
 
 

@@ -22,22 +22,19 @@ from .context import Switch
 from .forward import ForwardPaths
 from .kinds import LayerKind
 from .merge import Mergeable
-from .offload import compute_device
+from .modules import blank, blank_state, tree
+from .modules import dropout as dropout  # methods take both from here
+from .modules import dropout_p as dropout_p
+from .placement import Placement
 from .slots import Slot, read_slots
 
 HOOKS = (
     "factors", "delta", "delta_weight", "delta_bias", "map_input", "map_output", "map_weight", "map_bias",
     "unmap_weight", "unmap_bias", "replace",
 )  # fmt: skip
-# Adapter dtypes that `cast_adapter_dtype` turns into float32.
-UPCAST = {torch.float16, torch.bfloat16} | {
-    getattr(torch, n)
-    for n in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-    if hasattr(torch, n)
-}
 
 
-class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
+class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
     """A base layer with the adapters of one method; also exported as `tuners_utils.BaseTunerLayer`.
 
     `kinds` is the domain of the maths: anything else is refused with an error that names the module.
@@ -55,6 +52,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     standalone_delta: ClassVar[bool] = True  # delta_weight does not depend on the base weight (so it can become a LoRA)
 
     slots: ClassVar[dict[str, Slot]] = {}
+    module_slots: ClassVar[tuple[str, ...]] = ()  # of these, the registered containers
     hooks: ClassVar[frozenset[str]] = frozenset()
     kind: type[LayerKind]
     storage: WeightStorage
@@ -68,6 +66,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     _local: tuple[tuple[str, ...], bool] | None
     _saved_weights: dict[str, Any]
     _holders: dict[str, tuple]
+    shared_slots: ClassVar[tuple[str, ...]] = ()
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
     by_kind: ClassVar[dict[str, type["AdapterLayer"]]] = {}
@@ -75,6 +74,8 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     def __init_subclass__(cls, _of_kind: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.slots = read_slots(cls)
+        cls.module_slots = tuple(s.name for s in cls.slots.values() if s.is_module)
+        cls.shared_slots = tuple(s.name for s in cls.slots.values() if s.role == "shared")
         cls.adapter_layer_names = tuple(s.name for s in cls.slots.values() if s.trains)
         cls.other_param_names = tuple(s.name for s in cls.slots.values() if s.role == "aux")
         cls.hooks = frozenset(h for h in HOOKS if getattr(cls, h) is not getattr(AdapterLayer, h))
@@ -117,7 +118,8 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         switch: Switch | None = None,
         **overrides: Any,
     ):
-        super().__init__()
+        # straight into __dict__: nn.Module's __init__ and __setattr__ cost more than everything else here
+        self.__dict__.update(blank_state())
         self._modules["base_layer"] = base_layer
         innermost = self.get_base_layer()
         kind = kind or kinds.pick(innermost, type(self).kinds)
@@ -125,7 +127,6 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
             raise TypeError(f"{type(self).__name__} of {self.method_name} cannot adapt a {type(innermost).__name__}")
         shape = kind.shape(innermost)
         n_out, n_in = shape[-2:] if issubclass(kind, kinds.Parameter) else shape[:2]
-        # straight into __dict__: nn.Module's __setattr__ costs more than everything else here
         self.__dict__.update(
             kind=kind,
             storage=resolve(innermost),
@@ -144,9 +145,22 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
             _holders={},
         )
         for slot in self.slots.values():
-            (self._modules if slot.is_module else self.__dict__)[slot.name] = slot.container()
+            if not slot.is_module:
+                self.__dict__[slot.name] = slot.container()
+            elif not slot.rare:
+                self._modules[slot.name] = blank(slot.container)
         if adapter_name is not None:
             self.update_layer(adapter_name, config, **overrides)
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        slot = self.slots.get(name)
+        if slot is None or not slot.rare or not modules:
+            return super().__getattr__(name)
+        modules[name] = made = blank(slot.container)
+        return made
 
     # ---- hooks ---------------------------------------------------------------------------------------------
     def create(self, name: str, cfg: Any) -> None:
@@ -211,15 +225,15 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     @property
     def frozen_peft_weight_names(self) -> dict[str, tuple[str, ...]]:
         """Adapter -> those of its slots that get no gradients; adapters without any are left out."""
-        held = {n: {s for s in self.adapter_layer_names if n in getattr(self, s)} for n in self._names}
+        held = {n: {s for s in self.adapter_layer_names if n in self._held_in(s)} for n in self._names}
         frozen = {n: tuple(sorted(slots - set(self.trainable_slots(n)))) for n, slots in held.items()}
         return {n: slots for n, slots in frozen.items() if slots}
 
     # ---- the base layer ------------------------------------------------------------------------------------
     def get_base_layer(self) -> nn.Module:
-        layer = self.base_layer
+        layer: Any = self._modules["base_layer"]
         while isinstance(layer, AdapterLayer):
-            layer = layer.base_layer
+            layer = layer._modules["base_layer"]
         return layer
 
     @property
@@ -234,6 +248,10 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     # ---- state ---------------------------------------------------------------------------------------------
     def __contains__(self, name: str) -> bool:
         return name in self._names
+
+    def _held_in(self, slot_name: str) -> Any:
+        """What the slot holds, by adapter name; a rare slot that holds nothing is not made for it."""
+        return self._modules.get(slot_name) or self.__dict__.get(slot_name, ())
 
     @property
     def adapter_names(self) -> list[str]:
@@ -292,24 +310,32 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     def update_layer(self, name: str, config: Any, **overrides: Any) -> None:
         """Create adapter `name` (again), move it to the base layer's device and dtype, set its gradients."""
         config = config.with_values(**overrides) if overrides else config
+        self.make_adapter(name, config)
+        self.settle_adapter(name, config)
+
+    def make_adapter(self, name: str, config: Any) -> None:
+        """First half of `update_layer`: the tensors, wherever the default device has them made."""
         if name in self._names:
             self.drop(name)
         self.create(name, config)
+        self._names[name] = None
+        self._holders.pop(name, None)
+
+    def settle_adapter(self, name: str, config: Any) -> None:
+        """Second half of `update_layer`: mode, device, dtype, gradients."""
         if not self.training:  # new modules come in training mode: dropout would be on in a model that evaluates
             for slot in self.slots.values():
                 container = self._modules.get(slot.name)
                 if isinstance(container, nn.ModuleDict) and name in container and slot.role != "shared":
                     container[name].eval()
-        self._names[name] = None
-        self._holders.pop(name, None)
         self.move_adapter(name)
         self.set_requires_grad(name, name in self._key[0] and not config.inference_mode)
-        self._seen = None
+        self.__dict__["_seen"] = None
 
     def drop(self, name: str) -> None:
         """Remove adapter `name` from every slot; the switch is not touched."""
         for slot in self.slots.values():
-            container = getattr(self, slot.name)
+            container = self._held_in(slot.name)
             if slot.role != "shared" and name in container:
                 del container[name]
         self._names.pop(name, None)
@@ -351,7 +377,7 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     def parameters_of(self, name: str, trainable: bool = False) -> Iterator[nn.Parameter]:
         """Parameters of adapter `name` on this layer."""
         for slot_name in self.trainable_slots(name) if trainable else self.adapter_layer_names:
-            container = getattr(self, slot_name)
+            container = self._held_in(slot_name)
             if name not in container:
                 continue
             if isinstance(container, nn.ModuleDict):
@@ -373,10 +399,12 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
         if name not in self._holders:
             found: list[tuple[dict, str | None]] = []
             for slot_name in self.adapter_layer_names:
-                container = getattr(self, slot_name)
-                if name in container:
-                    modules = tree(container[name]) if isinstance(container, nn.ModuleDict) else ()
-                    found += [(m._parameters, None) for m in modules] or [(container._parameters, name)]
+                container: Any = self._modules.get(slot_name)
+                held = None if container is None else container._modules.get(name)
+                if held is not None:
+                    found += [(m._parameters, None) for m in (tree(held) if held._modules else (held,))]
+                elif container is not None and name in container:
+                    found.append((container._parameters, name))
             self._holders[name] = tuple(found)
         return self._holders[name]
 
@@ -391,52 +419,6 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
             return True
         return any(p is parameter for p in self.parameters_of(name, trainable=True))
 
-    def _own_tensors(self, name: str) -> Iterator[tuple[Any, str, torch.Tensor]]:
-        """(owner, attribute, tensor) of everything that adapter `name` holds here, shared containers included."""
-        for slot in self.slots.values():
-            container: Any = self._modules[slot.name] if slot.is_module else None
-            if container is None or name not in container:
-                continue
-            if isinstance(container, nn.ModuleDict):
-                for module in tree(container[name]):
-                    yield from ((module, k, p) for k, p in module._parameters.items() if p is not None)
-                    yield from ((module, k, b) for k, b in module._buffers.items() if b is not None)
-            else:
-                yield container, name, container[name]
-
-    def move_adapter(self, name: str) -> None:
-        """Move adapter `name` to the device and (floating) dtype of the base weight; meta tensors and integers keep
-        what they are.
-        """
-        base = self.get_base_layer()
-        weight = base.out_proj.weight if self.kind is kinds.MultiheadAttention else self._reference_tensor(base)  # type: ignore
-        if weight is None:
-            return
-        dtype = getattr(base, "compute_dtype", None) or weight.dtype
-        dtype = dtype if dtype.is_floating_point or dtype.is_complex else None
-        home = compute_device(base, weight)  # type: ignore
-        for owner, attr, tensor in self._own_tensors(name):
-            floating = tensor.is_floating_point() or tensor.is_complex()
-            want = dtype if floating and dtype is not None else tensor.dtype
-            device = home if tensor.device.type != "meta" else tensor.device
-            if tensor.dtype != want or tensor.device != device:
-                replace_tensor(owner, attr, tensor, tensor.data.to(device, want))  # type: ignore
-
-    def _reference_tensor(self, base: nn.Module) -> torch.Tensor | None:
-        for attr in ("qweight", "W_q", self.kind.weight_name, "weight"):
-            found = getattr(base, attr, None)
-            if isinstance(found, torch.Tensor):
-                return found
-        return next(base.parameters(), None)
-
-    def cast_adapter(self, name: str) -> None:
-        """Float32 copies of adapter tensors in half or quarter precision."""
-        for owner, attr, tensor in self._own_tensors(name):
-            is_entry = isinstance(owner, nn.Module) and attr in owner._parameters or attr == name
-            if tensor.dtype in UPCAST and is_entry:
-                replace_tensor(owner, attr, tensor, tensor.data.to(torch.float32))
-        self._seen = None
-
     def _apply(self, fn, recurse: bool = True):
         self._seen = None  # dtypes and devices may change
         return super()._apply(fn, recurse)
@@ -447,29 +429,3 @@ class AdapterLayer(ForwardPaths, Mergeable, nn.Module):
     def extra_repr(self) -> str:
         label = self.storage.label
         return "" if label is None else f"quantization_backend={label!r}"
-
-
-def tree(module: nn.Module) -> Iterator[nn.Module]:
-    """`module.modules()` without its cost for the usual module that has no children."""
-    return module.modules() if module._modules else iter((module,))
-
-
-def replace_tensor(owner: Any, attr: str, old: torch.Tensor, new: torch.Tensor) -> None:
-    """Put `new` in the place of `old`: a Parameter stays one, with its requires_grad."""
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    if isinstance(owner, nn.Module) and attr in owner._parameters:
-        owner._parameters[attr] = new  # type: ignore[assignment]
-    elif isinstance(owner, nn.Module) and attr in owner._buffers:
-        owner._buffers[attr] = new
-    else:
-        owner[attr] = new  # type: ignore
-
-
-def dropout(p: float) -> nn.Module:
-    """The published container for a dropout probability: Identity when it is 0."""
-    return nn.Dropout(p) if p > 0 else nn.Identity()
-
-
-def dropout_p(module: nn.Module) -> float:
-    return getattr(module, "p", 0.0)

@@ -30,6 +30,8 @@ Shared = Annotated[T, "shared"]
 SharedTrainable = Annotated[T, "shared", "trains"]
 # A ModuleDict whose modules hold one `weight` that files store under the bare slot name (DoRA's magnitude).
 BareTrainable = Annotated[T, "trainable", "bare"]
+# Trained, but empty on most layers: the container is made when it is first asked for.
+RareTrainable = Annotated[T, "trainable", "rare"]
 # Aux buffers that are stored in files.
 Saved = Annotated[T, "aux", "saved"]
 
@@ -106,6 +108,7 @@ class Slot:
     saved: bool = False
     is_module: bool = True
     trains: bool = False  # gets gradients
+    rare: bool = False  # made when first asked for
 
 
 def read_slots(cls: type) -> dict[str, Slot]:
@@ -136,6 +139,7 @@ def _read(name: str, annotation: Any, owner: type) -> Slot | None:
         role,
         trains=trains,
         bare="bare" in rest,
+        rare="rare" in rest or "bare" in rest,
         saved=saved,
         is_module=issubclass(container, nn.Module),
     )

@@ -324,12 +324,14 @@ class TunerModel(WholeModelMerge, nn.Module):
         already.
         """
         active = name in self.switch.active
-        for layer in self.layers() if active else layers.values():
+        overridden = [layer for layer in (self.layers() if active else layers.values()) if layer._local is not None]
+        for layer in overridden:
             layer._local = None
         if active:
             self._may_train.add(name)
-            for layer in layers.values():
-                layer.set_requires_grad(name, not cfg.inference_mode)
+            for layer in overridden:  # the others set their gradients by the switch when they were made
+                if name in layer:
+                    layer.set_requires_grad(name, not cfg.inference_mode)
 
     @staticmethod
     def _note(names: list[str], new: list[str]) -> None:
@@ -353,9 +355,9 @@ class TunerModel(WholeModelMerge, nn.Module):
 
     def link_shared(self, layer: AdapterLayer) -> None:
         """Register the tuner's shared containers on a layer."""
-        for slot in layer.slots.values():
-            if slot.role == "shared" and getattr(layer, slot.name) is not getattr(self, slot.name):
-                setattr(layer, slot.name, getattr(self, slot.name))
+        for name in layer.shared_slots:
+            if getattr(layer, name) is not getattr(self, name):
+                setattr(layer, name, getattr(self, name))
 
     def shared_containers(self) -> dict[str, BufferDict | nn.ParameterDict]:
         """Shared slot containers by attribute name."""

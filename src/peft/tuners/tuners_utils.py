@@ -131,10 +131,9 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
     for key, layer in model.named_modules():
         if not isinstance(layer, AdapterLayer):
             continue
-        for slot in layer.slots:
-            container: Any = getattr(layer, slot, None)
-            if isinstance(container, nn.Module) and (adapter_name is None or adapter_name in iter(container)):  # type: ignore[call-overload]
-                found.add(".".join(filter(None, (key, slot, adapter_name))))
+        for slot in layer.slots.values():
+            if slot.is_module and (adapter_name is None or adapter_name in layer._held_in(slot.name)):
+                found.add(".".join(filter(None, (key, slot.name, adapter_name))))
     return found
 
 

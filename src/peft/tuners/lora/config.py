@@ -332,7 +332,8 @@ class LoraConfig(PeftConfig):
     @classmethod
     def active_variants(cls, config: Any) -> tuple[str, ...]:
         """Names of the variant fields that are on in `config`, "init_lora_weights" for schemes that are variants."""
-        found = [name for name in _variant_fields(type(config)) if getattr(config, name)]
+        values = vars(config)
+        found = [name for name in _variant_fields(type(config)) if values[name]]
         init = config.init_lora_weights
         return (*found, "init_lora_weights") if isinstance(init, str) and init.lower() == "mica" else tuple(found)
 

@@ -252,12 +252,12 @@ def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
     function = scheme(cfg.init_lora_weights)
     if function is None:
         return
-    A, _ = layer.factor_tensors(name)
     base_weight = getattr(layer.get_base_layer(), layer.kind.weight_name, None)
-    base_on_meta = base_weight is not None and base_weight.device.type == "meta"
+    if base_weight is not None and base_weight.is_meta:
+        return
     # On meta nothing is computed, but a scheme that changes the base must change it although the factors come from a
     # file.
-    if base_on_meta or (A.device.type == "meta" and function not in _CHANGE_BASE):
+    if function not in _CHANGE_BASE and layer.factor_tensors(name)[0].is_meta:
         return
     with torch.no_grad():
         function(layer, name, cfg)

@@ -15,7 +15,7 @@ from ...core import kinds
 from ...core.layer import AdapterLayer, dropout
 from ...core.merge import check_adapters_to_merge as check_adapters_to_merge
 from ...core.scaling import Rescaling
-from ...core.slots import Aux, BareTrainable, Slot, Trainable
+from ...core.slots import Aux, BareTrainable, RareTrainable, Slot, Trainable
 from ...ops import low_rank
 from ...ops.low_rank import Factors
 from ...utils.warning import PeftWarning
@@ -29,8 +29,8 @@ class LoraLayer(Rescaling, AdapterLayer):
 
     lora_A: Trainable[nn.ModuleDict]  # weight [r, in] (convolutions: [r, in, *kernel])
     lora_B: Trainable[nn.ModuleDict]  # weight [out, r] (convolutions: [out, r / groups, 1...])
-    lora_embedding_A: Trainable[nn.ParameterDict]  # [r, num_embeddings]
-    lora_embedding_B: Trainable[nn.ParameterDict]  # [dim, r]
+    lora_embedding_A: RareTrainable[nn.ParameterDict]  # [r, num_embeddings]
+    lora_embedding_B: RareTrainable[nn.ParameterDict]  # [dim, r]
     lora_magnitude_vector: BareTrainable[nn.ModuleDict]  # DoRA
     in_features: int
     out_features: int
@@ -78,7 +78,7 @@ class LoraLayer(Rescaling, AdapterLayer):
                     parameter.requires_grad_(False)
 
     def _parameters_in(self, slot_name: str, name: str) -> list[nn.Parameter]:
-        container = getattr(self, slot_name)
+        container = self._held_in(slot_name)
         if name not in container:
             return []
         return list(container[name].parameters()) if isinstance(container, nn.ModuleDict) else [container[name]]

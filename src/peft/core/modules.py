@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules in bulk: made without the cost of `nn.Module.__init__`, walked without that of `nn.Module.modules`.
+
+A model gets ten new modules for each adapted layer, so these two costs are most of the time that injection takes.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@functools.cache
+def _recipe(cls: type[nn.Module]) -> tuple[dict[str, Any], tuple[tuple[str, type], ...]]:
+    """(plain attributes, (name, type) of the empty containers) of a new `cls()`."""
+    state = vars(cls())
+    containers = tuple((k, type(v)) for k, v in state.items() if isinstance(v, (dict, set, list)))
+    if any(state[k] for k, _ in containers):
+        raise TypeError(f"{cls.__name__}() is not empty: make it by calling it.")
+    return {k: v for k, v in state.items() if not isinstance(v, (dict, set, list))}, containers
+
+
+def blank_state(cls: type[nn.Module] = nn.Module) -> dict[str, Any]:
+    """The `__dict__` of a new `cls()`."""
+    constants, containers = _recipe(cls)
+    state = constants.copy()
+    for name, make in containers:
+        state[name] = make()
+    return state
+
+
+def blank(cls: type[M]) -> M:
+    """`cls()`, for classes whose new instances hold nothing."""
+    made = cls.__new__(cls)
+    object.__setattr__(made, "__dict__", blank_state(cls))
+    return made
+
+
+def dropout(p: float) -> nn.Module:
+    """The published container for a dropout probability: Identity when it is 0."""
+    return nn.Dropout(p) if p > 0 else blank(nn.Identity)
+
+
+def dropout_p(module: nn.Module) -> float:
+    return getattr(module, "p", 0.0)
+
+
+def tree(module: nn.Module) -> list[nn.Module]:
+    """Every module below and including `module`, each once, parents first."""
+    found, seen = [module], {id(module)}
+    for parent in found:  # grows while it is read
+        for child in parent._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
+def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Every parameter below `module`, each once."""
+    found = {id(p): p for m in tree(module) for p in m._parameters.values() if p is not None}
+    return iter(found.values())
