@@ -99,6 +99,11 @@ class Mergeable:
 
     def check_merge(self: Any, name: str) -> None:
         """Raise when this layer's adapter has no weight form (grouped convolutions ...)."""
+        if getattr(self.get_base_layer(), "max_norm", None) is not None:
+            raise NotImplementedError(
+                f"A {self.method_name} adapter cannot be merged into an embedding with max_norm: the merged rows would "
+                "be renormalised, and the adapter's are not."
+            )
 
     def additive(self: Any, name: str) -> bool:
         """Whether merging adapter `name` only adds to the weight and bias."""

@@ -40,6 +40,7 @@ class TrainableTokensLayer(AdapterLayer):
     trainable_tokens_original: Aux[BufferDict]  # [k, dim], the base rows
 
     kinds = (kinds.Embedding, kinds.Linear)
+    weight_need = "read"
     method_name = "trainable_tokens"
 
     def __init__(self, base_layer: nn.Module, adapter_name: str | None = None, config: Any = None, **kwargs: Any):
@@ -169,6 +170,7 @@ class TrainableTokensLayer(AdapterLayer):
 
     # ---- merging
     def check_merge(self, name: str) -> None:
+        super().check_merge(name)
         self.check_overlap([*self.merged_adapters, name])
 
     def _take_copy(self, base: nn.Module) -> None:

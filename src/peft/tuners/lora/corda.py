@@ -130,7 +130,7 @@ def _outer(x: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
             f"CorDA expects one sample a call: {name!r} got an input of shape {tuple(x.shape)}. Use a batch size of 1."
         )
     x = x.to(dtype)
-    x = x / x.max().abs()
+    x = x / x.abs().max().clamp_min(torch.finfo(dtype).tiny)
     return x.T @ x
 
 

@@ -203,6 +203,7 @@ class LoraLayer(Rescaling, AdapterLayer):
         return variant is None or variant.additive
 
     def check_merge(self, name: str) -> None:
+        super().check_merge(name)
         variant = self.lora_variant.get(name)
         if variant is not None:
             variant.check_merge(self, name)

@@ -34,7 +34,8 @@ class Transposed(nn.Module):
         return getattr(source, slot)[name].T  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+        weight = self.weight  # its dtype is the source's to choose
+        return F.linear(x.to(weight.dtype), weight)
 
 
 def tie_layers(tuner: "LoraModel", name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> Callable[[], None]:

@@ -39,6 +39,11 @@ class Dora(LoraVariant):
                 f"DoRA needs the weight of {key!r}, but a {layer_storage.label} weight cannot be read. "
                 "Set use_dora=False."
             )
+        if getattr(base, "groups", 1) != 1:
+            raise ValueError(
+                f"DoRA needs the norm of the changed weight, and a delta of the grouped convolution {key!r} has no "
+                "weight form. Set use_dora=False or leave it out."
+            )
 
     def create(self, layer: Any, name: str, cfg: Any) -> None:
         A, _, _ = self._matrices(layer, name)
