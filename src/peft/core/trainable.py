@@ -40,7 +40,8 @@ def mark_trainable(model: nn.Module, tuner: "TunerModel", name: str, cfg: Any, f
         return
     for parameter in base_parameters(model):
         parameter.requires_grad_(False)
-    train_biases(model, getattr(cfg, "bias", "none"), [m for m in tuner.layers() if isinstance(m, tuner.layer_cls)])
+    mode = "none" if cfg.inference_mode else getattr(cfg, "bias", "none")
+    train_biases(model, mode, [m for m in tuner.layers() if isinstance(m, tuner.layer_cls)])
 
 
 def _saved_parameters(model: nn.Module) -> set[int]:

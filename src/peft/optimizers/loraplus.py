@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from ..peft_model import PeftModel
 
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
@@ -33,10 +34,10 @@ def create_loraplus_optimizer(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        parts = name.split(".")
-        if "lora_embedding_A" in parts or "lora_embedding_B" in parts:
+        factor = next((part for part in reversed(name.split(".")) if part in _FACTORS), None)
+        if factor in ("lora_embedding_A", "lora_embedding_B"):
             groups["embedding"].append(parameter)
-        elif "lora_B" in parts or parameter.ndim == 1:
+        elif factor == "lora_B" or parameter.ndim == 1:
             groups["B no decay" if id(parameter) in without_decay else "B"].append(parameter)
         else:
             groups["A"].append(parameter)
