@@ -119,9 +119,9 @@ class ForwardPaths:
     def _adapt_weight(self: Any, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         base = self.get_base_layer()
         weight, bias = self.base_weight(), self.base_bias()
+        dtype = weight.dtype
         for n in names:
             weight, bias = self._applied(n, weight, bias)
-        dtype = self.kind.parameter(base).dtype
         return self.kind.call(base, x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def _adapt_substituted(self: Any, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

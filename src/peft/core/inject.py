@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..storage.base import resolve
 from ..utils.error import NoMatchingPeftModuleError
 from . import kinds, match
 from .layer import AdapterLayer
@@ -318,6 +319,12 @@ class Injection:
                 f"Target module {target.key} ({base}) is not supported by {tuner.method_label}. Currently, only the "
                 "following kinds of modules are supported: "
                 f"{', '.join('`' + k + '`' for k in tuner.supported_kinds())}.{self._near_supported(target.key)}"
+            )
+        storage, need = resolve(base), tuner.layer_cls.weight_need
+        if storage.label is not None and (need == "train" or (need == "read" and not storage.readable)):
+            raise TypeError(
+                f"Target module {target.key}: {tuner.method_label} has to {need} the weight, which the {storage.label} "
+                "format does not allow. Load the base model unquantised, or use a method such as LoRA."
             )
         tuner.check_target(self.cfg, target.key, base)
 

@@ -47,6 +47,7 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
     conv_by_weight: ClassVar[bool] = False  # input maps are defined on the matrix view: convolutions map their weight
     # hooks get x in the adapter's dtype; False: they handle any floating dtype themselves
     casts_input: ClassVar[bool] = True
+    weight_need: ClassVar[str] = ""  # "read": the base weight besides merging; "train": a copy of the base layer
     one_active: ClassVar[bool] = False  # the method cannot combine several active adapters
     name_in_files: ClassVar[str | None] = None  # files keep an adapter name in their keys, always this one
     standalone_delta: ClassVar[bool] = True  # delta_weight does not depend on the base weight (so it can become a LoRA)

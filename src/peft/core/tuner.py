@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
+from ..storage.base import open_model
 from . import kinds, match, tied, trainable
 from .context import Switch
 from .inject import Injection, InjectionReport
@@ -81,6 +82,7 @@ class TunerModel(WholeModelMerge, nn.Module):
 
     def _surround(self, model: nn.Module, configs: dict[str, PeftConfig], switch: Switch | None = None) -> None:
         """Set up the state of a tuner around `model` as it is; nothing is injected."""
+        open_model(model)
         self.model = model
         self.peft_config: dict[str, Any] = configs
         self.targeted_module_names: list[str] = []

@@ -8,13 +8,21 @@ A storage is asked only for packages that the user has imported already.
 
 import importlib
 import sys
+import warnings
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 # Package in sys.modules -> storage module that knows its layers. Looked at in this order.
-_PACKAGES: dict[str, str] = {"bitsandbytes": "bnb", "hqq": "hqq", "torchao": "torchao"}
+_PACKAGES: dict[str, str] = {
+    "bitsandbytes": "bnb",
+    "hqq": "hqq",
+    "torchao": "torchao",
+    "optimum.quanto": "quanto",
+    "gptqmodel": "packed",
+    "aqlm": "packed",
+}
 # Layers whose weights can only be used by their own kernel.
 _FORWARD_ONLY = "forward_only"
 
@@ -95,6 +103,59 @@ class DenseStorage:
         return y
 
 
+class QuantisedStorage:
+    """What formats share: writing quantises again (and so rounds), the copy that unmerging needs is the old quantised
+    weight itself.
+    """
+
+    label: str | None = None
+    readable = True
+    writable = True
+
+    def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
+        """The float weight that `weight`, an attribute of the module now or before, stands for."""
+        raise self.refusal("read")
+
+    def quantise(self, module: Any, value: torch.Tensor, name: str) -> nn.Module:
+        """Store a float weight; returns the base module to use from now on."""
+        raise self.refusal("write")
+
+    def refusal(self, what: str) -> TypeError:
+        return TypeError(
+            f"Cannot {what} a {self.label} weight: only its own kernel can use it. Load the base model unquantised "
+            "to merge."
+        )
+
+    def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
+        with torch.no_grad():
+            return self.dequantise(module, self.snapshot(module, name))
+
+    @torch.no_grad()
+    def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
+        if self.writable:
+            warnings.warn(
+                f"Merging into a {self.label} weight rounds it again: outputs may differ slightly.", stacklevel=6
+            )
+        return self.quantise(module, value.detach(), name)
+
+    def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
+        return self.write(module, self.read(module, name) + delta, name)
+
+    def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
+        return getattr(module, name)
+
+    def restore(self, module: nn.Module, saved: Any, name: str = "weight") -> nn.Module:
+        setattr(module, name, saved)
+        return module
+
+    def thaw(self, saved: Any, module: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return self.dequantise(module, saved)
+
+    def guard(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+
 DENSE = DenseStorage()
 _dense_types: set[type] = {
     nn.Linear,
@@ -121,6 +182,15 @@ def resolve(module: nn.Module) -> WeightStorage:
                 return found
     found = importlib.import_module(f"{__package__}.{_FORWARD_ONLY}").detect(module)
     return found if found is not None else DENSE
+
+
+def open_model(model: nn.Module) -> None:
+    """Decompress a compressed-tensors model, as its own first forward would do by a hook of the whole model: layers
+    have no weight before, ordinary dense ones afterwards.
+    """
+    for hook in tuple(model._forward_pre_hooks.values()):
+        if getattr(hook, "__name__", "") == "ct_decompress_hook":
+            hook(model, ())
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -6,50 +6,15 @@ weight itself.
 """
 
 import copy
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-
-class _BnbStorage:
-    label: str | None
-    readable = True
-    writable = True
-
-    def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
-        return self.dequantise(module, module.weight)
-
-    def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
-        return self.write(module, self.read(module, name) + delta, name)
-
-    def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
-        return module.weight
-
-    def restore(self, module: nn.Module, saved: Any, name: str = "weight") -> nn.Module:
-        module.weight = saved
-        return module
-
-    def thaw(self, saved: Any, module: nn.Module) -> torch.Tensor:
-        return self.dequantise(module, saved)
-
-    def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
-        warnings.warn(f"Merging into a {self.label} weight rounds it again: outputs may differ slightly.", stacklevel=6)
-        self._quantise(module, value)
-        return module
-
-    def guard(self, y: torch.Tensor) -> torch.Tensor:
-        return y
-
-    def dequantise(self, module: nn.Module, weight: Any) -> torch.Tensor:
-        raise NotImplementedError("given by the 8-bit and 4-bit storages")
-
-    def _quantise(self, module: nn.Module, value: torch.Tensor) -> None:
-        raise NotImplementedError("given by the 8-bit and 4-bit storages")
+from .base import QuantisedStorage
 
 
-class Int8Storage(_BnbStorage):
+class Int8Storage(QuantisedStorage):
     label = "bnb 8bit"
 
     def _scale(self, module: Any, weight: Any) -> torch.Tensor:
@@ -58,8 +23,8 @@ class Int8Storage(_BnbStorage):
         return module.state.SCB if scale is None else scale
 
     def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
-        scale = self._scale(module, weight)
-        return weight.data.float() * (scale.float().view(-1, 1) / 127)
+        data, scale = weight
+        return data.float() * (scale.float().view(-1, 1) / 127)
 
     def snapshot(self, module: Any, name: str = "weight") -> Any:
         return module.weight, self._scale(module, module.weight).clone()
@@ -70,20 +35,17 @@ class Int8Storage(_BnbStorage):
         module.weight.CB, module.weight.SCB = module.weight.data, scale
         return module
 
-    def thaw(self, saved: Any, module: Any) -> torch.Tensor:
-        weight, scale = saved
-        return weight.data.float() * (scale.float().view(-1, 1) / 127)
-
-    def _quantise(self, module: Any, value: torch.Tensor) -> None:
+    def quantise(self, module: Any, value: torch.Tensor, name: str) -> nn.Module:
         import bitsandbytes as bnb
 
         old = module.weight
-        fresh = bnb.nn.Int8Params(value.detach().to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)  # type: ignore
+        fresh = bnb.nn.Int8Params(value.to("cpu"), requires_grad=False, has_fp16_weights=old.has_fp16_weights)  # type: ignore
         module.weight = fresh.to(old.device)  # type: ignore
         module.state.reset_grads()
+        return module
 
 
-class Int4Storage(_BnbStorage):
+class Int4Storage(QuantisedStorage):
     label = "bnb 4bit"
 
     def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
@@ -92,7 +54,7 @@ class Int4Storage(_BnbStorage):
         data, state = _plain_layout(weight)
         return bnb.functional.dequantize_4bit(data, state)  # type: ignore
 
-    def _quantise(self, module: Any, value: torch.Tensor) -> None:
+    def quantise(self, module: Any, value: torch.Tensor, name: str) -> nn.Module:
         import bitsandbytes as bnb
 
         old = module.weight
@@ -101,8 +63,9 @@ class Int4Storage(_BnbStorage):
             for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
             if hasattr(old, k)
         }
-        fresh = bnb.nn.Params4bit(value.detach().to("cpu"), requires_grad=False, **kept)  # type: ignore
+        fresh = bnb.nn.Params4bit(value.to("cpu"), requires_grad=False, **kept)  # type: ignore
         module.weight = fresh.to(old.device)  # type: ignore
+        return module
 
     def guard(self, y: torch.Tensor) -> torch.Tensor:
         return y.clone()  # some kernels return a view that must not be changed in place
@@ -140,7 +103,7 @@ def keep_differentiable(module: Any) -> None:
         module.quant_state = module.weight.quant_state
 
 
-def detect(module: nn.Module) -> _BnbStorage | None:
+def detect(module: nn.Module) -> QuantisedStorage | None:
     """By the class of the layer, not by a flag of the model, which may be missing."""
     names = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("bitsandbytes.")}
     if "Linear8bitLt" in names and not getattr(module.weight, "has_fp16_weights", False):

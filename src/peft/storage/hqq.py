@@ -7,38 +7,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base import QuantisedStorage
 
-class HqqStorage:
-    label: str | None = "hqq"
-    readable = True
-    writable = True
 
-    def read(self, module: Any, name: str = "weight") -> torch.Tensor:
-        return module.dequantize()
+class HqqStorage(QuantisedStorage):
+    label = "hqq"
 
-    def write(self, module: Any, value: torch.Tensor, name: str = "weight") -> nn.Module:
+    def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
+        return weight.dequantize()
+
+    def quantise(self, module: Any, value: torch.Tensor, name: str) -> nn.Module:
         kept = {k: getattr(module, k) for k in ("compute_dtype", "device") if hasattr(module, k)}
         settings = {**copy.deepcopy(module.quant_config), "offload_meta": getattr(module, "offload_meta", False)}
         fresh = type(module)(None, settings, **kept)  # takes offload_meta out of the settings
-        fresh.quantize(value.detach().to(module.compute_dtype), **fresh.quant_config)
+        fresh.quantize(value.to(module.compute_dtype), **fresh.quant_config)
         fresh.bias = module.bias
         fresh.in_features, fresh.out_features = module.in_features, module.out_features
         return fresh
-
-    def add_(self, module: Any, delta: torch.Tensor, name: str = "weight") -> nn.Module:
-        return self.write(module, self.read(module) + delta)
 
     def snapshot(self, module: Any, name: str = "weight") -> Any:
         return module
 
     def restore(self, module: Any, saved: Any, name: str = "weight") -> nn.Module:
         return saved
-
-    def thaw(self, saved: Any, module: Any) -> torch.Tensor:
-        return saved.dequantize()
-
-    def guard(self, y: torch.Tensor) -> torch.Tensor:
-        return y
 
 
 HQQ = HqqStorage()

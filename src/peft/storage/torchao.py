@@ -2,8 +2,7 @@
 """torchao: quantised tensor subclasses inside ordinary linear layers.
 
 Writing quantises again with the configuration that made the weight: the one of the transformers quantiser when there
-is one, otherwise
-one inferred from the tensor's class.
+is one, otherwise one inferred from the tensor's class.
 """
 
 from typing import Any
@@ -11,37 +10,42 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base import QuantisedStorage
+
 
 def _inferred(weight: Any) -> Any:
     """The configuration of weight-only formats that can be told from the tensor."""
-    from torchao import quantization
+    from torchao import quantization as q
+    from torchao.quantization.granularity import PerAxis, PerGroup
 
-    name = type(weight).__name__
-    if name == "Int8Tensor" and getattr(weight, "act_quant_kwargs", None) is None:
-        return quantization.Int8WeightOnlyConfig()
-    if name == "Int4Tensor" or name.startswith("Int4"):
-        block = getattr(weight, "block_size", None)
-        return quantization.Int4WeightOnlyConfig(group_size=block[-1]) if block else None
-    return None
+    name, block = type(weight).__name__, getattr(weight, "block_size", None)
+    if block is None or getattr(weight, "act_quant_kwargs", None) or getattr(weight, "activation_quantization", None):
+        return None
+    whole = block[-1] == weight.shape[-1]
+    if name == "Int8Tensor":
+        return q.Int8WeightOnlyConfig() if whole else q.Int8WeightOnlyConfig(granularity=PerGroup(block[-1]))
+    if name == "IntxUnpackedToInt8Tensor":
+        granularity = PerAxis(0) if whole else PerGroup(block[-1])
+        return q.IntxWeightOnlyConfig(weight_dtype=weight.target_dtype, granularity=granularity)
+    if name == "Float8Tensor" and whole:
+        return q.Float8WeightOnlyConfig(weight_dtype=weight.qdata.dtype)
+    return q.Int4WeightOnlyConfig(group_size=block[-1]) if name.startswith("Int4") else None
 
 
-class TorchaoStorage:
-    label: str | None = "torchao"
-    readable = True
-    writable = True
+class TorchaoStorage(QuantisedStorage):
+    label = "torchao"
 
     def __init__(self, config: Any = None):
         self.config = config
 
-    def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
-        weight: Any = getattr(module, name)
+    def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
         if not hasattr(weight, "dequantize"):
             raise NotImplementedError(
                 f"torchao's {type(weight).__name__} has no dequantize(): its weight cannot be read."
             )
         return weight.dequantize()
 
-    def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
+    def quantise(self, module: Any, value: torch.Tensor, name: str) -> nn.Module:
         from torchao.quantization import quantize_
 
         old: Any = getattr(module, name)
@@ -49,36 +53,13 @@ class TorchaoStorage:
         if config is None:
             raise TypeError(
                 f"Cannot quantise a {type(old).__name__} again: its torchao configuration is not known. Load the "
-                "base model through "
-                "transformers with a TorchAoConfig, or unquantised, to merge."
+                "base model through transformers with a TorchAoConfig, or unquantised, to merge."
             )
         holder = nn.Linear(value.shape[1], value.shape[0], bias=False, device="meta")
-        holder.weight = nn.Parameter(value.detach().to(getattr(old, "dtype", value.dtype)), requires_grad=False)
+        holder.weight = nn.Parameter(value.to(getattr(old, "dtype", value.dtype)), requires_grad=False)
         quantize_(holder, config)
-        setattr(
-            module,
-            name,
-            nn.Parameter(holder.weight.data, requires_grad=False)
-            if not isinstance(holder.weight, nn.Parameter)
-            else holder.weight,
-        )
+        setattr(module, name, nn.Parameter(holder.weight.data, requires_grad=False))
         return module
-
-    def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
-        return self.write(module, self.read(module, name) + delta, name)
-
-    def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
-        return getattr(module, name)
-
-    def restore(self, module: nn.Module, saved: Any, name: str = "weight") -> nn.Module:
-        setattr(module, name, saved)
-        return module
-
-    def thaw(self, saved: Any, module: nn.Module) -> torch.Tensor:
-        return saved.dequantize()
-
-    def guard(self, y: torch.Tensor) -> torch.Tensor:
-        return y
 
 
 TORCHAO = TorchaoStorage()

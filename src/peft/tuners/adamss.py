@@ -90,6 +90,7 @@ class AdamssLayer(AdapterLayer):
     labels: Aux[dict]  # [out] cluster of each row
     pruned: Aux[dict]  # clusters that allocation froze
     kinds = (kinds.Linear, kinds.Conv1D)
+    weight_need = "read"
     standalone_delta = False
 
     def create(self, name: str, cfg: Any) -> None:

@@ -76,6 +76,7 @@ class DeftLayer(AdapterLayer):
     deft_para: Aux[dict]
     deft_scaling: Aux[dict]
     kinds = (kinds.Linear, kinds.Conv1D)
+    weight_need = "read"
     standalone_delta = False
     casts_input = False
 

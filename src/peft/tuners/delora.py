@@ -55,6 +55,7 @@ class DeloraLayer(AdapterLayer):
     delora_dropout: Aux[nn.ModuleDict]
     r: Aux[dict]
     kinds = (kinds.Linear, kinds.Conv1D)
+    weight_need = "read"
 
     def create(self, name: str, cfg: Any) -> None:
         if cfg.r <= 0:

@@ -70,6 +70,7 @@ class FrodLayer(AdapterLayer):
     r: Aux[dict]
     category: Aux[dict]
     kinds = (kinds.Linear, kinds.Conv1D)
+    weight_need = "read"
     prefer_weight_path = True
     standalone_delta = False
 
@@ -195,7 +196,7 @@ class FrodModel(TunerModel):
             return module.base_weight()
         kind = kinds.pick(module, self.layer_cls.kinds)
         assert kind is not None
-        return kind.canonical(kind.parameter(module)).detach()
+        return self.layer_cls.wrap(module, self.switch, kind).base_weight().detach()
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
         return cfg.with_values(category=category(key))

@@ -83,6 +83,7 @@ class GloraLayer(AdapterLayer):
     glora_E: Trainable[nn.ModuleDict]  # [out]
     r: Aux[dict]
     kinds = (kinds.Linear, kinds.Conv1D)
+    weight_need = "read"
     prefer_weight_path = True
     standalone_delta = False
 

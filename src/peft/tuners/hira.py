@@ -50,6 +50,7 @@ class HiraLayer(AdapterLayer):
     hira_dropout: Aux[nn.ModuleDict]
     r: Aux[dict]
     kinds = (kinds.Linear, kinds.Conv1D, kinds.Embedding, kinds.Conv1d, kinds.Conv2d, kinds.Conv3d)
+    weight_need = "read"
     prefer_weight_path = True
     standalone_delta = False
 

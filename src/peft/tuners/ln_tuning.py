@@ -33,6 +33,7 @@ class LNTuningLayer(AdapterLayer):
 
     ln_tuning_layers: Trainable[nn.ModuleDict]  # a copy of the base module
     kinds = (kinds.Linear, kinds.Norm, kinds.Module)
+    weight_need = "train"
     one_active = True
 
     def create(self, name: str, cfg: Any) -> None:

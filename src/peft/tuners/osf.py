@@ -71,6 +71,7 @@ class OSFLayer(AdapterLayer):
     _osf_U_high: Aux[BufferDict]  # [out, k], only if out > in
     _osf_V_high: Aux[BufferDict]  # [k, in], only if out < in
     kinds = (kinds.Linear, kinds.Conv1D)
+    weight_need = "read"
     prefer_weight_path = True
     standalone_delta = False
     one_active = True

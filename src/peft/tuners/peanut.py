@@ -75,6 +75,7 @@ class PeanutLayer(AdapterLayer):
     scaling: Aux[dict]
     act_fn: Aux[dict]
     kinds = (kinds.Linear, kinds.Conv1D)
+    weight_need = "read"
     standalone_delta = False
 
     def create(self, name: str, cfg: Any) -> None:

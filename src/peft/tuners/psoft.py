@@ -119,6 +119,7 @@ class PsoftLayer(AdapterLayer):
     _psoft_A_cache: Aux[BufferDict]  # [r, in]
     _psoft_B_cache: Aux[BufferDict]  # [out, r]
     kinds = (kinds.Linear, kinds.Conv1D)
+    weight_need = "read"
     standalone_delta = True
 
     def create(self, name: str, cfg: Any) -> None:
@@ -166,8 +167,3 @@ class PsoftModel(TunerModel):
         shape = self.target_shape(module)
         if cfg.r > min(shape):
             raise ValueError(f"Target module {key}: r={cfg.r} must be at most min(in, out) = {min(shape)}.")
-        dtype = module.weight.dtype
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            raise TypeError(
-                f"Target module {key}: PSOFT needs a float weight to decompose, got {dtype}. Re-quantize after merging."
-            )

@@ -22,7 +22,12 @@ from ..registry import register_method
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> torch.Tensor:
     """A 0/1 mask of the weight's shape with r·(in + out) ones at seeded positions."""
-    shape = base_layer.weight.shape
+    kind = kinds.kind_of(base_layer)  # knows the shape of packed weights
+    shape = (
+        torch.Size(kind.shape(base_layer)[:: -1 if kind.transposed else 1])
+        if kind is not None and kind.is_linear
+        else base_layer.weight.shape
+    )
     generator = torch.Generator(device="cpu")
     if random_seed is not None:
         generator.manual_seed(random_seed)

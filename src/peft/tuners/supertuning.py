@@ -67,6 +67,7 @@ class SupertuningLayer(AdapterLayer):
     supertuning_lora_alpha: Aux[dict]
     supertuning_lora_dropout: Aux[nn.ModuleDict]
     kinds = (kinds.Linear, kinds.Conv1D)
+    weight_need = "read"
     prefer_weight_path = True
     standalone_delta = False
 

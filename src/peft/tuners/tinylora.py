@@ -69,6 +69,7 @@ class TinyLoraLayer(AdapterLayer):
     r: Aux[dict]
     group: Aux[dict]
     kinds = (kinds.Linear, kinds.Conv1D, kinds.Embedding)
+    weight_need = "read"
 
     def create(self, name: str, cfg: Any) -> None:
         r = self.r[name] = min(cfg.r, self.in_features, self.out_features)
@@ -126,7 +127,8 @@ class TinyLoraModel(TunerModel):
         groups = max(1, round(count * (1 - cfg.weight_tying)))
         size = max(1, count // groups)
         self._places = {key: (i, min(i // size, groups - 1)) for i, key in enumerate(targets)}
-        dtype = next((m.weight.dtype for m in targets.values() if m.weight.dtype.is_floating_point), torch.float32)
+        tensors = (t for m in targets.values() for t in m.parameters())
+        dtype = next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.float32)
         vectors = {}
         for group in sorted({g for _, g in self._places.values()}):
             v = torch.zeros(cfg.u, dtype=dtype)  # type: ignore

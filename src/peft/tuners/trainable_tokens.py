@@ -41,6 +41,7 @@ class TrainableTokensLayer(AdapterLayer):
 
     kinds = (kinds.Embedding, kinds.Linear)
     weight_need = "read"
+    weight_need = "read"
     method_name = "trainable_tokens"
 
     def __init__(self, base_layer: nn.Module, adapter_name: str | None = None, config: Any = None, **kwargs: Any):
@@ -174,7 +175,11 @@ class TrainableTokensLayer(AdapterLayer):
         self.check_overlap([*self.merged_adapters, name])
 
     def _take_copy(self, base: nn.Module) -> None:
-        """The base rows are kept anyway; a copy of the matrix would also go wrong where tied layers share it."""
+        """The base rows are kept anyway; a copy of the matrix would also go wrong where tied layers share it. Only
+        formats that round what is written need one.
+        """
+        if self.quantization_backend is not None:
+            super()._take_copy(base)
 
     def base_weight(self) -> torch.Tensor:
         weight = super().base_weight()

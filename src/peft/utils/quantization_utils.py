@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..storage.base import WeightStorage, resolve
+from ..storage.forward_only import DETECTORS
 
 LayerType = Literal["linear", "embedding", "conv2d"]
 
@@ -121,7 +122,7 @@ def resolve_quantization_backend(base_layer: nn.Module, **kwargs: Any) -> Quanti
     known = {cls.backend_name: cls for cls in (Bnb8bitBackend, Bnb4bitBackend, HqqBackend)}
     if label in known:
         return known[label]()
-    return None if storage.readable and storage.writable else ForwardOnlyQuantizationBackend(label)
+    return ForwardOnlyQuantizationBackend(label) if label in DETECTORS else None
 
 
 def get_quantization_kwargs(model: Any) -> dict[str, Any]:

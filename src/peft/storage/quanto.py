@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""optimum-quanto: quantised tensor subclasses inside its own linear layers, frozen (the usual state) or not."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import QuantisedStorage
+
+
+class QuantoStorage(QuantisedStorage):
+    label = "quanto"
+
+    def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
+        if isinstance(weight, nn.Parameter) and not hasattr(weight, "dequantize"):
+            return weight
+        return weight.dequantize()
+
+    def quantise(self, module: Any, value: torch.Tensor, name: str) -> nn.Module:
+        frozen = module.frozen
+        module.weight = nn.Parameter(value.to(module.weight.dtype), requires_grad=False)
+        if frozen:
+            module.freeze()
+            module.weight.requires_grad_(False)
+        return module
+
+
+QUANTO = QuantoStorage()
+
+
+def detect(module: nn.Module) -> QuantoStorage | None:
+    names = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("optimum.quanto.")}
+    return QUANTO if "QModuleMixin" in names and isinstance(module, nn.Linear) else None
