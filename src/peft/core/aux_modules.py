@@ -56,32 +56,32 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     # ---- for subclasses
     def init_modules(self, module: nn.Module) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement init_modules")
 
     def _error_message_name(self) -> str:
         return self.option
 
     def update(self, adapter_name: str, inference_mode: bool = False, **kwargs: Any) -> None:
         """Add (or make again) the part of one adapter."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement update")
 
     def drop(self, name: str) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement drop")
 
     def parameters_of(self, name: str, trainable: bool = False) -> Iterator[nn.Parameter]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement parameters_of")
 
     def unload(self, merge: bool = False, names: list[str] | None = None, safe_merge: bool = False) -> nn.Module:
         """The module that takes the place of the wrapper."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement unload")
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """File key -> memory key of one adapter, both relative to this module; {} for adapters without a part here."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement adapter_state_dict_load_map")
 
     def _stand_in(self) -> nn.Module:
         """The module that answers for attributes that the wrapper does not have."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _stand_in")
 
     # ---- state
     def check_module(self) -> None:

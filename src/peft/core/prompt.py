@@ -70,11 +70,11 @@ class BasePromptEncoder(nn.Module):
 
     def forward(self, indices: torch.Tensor, task_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of the prompt for `indices` [1 or b, n] -> [1 or b, n, d]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement forward")
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """The method's own loss; `labels` [b, T] of the text, `logits` [b, n + T, vocab] with the prompt."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement loss")
 
     @classmethod
     def has_loss(cls) -> bool:

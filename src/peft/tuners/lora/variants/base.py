@@ -74,7 +74,7 @@ class LoraVariant:
         return False
 
     def fused(self, layer: "LoraLayer", name: str, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement fused")
 
     def delta_weight(self, layer: "LoraLayer", name: str) -> torch.Tensor:
         return layer.product(self.static_factors(layer, name))
