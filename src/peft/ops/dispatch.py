@@ -105,15 +105,37 @@ def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
 def derived(
     plain_form: Callable[..., Any], inputs: Sequence, needs: Sequence[bool], g: Any
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `plain_form(*inputs)` for the output gradients g, by ordinary ops and differentiable themselves.
+    """Gradients of `plain_form(*inputs)` for the output gradients g, by ordinary ops.
 
-    What the backward of an autograd function returns under create_graph=True; also a way to save inputs only.
+    What the backward of an autograd function returns under create_graph=True, when they are differentiable themselves.
     """
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
         out = plain_form(*inputs)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        got = iter(torch.autograd.grad(out, wanted, g, create_graph=True, allow_unused=True))
+        got = iter(torch.autograd.grad(out, wanted, g, create_graph=again, allow_unused=True))
     return tuple(next(got) if need else None for need in needs)
+
+
+def recomputed(form: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`form(*inputs)`, of which only the inputs are kept: for weights made of parameters by a few cheap ops."""
+    if is_plain() or not fusable(*inputs):
+        return form(*inputs)
+    return _Recomputed.apply(form, *inputs)  # type: ignore[return-value]
+
+
+class _Recomputed(torch.autograd.Function):
+    """(form, inputs) -> form(*inputs)."""
+
+    @staticmethod
+    def forward(ctx: Any, form: Callable[..., Tensor], *inputs: Tensor):
+        ctx.form = form
+        ctx.save_for_backward(*inputs)
+        return form(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        return None, *derived(ctx.form, ctx.saved_tensors, ctx.needs_input_grad[1:], grads[0])
 
 
 @dataclass(frozen=True)

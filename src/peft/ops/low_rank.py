@@ -44,6 +44,8 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, factors: tuple[Factors, ...],
         return plain_accumulate(F.linear(x, W, b), x, factors, training)
     if not torch.is_grad_enabled():
         return _infer(F.linear(x, W, b), x, factors, training, own=True)
+    if (wide := _wide(x, W, factors, training)) is not None:
+        return merged(x, W, b, *wide)
     low = autocast_dtype(x)
     own_dtype = W.dtype == x.dtype if low is None else not W.requires_grad  # autocast must see the cast of a trained W
     known = _survey(factors, training, x, W) if own_dtype and fusable(x, W, b) else None
@@ -68,6 +70,32 @@ def accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: boo
         return _composite(x, None, None, y, factors, _seeds(x, factors, training), None, training)
     base = None if y is x else y  # x + delta(x): one gradient for x, not two that autograd would add
     return _LowRank.apply(x, None, None, base, known.plan(factors, training, dtype, False), *known.tensors)
+
+
+def merged(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    """x [..., in] -> x (W + B A)ᵀ + b with the gradients of the factors: for wide ranks cheaper than thin products.
+
+    Full precision only (W + B A would lose a small B A), and W is frozen. If A trains, x is kept, otherwise x Aᵀ.
+    """
+    if is_plain() or not fusable(x, W, b, A, B):
+        return F.linear(x, W + B @ A, b)
+    return _Merged.apply(x, None if A.requires_grad else F.linear(x, A), W, b, A, B)  # type: ignore[return-value]
+
+
+def _wide(x: Tensor, W: Tensor, factors: tuple[Factors, ...], training: bool) -> tuple[Tensor, Tensor] | None:
+    """A and B of a single adapter with frozen A whose rank is a good part of the width, where merging saves products:
+    r·in·out for W + B A against r (in + out) for each row twice."""
+    A, B, s, p = factors[0]
+    if len(factors) > 1 or A.requires_grad or W.requires_grad or not fusable(x, W, A, B):
+        return None
+    (out, n), rows = W.shape, x.numel() // x.shape[-1]
+    if 8 * A.shape[0] < min(out, n) or W.numel() >= rows * (out + n) or (training and p > 0.0):
+        return None
+    full = W.dtype == x.dtype == A.dtype == B.dtype and W.dtype in (torch.float32, torch.float64)
+    if not full or autocast_dtype(x) is not None or (isinstance(s, Tensor) and s.dim() > 1):
+        return None
+    B = B if _is_one(s) else B * s
+    return (A, B) if B.requires_grad else None
 
 
 def delta(x: Tensor, factors: Factors, training: bool = False) -> Tensor:
@@ -237,6 +265,37 @@ class _LowRank(torch.autograd.Function):
             return step(ctx, grads[0], saved)
         with torch.autocast(grads[0].device.type, enabled=False):  # the dtypes were settled in forward
             return step(ctx, grads[0], saved)
+
+
+class _Merged(torch.autograd.Function):
+    """(x [..., in], z = x Aᵀ or None, W, b, A, B) -> [..., out]; the backward is made of differentiable ops.
+
+    The sum W + B A is kept while that is no more than a trained layer keeps, its x; otherwise it is made again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor | None, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor):
+        total = torch.addmm(W, B, A)
+        keep = z is not None and ctx.needs_input_grad[0] and W.numel() <= x.numel()
+        ctx.save_for_backward(x if z is None else None, z, W, A, B, total if keep else None)
+        return F.linear(x, total, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        x, z, W, A, B, total = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        g = grads[0].reshape(-1, W.shape[0])
+        dx = db = dA = None
+        if needs[0]:
+            again = total is None or torch.is_grad_enabled()
+            dx = torch.mm(g, torch.addmm(W, B, A) if again else total).view(*grads[0].shape[:-1], W.shape[1])
+        if needs[3]:
+            db = g.sum(0)
+        if x is not None:
+            h = x.reshape(-1, x.shape[-1])
+            dA, z = torch.mm(torch.mm(g, B).t(), h), torch.mm(h, A.t())
+        dB = torch.mm(g.t(), z.reshape(-1, A.shape[0])) if needs[5] else None
+        return dx, None, None, db, dA, dB
 
 
 def dropped(h: Tensor, p: float, seed: int | None) -> Tensor:

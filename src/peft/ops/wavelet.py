@@ -52,8 +52,8 @@ def synthesise(a: Tensor, n: int, wavelet: str) -> Tensor:
     half, taps = a.shape[-1] // 2, len(FILTERS[wavelet])
     if taps == 2:
         g = FILTERS[wavelet][0]
-        low, high = a[..., :half] * g, a[..., half:] * g
-        return torch.stack((low + high, low - high), -1).flatten(-2)[..., :n]
+        low, high = a[..., :half], a[..., half:]
+        return (torch.stack((low + high, low - high), -1).flatten(-2) * g)[..., :n]
     out = F.conv_transpose1d(a.reshape(-1, 2, half), _pair(wavelet, a), stride=2, padding=taps - 2)
     return out[..., :n].reshape(*a.shape[:-1], n)
 
@@ -65,8 +65,8 @@ def analyse(x: Tensor, wavelet: str) -> Tensor:
         x = F.pad(x, (0, 1))
     if taps == 2:
         g = FILTERS[wavelet][0]
-        even, odd = x[..., ::2] * g, x[..., 1::2] * g
-        return torch.cat((even + odd, even - odd), -1)
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.cat((even + odd, even - odd), -1) * g
     out = F.conv1d(x.reshape(-1, 1, x.shape[-1]), _pair(wavelet, x), stride=2, padding=taps - 2)
     return out.reshape(*x.shape[:-1], -1) if x.numel() else x.new_zeros(*x.shape[:-1], padded(n, wavelet))
 
@@ -80,9 +80,33 @@ def _pair(wavelet: str, like: Tensor) -> Tensor:
 
 def matrix(c: Tensor, where: Basis, scale: float = 1.0) -> Tensor:
     """c [n] -> scale · D, dense [out, in], for merging and for a weight path: taps times the size of D, no products."""
+    rows, cols = where.rows.to(c.device), where.cols.to(c.device)
+    if is_plain() or not fusable(c):
+        return _dense(c, rows, cols, where, scale)
+    return _Matrix.apply(c, rows, cols, where, scale)  # type: ignore[return-value]
+
+
+def _dense(c: Tensor, rows: Tensor, cols: Tensor, where: Basis, scale: float) -> Tensor:
     out, n = where.shape
-    S = sparse.matrix(c * scale, where.rows, where.cols, (padded(out, where.wavelet), padded(n, where.wavelet)))
+    S = c.new_zeros(padded(out, where.wavelet), padded(n, where.wavelet))
+    S = S.index_put((rows, cols), c * scale, accumulate=True)
     return synthesise(synthesise(S, n, where.wavelet).t(), out, where.wavelet).t()
+
+
+class _Matrix(torch.autograd.Function):
+    """(c [n], rows, cols, basis, scale) -> scale · D; the backward is the adjoint, of differentiable ops."""
+
+    @staticmethod
+    def forward(ctx: Any, c: Tensor, rows: Tensor, cols: Tensor, where: Basis, scale: float):
+        ctx.save_for_backward(rows, cols)
+        ctx.wavelet, ctx.scale = where.wavelet, scale
+        return _dense(c, rows, cols, where, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        rows, cols = ctx.saved_tensors
+        dS = analyse(analyse(grads[0], ctx.wavelet).t(), ctx.wavelet)
+        return dS[cols, rows] * ctx.scale, None, None, None, None
 
 
 def multiply(x: Tensor, c: Tensor, where: Basis, scale: float = 1.0) -> Tensor:

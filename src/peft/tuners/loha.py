@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from ..config import excludes, layer_names, layer_range, option, saves, targets
+from ..core import kinds
 from ..core.slots import Trainable
+from ..ops import low_rank
 from ..registry import register_method
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, cp_weight
 
@@ -100,18 +102,31 @@ class LoHaLayer(LycorisLayer):
         return (product * self.scaling[name]).view(self.kind.shape(self.get_base_layer()))
 
     def thin_product_pays(self, name: str) -> bool:
-        """The factored form has rank r². A training step costs 3 r² (in + out) products a token, against in·out for
-        the gradient of
-        a dense delta.
+        """The factored form has rank r². A training step costs 2 r² (in + out) products a token (`low_rank.merged`),
+        against in·out for the gradient of a dense delta.
         """
         n_in, n_out = self.in_features, self.out_features
-        return self.kind.is_linear and 3 * self.r[name] ** 2 * (n_in + n_out) < n_in * n_out
+        return self.kind.is_linear and 2 * self.r[name] ** 2 * (n_in + n_out) < n_in * n_out
+
+    def thin_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r², in], scaled B [out, r²]"""
+        w1_a, w1_b, w2_a, w2_b = self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
+        A = (w1_b[:, None] * w2_b[None]).flatten(0, 1)
+        return A, (w1_a[:, :, None] * (w2_a * self.scaling[name])[:, None]).flatten(1)
+
+    def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base, one = self.base_layer, names[0]
+        dropping = self.training and (self.rank_dropout[one] > 0 or self.module_dropout[one] > 0)
+        if len(names) > 1 or dropping or not self.thin_product_pays(one) or self.kind is not kinds.Linear:
+            return super()._adapt_activations(names, x, *args, **kwargs)
+        full = self._base_is_plain(base) and base.weight.dtype == x.dtype == self.adapter_dtype(one)
+        if not full or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+            return super()._adapt_activations(names, x, *args, **kwargs)
+        return low_rank.merged(x, base.weight, base.bias, *self.thin_factors(one))  # type: ignore[arg-type]
 
     def apply_factored(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        w1_a, w1_b, w2_a, w2_b = self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
-        A = (w1_b[:, None] * w2_b[None]).flatten(0, 1)  # [r², in]
-        B = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)  # [out, r²]
-        return nn.functional.linear(nn.functional.linear(x, A) * self.scaling[name], B)
+        A, B = self.thin_factors(name)
+        return nn.functional.linear(nn.functional.linear(x, A), B)
 
 
 def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

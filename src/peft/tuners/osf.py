@@ -19,6 +19,7 @@ from ..core.layer import AdapterLayer
 from ..core.slots import Aux, BufferDict, Trainable
 from ..core.targets import default_targets
 from ..core.tuner import TunerModel
+from ..ops import dense
 from ..registry import register_method
 
 # The method itself: the gradients of U and V are projected, so they are not the derivatives.
@@ -113,8 +114,7 @@ class OSFLayer(AdapterLayer):
             U = ProjectGradient.apply(U, self._osf_U_high[name] if high else U0, not high, True)
             high = name in self._osf_V_high
             V = ProjectGradient.apply(V, self._osf_V_high[name] if high else V0, not high, False)
-        left = torch.cat([U * S, -(U0 * S0).to(U.dtype)], dim=1)
-        return left @ torch.cat([V, V0.to(V.dtype)])
+        return torch.addmm(dense.triplets(U, S, V), (U0 * S0).to(U.dtype), V0.to(V.dtype), alpha=-1)
 
 
 @register_method("osf", config=OSFConfig)

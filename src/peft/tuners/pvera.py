@@ -19,7 +19,7 @@ from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.slots import Aux, BufferDict, Shared, Trainable
 from ..core.tuner import TunerModel
-from ..ops import low_rank
+from ..ops import low_rank, sampled
 from ..ops.low_rank import Factors
 from ..registry import register_method
 from .vera import SharedProjections
@@ -92,14 +92,12 @@ class PveraLayer(AdapterLayer):
         if not (self.training or self.sample_at_inference[name]):
             return low_rank.delta(x, self.factors(name), self.training)
         A = self.pvera_A[name][:, : self.in_features].to(x.device)
-        z = F.linear(self.pvera_dropout[name](x), A.to(x.dtype)) * self.pvera_lambda_d[name]
-        mean, log_variance = z.chunk(2, dim=-1)
-        generator = self.generators[name]
-        noise = torch.randn(
-            mean.shape, generator=generator, device="cpu" if generator else mean.device, dtype=mean.dtype
-        )
-        h = torch.addcmul(mean, noise.to(mean.device), (log_variance / 2).exp())
-        return F.linear(h, self.pvera_lambda_b[name][:, None] * self.pvera_B[name][: self.out_features].to(x.device))
+        z = F.linear(self.pvera_dropout[name](x), A.to(x.dtype))
+        generator, d, b = self.generators[name], self.pvera_lambda_d[name], self.pvera_lambda_b[name]
+        shape, device = (*z.shape[:-1], self.r[name]), "cpu" if generator else z.device
+        noise = torch.randn(shape, generator=generator, device=device, dtype=d.dtype)
+        B = b[:, None] * self.pvera_B[name][: self.out_features].to(x.device)
+        return sampled.multiply(z, d, noise.to(z.device), B)
 
 
 @register_method("pvera", config=PveraConfig, prefix="pvera_lambda_")

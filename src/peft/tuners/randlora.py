@@ -17,6 +17,7 @@ from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.slots import Aux, BufferDict, Shared, Trainable
 from ..core.tuner import TunerModel
+from ..ops.dispatch import recomputed
 from ..registry import register_method
 
 COPIES_UP_TO = 1 << 20  # bytes of repeated bases that a file may hold
@@ -88,7 +89,7 @@ class RandLoraLayer(AdapterLayer):
         small, large = sorted((self.in_features, self.out_features))
         A = self.randlora_A[name][: lam.shape[0], 0, :small].to(lam)  # [r, small]
         B = self.randlora_B[name][:large, : lam.shape[1], : lam.shape[0]].to(lam).flatten(1)  # [large, bases · r]
-        S = (lam[:, :, None] * A[:, None] * gamma).flatten(0, 1)  # [r · bases, small]
+        S = recomputed(scaled_bases, lam, A, gamma)  # [r · bases, small]
         core = (B @ S) * self.scaling[name]
         return core if self.in_features == small else core.T
 
@@ -97,6 +98,11 @@ class RandLoraLayer(AdapterLayer):
 
     def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
         return not (self.training and any(dropout_p(self.randlora_dropout[n]) > 0 for n in names))
+
+
+def scaled_bases(lam: torch.Tensor, A: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """λ [r, bases], A [r, small], γ [bases, small] -> [r · bases, small]."""
+    return (lam[:, :, None] * A[:, None] * gamma).flatten(0, 1)
 
 
 def dense_bases(r: int, shape: tuple[int, int, int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,6 +79,7 @@ class WaveFTLayer(AdapterLayer):
     waveft_wavelet_family: Aux[dict]
     waveft_use_idwt: Aux[dict]
     waveft_indices: Aux[dict]  # [2, n]
+    _waveft_basis: Aux[dict]  # the same positions among the coefficients
     kinds = (kinds.Linear, kinds.Conv1D)
     prefer_weight_path = True
 
@@ -87,16 +88,17 @@ class WaveFTLayer(AdapterLayer):
         self.waveft_n_frequency[name], self.waveft_scaling[name] = n, cfg.scaling
         self.waveft_random_loc_seed[name], self.waveft_use_idwt[name] = cfg.random_loc_seed, cfg.use_idwt
         self.waveft_wavelet_family[name] = cfg.wavelet_family
-        self.waveft_indices[name] = seeded_positions(n, (self.out_features, self.in_features), cfg.random_loc_seed)
+        shape = (self.out_features, self.in_features)
+        self.waveft_indices[name] = seeded_positions(n, shape, cfg.random_loc_seed)
+        self._waveft_basis[name] = wavelet.basis(*self.waveft_indices[name], shape, cfg.wavelet_family)
         self.waveft_spectrum[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else 0.01 * torch.randn(n))
 
     def delta_weight(self, name: str) -> torch.Tensor:
         c, scale = self.waveft_spectrum[name], self.waveft_scaling[name]
+        if self.waveft_use_idwt[name]:
+            return wavelet.matrix(c, self._waveft_basis[name], scale)
         rows, cols = self.waveft_indices[name].to(c.device)
-        if not self.waveft_use_idwt[name]:
-            return c.new_zeros(self.out_features, self.in_features).index_put((rows, cols), c * scale)
-        where = wavelet.basis(rows, cols, (self.out_features, self.in_features), self.waveft_wavelet_family[name])
-        return wavelet.matrix(c, where, scale)
+        return c.new_zeros(self.out_features, self.in_features).index_put((rows, cols), c * scale)
 
 
 @register_method("waveft", config=WaveFTConfig)
