@@ -177,10 +177,10 @@ def test_two_adapters_and_files(method: str, name: str, tmp_path: Any) -> None:
     model.set_adapter("default")
     assert torch.equal(model(x), first)
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(base(name), tmp_path)
-    assert apart(again(x), first) < 1e-6
+    again, close = peft.PeftModel.from_pretrained(base(name), tmp_path), min(FORMATS[name].close, 1e-3)
+    assert apart(again(x), first) < close
     again.load_adapter(tmp_path / "second", "second")
     again.set_adapter("second")
-    assert apart(again(x), second) < 1e-6
+    assert apart(again(x), second) < close
     again.delete_adapter("default")
-    assert torch.equal(copy.copy(again)(x), again(x))
+    assert apart(copy.deepcopy(again)(x), second) < close

@@ -253,7 +253,7 @@ def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
     if function is None:
         return
     base_weight = getattr(layer.get_base_layer(), layer.kind.weight_name, None)
-    if base_weight is not None and base_weight.is_meta:
+    if isinstance(base_weight, torch.Tensor) and base_weight.is_meta:
         return
     # On meta nothing is computed, but a scheme that changes the base must change it although the factors come from a
     # file.
