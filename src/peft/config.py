@@ -288,10 +288,6 @@ class PeftConfig(PeftConfigMixin):
             setattr(other, name, value)
         return other
 
-    @classmethod
-    def option_help(cls) -> dict[str, str]:
-        return {f.name: f.metadata.get("help", "") for f in fields(cls) if f.init}
-
 
 @dataclass
 class PromptLearningConfig(PeftConfig):

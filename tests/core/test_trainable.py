@@ -57,15 +57,6 @@ def test_adding_an_adapter_keeps_what_was_set_by_hand():
     assert not inner.lin0.lora_A["b"].weight.requires_grad and not inner.lin1.lora_A["b"].weight.requires_grad
 
 
-def test_keep_flags():
-    net = Net()
-    net.lin0.weight.requires_grad_(False)
-    with trainable.keep_flags(net):
-        net.requires_grad_(True)
-        net.head.bias.requires_grad_(False)
-    assert not net.lin0.weight.requires_grad and net.head.bias.requires_grad
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_casting_to_float32(dtype):
     config = LoraConfig(target_modules=["lin0"], modules_to_save=["head"])

@@ -33,10 +33,6 @@ class Call:
         self.adapter_names = self.task_ids = self.alora_offsets = self.gates = self.rows = self.part = None
         self.generating, self.shadow = False, None
 
-    @property
-    def routed(self) -> bool:
-        return self.adapter_names is not None
-
     @contextlib.contextmanager
     def only(self, name: str, count: int) -> Iterator[None]:
         """Inside the block the batch is `count` rows of one adapter: for layers inside a layer that takes a part of

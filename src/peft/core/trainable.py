@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parameters get gradients: freezing of the base, bias modes; switching and dtype casting over a whole model."""
 
-import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -75,18 +74,6 @@ def train_biases(model: nn.Module, mode: str, layers: Iterable[AdapterLayer]) ->
     for bias in found:
         if isinstance(bias, nn.Parameter):
             bias.requires_grad_(True)
-
-
-@contextlib.contextmanager
-def keep_flags(model: nn.Module) -> Iterator[None]:
-    """requires_grad of the parameters present now is the same after the block."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag and parameter.is_leaf:
-                parameter.requires_grad_(flag)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -15,7 +15,7 @@ import torch
 from ..config import CONFIG_NAME, PeftConfig
 from ..utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..utils.error import AdapterFileError
-from .atomic import current, replaced, transaction
+from .atomic import current, transaction
 from .atomic import write_text_atomic as write_text_atomic
 
 
@@ -55,12 +55,6 @@ def _save_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
     split = split_shared(tensors)
     save_file(split, str(path), metadata={**split.metadata, "format": "pt"})
-
-
-def save_safetensors_atomic(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file in one step."""
-    with replaced(path) as temporary:
-        _save_safetensors(tensors, temporary)
 
 
 def save_adapter(
