@@ -106,3 +106,16 @@ def test_layers_agree_with_the_plain_path(config, options):
         want = torch.autograd.grad(F.linear(x, weight, layer.get_base_layer().bias), leaves, g)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("transform", [True, False])
+def test_waveft_of_a_few_rows_transforms_the_rows(transform):
+    torch.manual_seed(0)
+    config = peft.WaveFTConfig(target_modules=["0"], n_frequency=20, init_weights=False, use_idwt=transform)
+    model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 24)), config)
+    c, x = model.base_model.model[0].waveft_spectrum["default"], torch.randn(64, 32, requires_grad=True)
+    many = model(x)
+    few = torch.cat([model(rows) for rows in x.split(2)])
+    torch.testing.assert_close(few, many)
+    want = torch.autograd.grad(many.square().sum(), (x, c))
+    torch.testing.assert_close(torch.autograd.grad(few.square().sum(), (x, c)), want, rtol=1e-4, atol=1e-4)

@@ -229,7 +229,7 @@ def _backward(ctx: Any, G: Tensor, saved: Any) -> tuple[Any, ...]:
             divide = g * divide  # u is y here
         elif ctx.reuse:
             u = torch.mm(h, W.to(plan.dtype).t()).addmm_(torch.mm(h, A.to(plan.dtype).t()), Bc.t(), alpha=plan.scale)
-        rows = (G * u.view(G.shape)).sum(0, dtype=g.dtype)
+        rows = (G * u.view(G.shape)).sum(0, dtype=g.dtype)  # type: ignore[union-attr]
         dm = (rows / divide).to(m.dtype)
     dU = _times(G, g)
     if needs[4]:

@@ -288,7 +288,8 @@ class _Merged(torch.autograd.Function):
         dx = db = dA = None
         if needs[0]:
             again = total is None or torch.is_grad_enabled()
-            dx = torch.mm(g, torch.addmm(W, B, A) if again else total).view(*grads[0].shape[:-1], W.shape[1])
+            total = torch.addmm(W, B, A) if again else total
+            dx = torch.mm(g, total).view(*grads[0].shape[:-1], W.shape[1])  # type: ignore[arg-type]
         if needs[3]:
             db = g.sum(0)
         if x is not None:

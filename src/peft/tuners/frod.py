@@ -105,7 +105,7 @@ class FrodLayer(AdapterLayer):
         U = torch.where(scale > 1e-12, B / scale.clamp(min=1e-12), torch.zeros_like(B))
         return U.to(W), scale.to(W)
 
-    def _basis(self, name: str) -> tuple[torch.Tensor, ...]:
+    def _basis(self, name: str) -> Any:
         """λ [in], values [n], their rows and columns, U [out, in], V [in, in]: the weight is U core Vᵀ with
         core = diag(λ) + values at off-diagonal positions.
         """
@@ -122,7 +122,7 @@ class FrodLayer(AdapterLayer):
         3 T in² against 2 out in² and the dense gradient's T in out.
         """
         count, n = x.numel() // x.shape[-1], self.in_features
-        if len(names) > 1 or 3 * count * n >= self.out_features * (count + 2 * n):
+        if len(names) != 1 or 3 * count * n >= self.out_features * (count + 2 * n):
             return super()._adapt_weight(names, x)
         lam, values, rows, cols, U, V = self._basis(names[0])
         h = x @ recomputed(times_core, lam, values, cols, rows, V)  # V coreᵀ

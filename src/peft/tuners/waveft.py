@@ -27,7 +27,7 @@ from ..core.layer import AdapterLayer
 from ..core.match import pattern_value
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
-from ..ops import wavelet
+from ..ops import sparse, wavelet
 from ..ops.wavelet_filters import FILTERS
 from ..registry import register_method
 from .fourierft import check_count, seeded_positions
@@ -90,8 +90,25 @@ class WaveFTLayer(AdapterLayer):
         self.waveft_wavelet_family[name] = cfg.wavelet_family
         shape = (self.out_features, self.in_features)
         self.waveft_indices[name] = seeded_positions(n, shape, cfg.random_loc_seed)
-        self._waveft_basis[name] = wavelet.basis(*self.waveft_indices[name], shape, cfg.wavelet_family)
+        rows, cols = self.waveft_indices[name]
+        self._waveft_basis[name] = wavelet.basis(rows, cols, shape, cfg.wavelet_family)
         self.waveft_spectrum[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else 0.01 * torch.randn(n))
+
+    def _few(self, x: torch.Tensor) -> bool:
+        """Whether x has so few rows (decoding) that transforming them costs less than making the dense weight."""
+        return 8 * (x.numel() // x.shape[-1]) < min(self.in_features, self.out_features)
+
+    def _adapt_weight(self, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+        return self._adapt_activations(names, x) if self._few(x) else super()._adapt_weight(names, x)
+
+    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not self._few(x):
+            return super().delta(name, x, y)
+        c, scale = self.waveft_spectrum[name], self.waveft_scaling[name]
+        if self.waveft_use_idwt[name]:
+            return wavelet.multiply(x, c, self._waveft_basis[name], scale)
+        rows, cols = self.waveft_indices[name].to(c.device)
+        return sparse.multiply(x, c, rows, cols, self.out_features, scale)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         c, scale = self.waveft_spectrum[name], self.waveft_scaling[name]
