@@ -342,7 +342,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def check_set_adapter(self, adapter_name: str | Sequence[str]) -> str | None:
         """Adapters with different rows can be active together."""
         present = [n for n in as_names(adapter_name) if n in self._names]
-        self.token_adapter.check_overlap(present)
+        self.token_adapter.check_together(present)
         return present[0] if present else None
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:

@@ -75,6 +75,11 @@ class Switch:
     def disabled(self) -> bool:
         return self.key[1]
 
+    @property
+    def at_work(self) -> tuple[str, ...]:
+        """Adapters of the running call: those of a mixed batch, else the active ones; none while they are off."""
+        return () if self.disabled else tuple(dict.fromkeys(self.call.adapter_names or self.active))
+
     def set_active(self, names: list[str] | tuple[str, ...]) -> None:
         self.key = (tuple(names), self.key[1])
 

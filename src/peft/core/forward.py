@@ -32,6 +32,7 @@ class ForwardPaths:
         plan = () if disabled or self.merged_adapters else tuple(n for n in names if n in self._names)
         if (self.one_active or "replace" in self.hooks) and len(plan) > 1:
             raise ValueError(f"{self.method_name} supports only one active adapter per layer, got {list(plan)}.")
+        self.check_together(plan)
         return plan
 
     def _planned(self: Any) -> tuple[str, ...]:

@@ -127,7 +127,8 @@ class Injection:
         if getattr(cfg, "target_modules", None) == match.DUMMY_TARGET_MODULES:
             return []
         if getattr(cfg, "target_parameters", None) and self.state_dict is not None:
-            raise ValueError("Injecting a LoRA adapter with `target_parameters` from a state_dict is not supported.")
+            method = self.tuner.method_label
+            raise ValueError(f"A {method} adapter with `target_parameters` cannot be injected from a state_dict.")
         self._expand_all_linear()
         self._condense()
         matcher = match.Matcher(cfg)

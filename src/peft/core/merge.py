@@ -76,6 +76,7 @@ class Mergeable:
     def _merge_one(self: Any, name: str, safe_merge: bool, keep: bool) -> None:
         base, kind, storage = self.get_base_layer(), self.kind, self.storage
         self.check_merge(name)
+        self.check_together((*self.merged_adapters, name))
         has_bias = self._merged_bias_changes(name)
         additive = self.additive(name) and storage.label is None and not safe_merge
         if additive:  # no full-size copies: deltas are added in place
@@ -104,6 +105,9 @@ class Mergeable:
                 f"A {self.method_name} adapter cannot be merged into an embedding with max_norm: the merged rows would "
                 "be renormalised, and the adapter's are not."
             )
+
+    def check_together(self: Any, names: tuple[str, ...]) -> None:
+        """Raise when these adapters cannot be active, or merged, at the same time."""
 
     def additive(self: Any, name: str) -> bool:
         """Whether merging adapter `name` only adds to the weight and bias."""
@@ -155,6 +159,10 @@ class Mergeable:
         module = self.replace(name)
         self._saved_weights["module"] = self._saved_weights.get("module", self.base_layer)
         self.base_layer = module
+
+    def pristine_module(self: Any) -> torch.nn.Module:
+        """The base layer of a replacement method, whatever is merged now."""
+        return self._saved_weights.get("module", self.base_layer)
 
     # ---- copies of the base --------------------------------------------------------------------------------
     def _take_copy(self: Any, base: torch.nn.Module) -> None:

@@ -106,7 +106,8 @@ class TunerModel(WholeModelMerge, nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.after_forward(self.model.forward(*args, **kwargs))
+        out = self.model.forward(*args, **kwargs)
+        return out if self.switch.disabled else self.after_forward(out)
 
     # ---- hooks ---------------------------------------------------------------------------------------------
     def prepare(self, cfg: Any, model: nn.Module) -> None:
@@ -172,6 +173,7 @@ class TunerModel(WholeModelMerge, nn.Module):
         yield kwargs
 
     def after_forward(self, out: Any) -> Any:
+        """What the model returns while adapters are on."""
         return out
 
     def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -131,8 +131,7 @@ def _pair(
         return pair[0].contiguous(), pair[1].contiguous()
     factors = _low_rank(layer, adapter)
     if factors is None:
-        delta = layer.get_delta_weight(adapter)
-        delta = delta.T if layer.kind.transposed else delta
+        delta = layer.kind.canonical(layer.get_delta_weight(adapter))
         dtype, shape = delta.dtype, delta.shape
     else:
         dtype, shape = factors[0].dtype, (factors[0].shape[0], factors[1].shape[1])

@@ -260,7 +260,7 @@ class AdaLoraModel(TunerModel):
     def after_forward(self, out: Any) -> Any:
         """Add the orthogonality loss to the model's own."""
         name, loss = self.trainable_adapter_name, getattr(out, "loss", None)
-        if name is None or not isinstance(loss, torch.Tensor) or self.switch.disabled:
+        if name is None or not isinstance(loss, torch.Tensor):
             return out
         weight = self.peft_config[name].orth_reg_weight
         layers = [m for m in self.layers() if isinstance(m, AdaLoraLayer) and name in m]

@@ -176,7 +176,7 @@ class AdaptedAttention(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.model(*args, **kwargs)
-        if self.adaption_prompt is None or self.switch.disabled:
+        if self.adaption_prompt is None or not self.switch.at_work:
             return out
         added = self.attend(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], args, kwargs)
         if not isinstance(out, tuple):

@@ -37,7 +37,7 @@ class LNTuningLayer(AdapterLayer):
     one_active = True
 
     def create(self, name: str, cfg: Any) -> None:
-        trained = copy.deepcopy(self._saved_weights.get("module", self.base_layer))
+        trained = copy.deepcopy(self.pristine_module())
         for parameter in trained.parameters():
             parameter.requires_grad_(True)
         self.ln_tuning_layers[name] = trained

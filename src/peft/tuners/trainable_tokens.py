@@ -41,7 +41,6 @@ class TrainableTokensLayer(AdapterLayer):
 
     kinds = (kinds.Embedding, kinds.Linear)
     weight_need = "read"
-    weight_need = "read"
     method_name = "trainable_tokens"
 
     def __init__(self, base_layer: nn.Module, adapter_name: str | None = None, config: Any = None, **kwargs: Any):
@@ -112,7 +111,7 @@ class TrainableTokensLayer(AdapterLayer):
             self._rows[name] = (tokens, order)
         return tokens, values if order is None else values[order]
 
-    def check_overlap(self, names: list[str] | tuple[str, ...]) -> None:
+    def check_together(self, names: tuple[str, ...]) -> None:
         """Adapters that are active or merged together must train different tokens."""
         owner: dict[int, str] = {}
         for name in names if len(names) > 1 else ():
@@ -123,11 +122,6 @@ class TrainableTokensLayer(AdapterLayer):
                         "indices cannot be active or merged together."
                     )
                 owner[token] = name
-
-    def _active_here(self, key: tuple[tuple[str, ...], bool]) -> tuple[str, ...]:
-        plan = super()._active_here(key)
-        self.check_overlap(plan)
-        return plan
 
     # ---- maths
     def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -170,10 +164,6 @@ class TrainableTokensLayer(AdapterLayer):
         return w.index_copy(1, tokens, rows.T) if self.kind is kinds.Embedding else w.index_copy(0, tokens, rows)
 
     # ---- merging
-    def check_merge(self, name: str) -> None:
-        super().check_merge(name)
-        self.check_overlap([*self.merged_adapters, name])
-
     def _take_copy(self, base: nn.Module) -> None:
         """The base rows are kept anyway; a copy of the matrix would also go wrong where tied layers share it. Only
         formats that round what is written need one.
@@ -190,7 +180,7 @@ class TrainableTokensLayer(AdapterLayer):
     def get_merged_weights(self, active_adapters: list[str]) -> torch.Tensor:
         """The weight with the rows of `active_adapters` in place. [vocab, dim]"""
         names = [n for n in active_adapters if n in self and n not in self.merged_adapters]
-        self.check_overlap([*self.merged_adapters, *names])
+        self.check_together((*self.merged_adapters, *names))
         weight = self._current_weight()
         for name in names:
             weight = self.map_weight(name, weight)

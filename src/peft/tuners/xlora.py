@@ -191,7 +191,7 @@ class XLoraModel(TunerModel):
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Around every forward of the base model, whoever calls it: read the input, then set the gates."""
         cfg, call = self.xlora_config, self.switch.call
-        if self.switch.disabled:
+        if not self.switch.at_work:
             return
         past = kwargs.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:

@@ -55,11 +55,7 @@ class MultiheadAttention(LoraLayer, _of_kind=True):
     def replaced_tensors(self, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         found = super().replaced_tensors(names)
         inner = self._inner()
-        active = (
-            tuple(n for n in names if inner is not None and n in inner)
-            if inner is not None and not inner.merged
-            else ()
-        )
+        active = () if inner is None else inner._active_here((names, False))
         if inner is not None and active:
             weight = inner.base_weight()
             dtype = weight.dtype

@@ -145,7 +145,7 @@ class ShadowModel(TunerModel):
         return self.model(*args, **kwargs)  # with the hooks below
 
     def _active(self) -> str | None:
-        name = self.switch.active[0] if self.switch.active and not self.switch.disabled else None
+        name = next(iter(self.switch.at_work), None)
         return name if name is not None and name in self.shadow_backbone else None
 
     def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

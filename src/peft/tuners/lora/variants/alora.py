@@ -106,9 +106,9 @@ def open_call(tuner: Any, kwargs: dict[str, Any]) -> None:
     """Leave the offsets of a call in the switch: given as `alora_offsets`, or found in `input_ids`."""
     configs, call = tuner.peft_config, tuner.switch.call
     given = kwargs.pop("alora_offsets", None)
-    active = set(call.adapter_names or tuner.active_adapters)
+    active = tuner.switch.at_work
     wanted = [n for n in configs if n in active and getattr(configs[n], "alora_invocation_tokens", None)]
-    if not wanted or tuner.switch.disabled:
+    if not wanted:
         return
     if (kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", 1) or 1) > 1:
         raise ValueError("Beam search is not supported with aLoRA adapters, please use num_beams=1.")

@@ -92,7 +92,7 @@ class Dora(LoraVariant):
 
     # ---- forward
     def fuses(self, layer: Any) -> bool:
-        return layer.kind.is_linear and not layer.kind.transposed
+        return layer.kind is kinds.Linear
 
     def fused(self, layer: Any, name: str, x: torch.Tensor) -> torch.Tensor:
         base, m = layer.base_layer, layer.lora_magnitude_vector[name].weight
