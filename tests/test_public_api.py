@@ -23,13 +23,11 @@ from peft.registry import methods
 DATA = json.loads((Path(__file__).parent / "data" / "public_api.json").read_text())
 NAMES = [(module, name) for module, names in DATA["names"].items() for name in names]
 # Private members that other libraries call or replace; the others are of internal use in the published class.
-# Not offered, though some libraries replace them: steps of the published injection that this one does not have
-# (_create_and_replace, _inject_parameters, _check_target_module_exists, _check_target_module_compatiblity,
-# _unload_and_optionally_merge).
-PATCHED = {"_cast_adapter_dtype", "_get_peft_type", "_split_kwargs"}
-MEMBERS = [
-    (cls, name) for cls, names in DATA["members"].items() for name in names if name[0] != "_" or name in PATCHED
-]
+PATCHED = {
+    "_cast_adapter_dtype", "_get_peft_type", "_split_kwargs", "_create_and_replace", "_inject_parameters",
+    "_check_target_module_exists", "_check_target_module_compatiblity", "_unload_and_optionally_merge",
+}  # fmt: skip
+MEMBERS = [(cls, name) for cls, names in DATA["members"].items() for name in names if name[0] != "_" or name in PATCHED]
 IMPORTS = [(module, name) for module, names in DATA["ecosystem"].items() for name in names.split()]
 OF_METHOD = {name: method for method, names in DATA["methods"].items() for name in names.split()}
 
@@ -118,6 +116,8 @@ DIFFERENT = {
     "peft.PeftModelForTokenClassification": "published with a default of None for the config, and fails with it",
     "peft.tuners.tuners_utils.BaseTunerLayer": "a class of its own, not a mixin: it takes the base layer",
     "peft.tuners.lora.LoraLayer": "layers are made by the tuner",
+    "BaseTuner._check_target_module_exists": "the function of that name, whose first parameter is called config",
+    "LoraModel._create_and_replace": "has the parameters of BaseTuner's, which are passed by position",
     "AuxiliaryTrainingWrapper.init_modules": "of internal use",
 }
 

@@ -113,8 +113,7 @@ class Injection:
         self.tuner.shared(self.name, self.cfg, {t.key: t.node.module for t in targets})
         try:
             with without_collector():
-                for target in targets:
-                    self.apply(target)
+                self.apply(targets)
             self.tuner.after_inject(self.name, self.cfg, self.layers)
         except BaseException:
             self.roll_back()
@@ -179,8 +178,11 @@ class Injection:
 
     def _from_config(self, matcher: match.Matcher) -> list[Target]:
         targets, excluded = [], self.report.excluded
+        replaced = self.tuner._check_target_module_exists is not match.check_target_module_exists
         for node in self.nodes:
             hit = matcher.match(node.key)
+            if replaced:
+                hit = self.tuner._check_target_module_exists(self.cfg, node.key)
             if hit is match.EXCLUDED:
                 excluded.append(node.key)
             elif hit:
@@ -300,6 +302,7 @@ class Injection:
     # ---- checks before anything changes
     def check(self, target: Target) -> None:
         module, tuner = target.node.module, self.tuner
+        tuner._check_target_module_compatiblity(self.cfg, self.model, target.node.leaf)
         if target.parameter is not None:
             adapted = isinstance(module, AdapterLayer) and not issubclass(module.kind, kinds.Parameter)
             if adapted or target.node.key in self.whole:
@@ -334,15 +337,39 @@ class Injection:
         return f" Inside it there are {inside[:4]}." if inside else ""
 
     # ---- changing the model
-    def apply(self, target: Target) -> None:
-        node, tuner, name = target.node, self.tuner, self.name
-        module: Any = node.parent._modules[node.leaf]  # several parameters of one module: it is a wrapper by now
-        cfg = tuner.layer_config(self.cfg, target.key, module)
+    def apply(self, targets: list[Target]) -> None:
+        """Through the methods of the tuner that other frameworks replace."""
+        tuner, cfg = self.tuner, self.cfg
+        self.parameters = [t for t in targets if t.parameter is not None]
+        tuner._injection = self
+        try:
+            for node in (t.node for t in targets if t.parameter is None):
+                module: Any = node.parent._modules[node.leaf]
+                tuner._create_and_replace(cfg, self.name, module, node.leaf, node.parent, node.key)
+            if self.parameters:
+                tuner._inject_parameters(cfg, self.model, self.name, self.low_cpu)
+        finally:
+            del tuner._injection
+
+    def apply_parameters(self) -> None:
+        for target in self.parameters:
+            node = target.node
+            module: Any = node.parent._modules[node.leaf]  # of several parameters of one module: a wrapper by now
+            self.tuner._create_and_replace(
+                self.cfg, self.name, module, node.leaf, node.parent, node.key, parameter_name=target.parameter
+            )
+
+    def place(
+        self, cfg: Any, module: Any, leaf: str, parent: nn.Module, key: str, parameter: str | None = None
+    ) -> None:
+        target = Target(Node(key, module, parent, leaf), parameter)
+        tuner, name = self.tuner, self.name
+        cfg = tuner.layer_config(cfg, target.key, module)
         layer = self._existing(module, target)
         if layer is None:
-            kind = kinds.parameter_kind(target.parameter) if target.parameter is not None else None
+            kind = kinds.parameter_kind(parameter) if parameter is not None else None
             layer = tuner.make_layer(module, kind, cfg, target.key)
-            self._replace(node, layer, module)
+            self._replace(target.node, layer, module)
         else:
             self.undo.append(lambda layer=layer: layer.drop(name))
         tuner.link_shared(layer)
@@ -350,7 +377,7 @@ class Injection:
             layer.make_adapter(name, cfg)
         layer.settle_adapter(name, cfg)
         self.layers[target.key] = layer
-        (self.report.modules if target.parameter is None else self.report.parameters).append(target.key)
+        (self.report.modules if parameter is None else self.report.parameters).append(target.key)
 
     def _existing(self, module: nn.Module, target: Target) -> AdapterLayer | None:
         """The layer of this method (and this parameter) that already wraps the module, at any depth of nesting."""

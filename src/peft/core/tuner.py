@@ -21,6 +21,7 @@ from . import kinds, match, tied, trainable
 from .context import Switch
 from .inject import Injection, InjectionReport
 from .layer import AdapterLayer
+from .patch_points import PatchPoints
 from .slots import BufferDict
 from .targets import target_table
 from .unload import WholeModelMerge
@@ -29,7 +30,7 @@ from .wrappers import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
-class TunerModel(WholeModelMerge, nn.Module):
+class TunerModel(PatchPoints, WholeModelMerge, nn.Module):
     """A base model with the adapters of one method; `tuner.model` is the user's model, changed in place."""
 
     prefix: str

@@ -44,15 +44,21 @@ class WholeModelMerge:
         self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
         """Merge and take all adapter layers away; returns the base model (the same object, changed in place)."""
-        return self._unload(True, progressbar, safe_merge, adapter_names)
+        return self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
 
     def unload(self: Any) -> nn.Module:
         """Take all adapter layers away without merging; returns the base model."""
-        return self._unload(False)
+        return self._unload_and_optionally_merge(False)
 
-    def _unload(
-        self: Any, merge: bool, progressbar: bool = False, safe_merge: bool = False, names: list[str] | None = None
+    def _unload_and_optionally_merge(
+        self: Any,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        """Other frameworks replace this method."""
+        names = adapter_names
         if isinstance(names, str):
             raise TypeError(f"adapter_names should be a list of strings, got the str {names!r}.")
         if merge:

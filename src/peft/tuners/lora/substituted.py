@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA on layers that are called with replaced tensors: attention modules and raw parameters."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from ...core import kinds
 from ...core.context import Switch
@@ -139,6 +142,13 @@ class ParamWrapper(LoraLayer, _of_kind=True):
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
         return None
+
+    @contextlib.contextmanager
+    def _activate_lora(self, active_adapters: Iterable[str]) -> Iterator[None]:
+        """The module below computes with these adapters. For forwards of other frameworks; ours swaps the tensors."""
+        weight = self._to_storage(self.substituted_weight(tuple(n for n in active_adapters if n in self.adapter_names)))
+        with _reparametrize_module(self.get_base_layer(), {self.parameter_name: weight}):
+            yield
 
 
 class _LoraParameterProxy(nn.Module):
