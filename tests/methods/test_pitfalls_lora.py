@@ -290,6 +290,17 @@ def test_dora_norms_are_taken_without_dense_products_and_names_stay_unique():
     assert len(names) == len(set(names))
 
 
+def test_dora_sees_a_new_base_weight():
+    model = adapted(use_dora=True)
+    layer, x = model.base_model.model.lin0, X
+    model(x)
+    layer.set_base_weight(torch.randn(12, 8, generator=torch.Generator().manual_seed(7)))
+    V = layer.base_layer.weight + 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    g = layer.lora_magnitude_vector["default"].weight / V.norm(dim=1)
+    torch.testing.assert_close(layer(x), x @ (g[:, None] * V).T + layer.bias, rtol=1e-4, atol=1e-4)
+    agrees_with_merging(model, x)
+
+
 def test_variants_give_their_whole_delta():
     for options in ({"kasa_config": KasaConfig()}, {"use_dora": True}, {"use_bdlora": peft.BdLoraConfig(
         target_modules_bd_a=["lin1"], target_modules_bd_b=["lin0"], nblocks=2)}):  # fmt: skip

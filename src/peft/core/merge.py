@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..storage.dtensor import put, whole
+
 if TYPE_CHECKING:
     from .layer import AdapterLayer
 
@@ -83,7 +85,7 @@ class Mergeable:
             delta, delta_bias = self._weight_delta(name), self.delta_bias(name)
             self._check_bias(base, delta_bias)
         else:
-            weight, bias = self._applied(name, self._current_weight(), kind.bias(base) if has_bias else None)
+            weight, bias = self._applied(name, self._current_weight(), self._current_bias() if has_bias else None)
             if safe_merge:
                 self._check_finite(name, weight, bias)
         if keep and not self._saved_weights:
@@ -92,11 +94,11 @@ class Mergeable:
             if delta is not None:
                 self._rebase(storage.add_(base, self._to_storage(delta), kind.weight_name))
             if delta_bias is not None:
-                kind.bias(base).data.add_(delta_bias)
+                put(kind.bias(base), self._current_bias() + delta_bias)
             return
         self._rebase(storage.write(base, self._to_storage(weight), kind.weight_name))
         if has_bias and bias is not None:
-            kind.bias(self.get_base_layer()).data.copy_(bias)
+            put(kind.bias(self.get_base_layer()), bias)
 
     def check_merge(self: Any, name: str) -> None:
         """Raise when this layer's adapter has no weight form (grouped convolutions ...)."""
@@ -183,7 +185,7 @@ class Mergeable:
             self._rebase(self.storage.restore(base, saved["weight"], self.kind.weight_name))
             if "bias" in saved:
                 with torch.no_grad():
-                    self.kind.bias(base).data.copy_(saved["bias"])
+                    put(self.kind.bias(base), saved["bias"])
         else:
             self._subtract()
         self._saved_weights = {}
@@ -204,7 +206,7 @@ class Mergeable:
             self._rebase(self.storage.write(base, self._to_storage(weight), kind.weight_name))
             if bias is not None and self._merged_bias_changes(name):
                 delta_bias = self.delta_bias(name)
-                bias.data.copy_(self.unmap_bias(name, bias) - (0 if delta_bias is None else delta_bias))
+                put(bias, self.unmap_bias(name, self._current_bias()) - (0 if delta_bias is None else delta_bias))
 
     def base_weight(self: Any) -> torch.Tensor:
         """The pristine canonical base weight, whatever is merged now. [out, in, *kernel]"""
@@ -230,6 +232,9 @@ class Mergeable:
                 f"{list(weight_data.shape)}. Give it in the orientation of `get_base_weight`."
             )
         self._rebase(self.storage.write(base, weight_data, self.kind.weight_name))
+        weight = getattr(self.get_base_layer(), self.kind.weight_name)
+        if isinstance(weight, torch.nn.Parameter) and not weight.is_inference():
+            torch.autograd.graph.increment_version(weight)  # DoRA keeps norms of the version it saw
 
     def _pristine(self: Any, name: str) -> Any:
         """The copy of the tensor that was taken first: by the innermost layer around it that has merged."""
@@ -245,10 +250,14 @@ class Mergeable:
         """The pristine base bias."""
         bias = self.kind.bias(self.get_base_layer())
         saved = self._pristine("bias")
-        return bias if saved is None or bias is None else saved.to(bias.device)
+        return self._current_bias() if saved is None or bias is None else whole(saved.to(bias.device))
 
     def _current_weight(self: Any) -> torch.Tensor:
         return self.kind.canonical(self.storage.read(self.get_base_layer(), self.kind.weight_name))
+
+    def _current_bias(self: Any) -> torch.Tensor | None:
+        bias = self.kind.bias(self.get_base_layer())
+        return None if bias is None else whole(bias)
 
     def _to_storage(self: Any, weight: torch.Tensor) -> torch.Tensor:
         return self.kind.stored(weight)
