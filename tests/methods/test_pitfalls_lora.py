@@ -260,6 +260,19 @@ def test_lora_ga_on_conv1d_is_that_on_linear(scale):
     torch.testing.assert_close(*deltas, rtol=1e-3, atol=1e-4)
 
 
+def test_loading_lora_ga_on_the_unchanged_base_warns_and_the_plain_form_fits(tmp_path):
+    base, config = mlp(), lora(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+    peft.preprocess_loraga(base, config, lambda: base(X).square().sum().backward())
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "initial")
+    perturbed(model, size=0.1).eval().save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    with pytest.warns(UserWarning, match="path_initial_model_for_weight_conversion"):
+        PeftModel.from_pretrained(mlp(), tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(mlp(), tmp_path / "plain")
+    torch.testing.assert_close(loaded(X), model(X), rtol=1e-4, atol=1e-5)
+
+
 def test_random_decomposition_is_the_same_after_loading(tmp_path):
     torch.manual_seed(5)
     model = perturbed(get_peft_model(mlp(), lora(init_lora_weights="pissa_niter_1")), size=0.1).eval()

@@ -10,6 +10,7 @@ Some change the base: W <- W - s·B·A.
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,13 @@ def lora_ga(layer: "LoraLayer", name: str, cfg: Any) -> None:
     base = layer.get_base_layer()
     grad: Any = getattr(base, "_peft_loraga_grad", None)
     if grad is None or not layer.kind.is_linear:
+        if layer.kind.is_linear:
+            warnings.warn(
+                "There is no gradient of `preprocess_loraga`: LoRA-GA falls back to the default initialisation. An "
+                "adapter from a file belongs to the base weights that its gradients changed; save it with "
+                "`path_initial_model_for_weight_conversion` to use it with the unchanged ones.",
+                stacklevel=2,
+            )
         return default(layer, name, cfg)
     if cfg.lora_ga_config is None:
         raise ValueError("`lora_ga_config` must be given when `init_lora_weights` is 'lora_ga'.")
