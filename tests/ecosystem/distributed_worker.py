@@ -1,4 +1,4 @@
-"""What each of the processes of `test_distributed.py` runs: `python -m torch.distributed.run ... <this> MODE FOLDER`.
+"""What each of the processes of `test_distributed.py` runs: `python <this> MODE FOLDER CASE ...`.
 
 Every case trains a tiny Llama for a few steps and writes its adapter; the test compares the files with those of one
 process that saw both halves of the batches. What needs no second process to judge is asserted here.
@@ -45,10 +45,15 @@ def batches(rank: int = 0, world: int = 1, steps: int = STEPS) -> Iterator[torch
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    """With an epsilon above the rounding errors of gradients, which would be normalised to whole steps otherwise."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, eps=1e-3)
 
 
 def train(model: nn.Module, rank: int = 0, world: int = 1, steps: int = STEPS) -> None:
+    if isinstance(model, Engine):
+        for tokens in batches(rank, world, steps):
+            model.fit(tokens)
+        return
     optim = optimizer(model)
     for tokens in batches(rank, world, steps):
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -80,15 +85,48 @@ def fsdp2(model: peft.PeftModel) -> nn.Module:
     return fully_shard(model)
 
 
-SPREAD = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2}
+class Engine(nn.Module):
+    """A DeepSpeed engine behind the loop of `train`."""
+
+    def __init__(self, model: peft.PeftModel, stage: int):
+        super().__init__()
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        self.engine = deepspeed.initialize(model=model, optimizer=optimizer(model), config=config)[0]
+
+    def forward(self, **batch: torch.Tensor) -> Any:
+        return self.engine(**batch)
+
+    def fit(self, tokens: torch.Tensor) -> None:
+        self.engine.backward(self.engine(input_ids=tokens, labels=tokens).loss)
+        self.engine.step()
 
 
-def trained(mode: str, case: str, folder: Path, **options: Any) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
+SPREAD: dict[str, Callable[[peft.PeftModel], nn.Module]] = {
+    "ddp": ddp,
+    "fsdp1": fsdp1,
+    "fsdp2": fsdp2,
+    "zero2": lambda model: Engine(model, 2),
+    "zero3": lambda model: Engine(model, 3),
+}
+
+
+def started(case: str, mode: str) -> tuple[peft.PeftModel, nn.Module]:
     model = made(case)
-    if options.get("checkpointing"):
+    if case == "head":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    spread = SPREAD[mode](model)
+    return model, SPREAD[mode](model)
+
+
+def trained(mode: str, case: str, folder: Path) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, spread = started(case, mode)
     train(spread, rank, world)
     model.save_pretrained(folder, is_main_process=rank == 0)
     dist.barrier()
@@ -98,13 +136,121 @@ def trained(mode: str, case: str, folder: Path, **options: Any) -> None:
     assert tiny.close(live, tiny.logits(fresh), 1e-5), f"{case}: the file gives other logits than the live model"
 
 
-def main(mode: str, folder: Path) -> None:
-    dist.init_process_group("gloo")
-    for case in sys.argv[3:] or CONFIGS:
-        trained(mode, case, folder / case, checkpointing=case == "head")
-        print("ok", case, flush=True)
+# ---- two adapters
+
+
+def two_adapters() -> peft.PeftModel:
+    model = made("lora")
+    model.add_adapter("other", peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["k_proj", "down_proj"]))
+    model.set_adapter("other")
+    tiny.spread(model, 0.05, seed=9)
+    model.set_adapter("default")
+    return model
+
+
+def switch(model: peft.PeftModel, spread: Callable[[], nn.Module], rank: int = 0, world: int = 1) -> None:
+    """Train one adapter, then the other; `spread` gives the module to call, anew after a switch."""
+    train(spread(), rank, world, 1)
+    model.set_adapter("other")
+    train(spread(), rank, world, 2)
+    model.base_model.set_adapter(["default", "other"])
+    train(spread(), rank, world, 1)
+
+
+def switched(mode: str, folder: Path) -> None:
+    model = two_adapters()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if mode == "ddp":  # looks at what trains when it is made
+        switch(model, lambda: ddp(model), rank, world)
+    else:
+        spread = SPREAD[mode](model)
+        switch(model, lambda: spread, rank, world)
+    model.save_pretrained(folder, is_main_process=rank == 0)
+
+
+# ---- tensor parallelism
+
+
+def tensor_parallel(folder: Path) -> Any:
+    """The tiny Llama, each process with its part, by the plan that transformers has for it."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=config).eval()
+    model.name_or_path = ""  # as that of the model in one process
+    return model
+
+
+def trained_in_parts(case: str, folder: Path) -> None:
+    base = tensor_parallel(folder)
+    assert tuple(base.model.layers[0].mlp.down_proj.weight.to_local().shape) == (tiny.WIDTH, 24)
+    torch.manual_seed(dist.get_rank())
+    model = made(case, base)
+    train(model)
+    model.save_pretrained(folder / case, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    live, plain = tiny.logits(model.eval()), peft.PeftModel.from_pretrained(tiny.llama(), folder / case)
+    assert tiny.close(live, tiny.logits(plain), 1e-5), "the file in one process"
+    again = peft.PeftModel.from_pretrained(tensor_parallel(folder), folder / case)
+    assert tiny.close(tiny.logits(again), live, 1e-6), "the file in a model of parts"
+    names = ["default", "__base__"]
+    if case != "head":
+        mixed, alone = (tiny.logits(m, adapter_names=names) for m in (model, plain))
+        assert tiny.close(mixed, alone, 1e-5), "a mixed batch"
+    before = {k: v.to_local().clone() for k, v in model.named_parameters() if "base_layer.weight" in k}
+    model.merge_adapter()
+    assert tiny.close(tiny.logits(model), live, 1e-5), "merged"
+    model.unmerge_adapter()
+    after = dict(model.named_parameters())
+    assert before and all(torch.equal(after[k].to_local(), v) for k, v in before.items()), "unmerged"
+    assert torch.equal(tiny.logits(model), live)
+    with model.disable_adapter():
+        assert tiny.close(tiny.logits(model), tiny.logits(tiny.llama()), 1e-5), "disabled"
+    assert tiny.close(tiny.logits(model.merge_and_unload()), live, 1e-5), "merged for good"
+
+
+def loaded_natively(folder: Path) -> None:
+    """transformers' own `load_adapter` on a model of parts."""
+    native = tensor_parallel(folder)
+    native.load_adapter(str(folder / "lora"))
+    plain = peft.PeftModel.from_pretrained(tiny.llama(), folder / "lora")
+    assert tiny.close(tiny.logits(native), tiny.logits(plain), 1e-5)
+
+
+def drawn_alike(folder: Path) -> None:
+    """Processes that drew different numbers start from the same adapter."""
+    torch.manual_seed(dist.get_rank())
+    config = peft.LoraConfig(target_modules=TARGETS, init_lora_weights="gaussian")
+    model = peft.get_peft_model(tensor_parallel(folder), config)
+    drawn = torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n])
+    others = [torch.empty_like(drawn) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, drawn)
+    assert all(torch.equal(o, drawn) for o in others)
+
+
+def main(mode: str, folder: Path, *cases: str) -> None:
+    if mode.startswith("zero"):
+        import deepspeed
+
+        # none of its kernels is needed, and that for communication would be compiled now
+        deepspeed.ops.__compatible_ops__.update(dict.fromkeys(deepspeed.ops.__compatible_ops__, False))
+        deepspeed.init_distributed("gloo", verbose=False)
+    else:
+        dist.init_process_group("gloo")
+    for case in cases:
+        if case == "switch":
+            switched(mode, folder / case)
+        elif mode == "tp":
+            trained_in_parts(case, folder)
+        else:
+            trained(mode, case, folder / case)
+    if mode == "tp":
+        loaded_natively(folder)
+        drawn_alike(folder)
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

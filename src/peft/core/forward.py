@@ -12,19 +12,26 @@ import contextlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ops import low_rank
+from ..ops.dropout import draw_seed, dropout, seedable
+from ..storage.dtensor import Split, is_sharded
 from . import kinds
 
 
 class ForwardPaths:
     """The forward half of AdapterLayer."""
 
+    _split: Split | None = None  # tensor parallelism: how the activations of this layer are spread over processes
+
     def _replan(self: Any, key: tuple[tuple[str, ...], bool]) -> None:
         self._plan = self._active_here(key)
         self._path = self._choose_path(self._plan)
         self._seen = key
+        weight = getattr(self.get_base_layer(), self.kind.weight_name, None) if self.kind.is_linear else None
+        self._split = Split(weight, self.in_features, self.out_features) if is_sharded(weight) else None
 
     def _active_here(self: Any, key: tuple[tuple[str, ...], bool]) -> tuple[str, ...]:
         """Active adapters that this layer holds."""
@@ -65,7 +72,10 @@ class ForwardPaths:
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         plan, call = self._planned(), self.switch.call
-        if call.adapter_names is not None and not self._key[1]:
+        rows = call.adapter_names is not None and not self._key[1]
+        if self._split is not None and not self._split.inside and (plan or rows):
+            return self._forward_split(plan, x, rows, *args, **kwargs)
+        if rows:
             return self._forward_rows(x, *args, **kwargs)
         if plan:
             if call.gates is not None:
@@ -74,6 +84,36 @@ class ForwardPaths:
         if self.merged_adapters and self._key[1]:
             self.unmerge()
         return self.base_layer(x, *args, **kwargs)
+
+    def _forward_split(
+        self: Any, plan: tuple[str, ...], x: torch.Tensor, rows: bool, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Adapters get whole activations and give whole ones, the layers around this one get parts. Low-rank deltas do
+        with less: only what is as wide as the rank crosses processes.
+        """
+        split = self._split
+        if rows or self.switch.call.gates is not None or self._path_of(plan) != "factored":
+            x = split.take(x)
+            split.learn(self.base_layer, x)
+            with split.entered():
+                return split.give(self.forward(x, *args, **kwargs))
+        y = out = self.storage.guard(self.base_layer(x, *args, **kwargs))
+        parts_in, parts_out = x.shape[-1] != self.in_features, y.shape[-1] != self.out_features
+        for A, B, scale, p in (self.factors(n) for n in plan):
+            h = x.to(A.dtype)
+            if self.training and p > 0.0:
+                h = dropout(h, p, draw_seed() if seedable(h) else None)
+            z = split.summed(F.linear(h, split.part(A, 1))) if parts_in else F.linear(h, A)
+            z = z * scale
+            out = out + (F.linear(split.shared(z), split.part(B, 0)) if parts_out else F.linear(z, B))
+        return out.to(y.dtype)
+
+    def _base_output(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the base layer makes of `x`, safe to add to; whole also where its activations come in parts."""
+        split = self._split
+        base = self.base_layer
+        y = base(x, *args, **kwargs) if split is None else split.call(base, x, *args, **kwargs)
+        return self.storage.guard(y)
 
     def _adapt(self: Any, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         path = self._path_of(names)
@@ -97,7 +137,7 @@ class ForwardPaths:
         base = self.base_layer
         if self.kind is kinds.Linear and self._base_is_plain(base) and self.cast_input_dtype_enabled:
             return low_rank.linear(x, base.weight, base.bias, factors, self.training)  # type: ignore[arg-type]
-        y = self.storage.guard(base(x, *args, **kwargs))
+        y = self._base_output(x, *args, **kwargs)
         return low_rank.accumulate(y, x, factors, self.training)
 
     def _adapt_activations(
@@ -108,7 +148,7 @@ class ForwardPaths:
             for n in reversed(names):
                 h = self.map_input(n, self._cast_input(n, h))
             h = h.to(x.dtype) if h.is_floating_point() else h
-        y = base = self.storage.guard(self.base_layer(h, *args, **kwargs))
+        y = base = self._base_output(h, *args, **kwargs)
         if hooks & {"delta", "delta_weight", "factors", "delta_bias"}:
             for n in names:
                 y = self.advance(n, self._cast_input(n, h), y, base)
@@ -205,12 +245,12 @@ class ForwardPaths:
             )
         rows = {n: i for n, i in call.row_index(x.device).items() if n in self._names}
         if not rows:
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_output(x, *args, **kwargs)
         path = self._path_of(tuple(rows))
         if path in ("factored", "fused") or (
             path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}
         ):
-            y = self.storage.guard(self.base_layer(x, *args, **kwargs))
+            y = self._base_output(x, *args, **kwargs)
             try:
                 for name, index in rows.items():
                     call.part, base = index, y[index]
@@ -219,7 +259,7 @@ class ForwardPaths:
             finally:
                 call.part = None
             return y
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._base_output(x, *args, **kwargs)
         if not isinstance(y, torch.Tensor):
             raise TypeError(
                 f"Mixed batches are not possible on {type(self.get_base_layer()).__name__} layers, whose output is "

@@ -21,7 +21,7 @@ class EqualGates:
     def forward(
         self, layer: AdapterLayer, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        y = layer.storage.guard(layer.base_layer(x, *args, **kwargs))
+        y = layer._base_output(x, *args, **kwargs)
         if self.factor == 0:
             return y
         deltas = (layer.delta(n, layer._cast_input(n, x), y) for n in names)
@@ -39,7 +39,7 @@ class TokenGates:
     def forward(
         self, layer: AdapterLayer, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        y = layer.storage.guard(layer.base_layer(x, *args, **kwargs))
+        y = layer._base_output(x, *args, **kwargs)
         S = self._aligned(self.S[:, :, self.rows[id(layer)]], x if layer.kind.float_input else x.unsqueeze(-1))
         columns = [self.columns[n] for n in names]
         if layer.kind.is_linear and all(self._plain(layer, n) for n in names):

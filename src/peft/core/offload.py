@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..storage.dtensor import is_sharded, whole
+
 
 def _hook_types() -> tuple[Any, ...]:
     hooks = sys.modules.get("accelerate.hooks")
@@ -80,18 +82,23 @@ def _store(module: nn.Module, hook: Any) -> None:
 
 
 def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy with real weights and device hooks of its own (a plain copy would run those of the original)."""
+    """A deep copy with real, whole weights and device hooks of its own (a plain copy would run the original's)."""
     hooked = [m for m in module.modules() if "_hf_hook" in m.__dict__]
+    split = [m for m in module.modules() if any(is_sharded(p) for p in m._parameters.values())]
     with onload_layer(module), gathered(module.parameters()):
-        if not hooked:
+        if not hooked and not split:
             return copy.deepcopy(module, memo)
         memo = {} if memo is None else memo
         for m in hooked:
             memo[id(m._hf_hook)] = m._hf_hook  # weights maps are not copied
+        for parameter in (p for m in split for p in m._parameters.values() if p is not None):
+            memo.setdefault(id(parameter), nn.Parameter(whole(parameter.detach()).clone()))
         copied = copy.deepcopy(module, memo)
     for old, new in zip(module.modules(), copied.modules(), strict=True):
         if "_hf_hook" in old.__dict__:
             _rehook(old, new)
+        elif old in split:
+            new.__dict__.pop("forward", None)  # that of the original, for parts
     return copied
 
 

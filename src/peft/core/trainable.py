@@ -5,8 +5,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from ..storage.dtensor import agree
 from .aux_modules import AuxiliaryTrainingWrapper, as_names
 from .context import Switch
 from .layer import AdapterLayer
@@ -33,6 +35,9 @@ def mark_trainable(model: nn.Module, tuner: "TunerModel", name: str, cfg: Any, f
 
     Only the `first` adapter does so: adding an adapter never changes the trainability of what was there.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for layer in tuner.layers():
+            agree(getattr(layer.get_base_layer(), "weight", None), layer.parameters_of(name))
     if first is None:
         first = all(n == name for layer in tuner.layers() for n in layer.adapter_names)
     if not first:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from . import dtensor
+
 # Package in sys.modules -> storage module that knows its layers. Looked at in this order.
 _PACKAGES: dict[str, str] = {
     "bitsandbytes": "bnb",
@@ -72,16 +74,17 @@ class DenseStorage:
         weight = getattr(module, name)
         if weight.numel() == 0 and hasattr(weight, "ds_shape"):
             raise RuntimeError("The base weight is partitioned by DeepSpeed ZeRO-3; gather it before reading it.")
-        return weight
+        return dtensor.whole(weight) if hasattr(weight, "placements") else weight
 
     @torch.no_grad()
     def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
-        getattr(module, name).data.copy_(value)
+        dtensor.put(getattr(module, name), value)
         return module
 
     @torch.no_grad()
     def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
         weight = getattr(module, name).data
+        weight, delta = dtensor.local(weight), dtensor.like(delta, weight)
         if weight.dtype.itemsize == 1:  # float8 has no arithmetic
             weight.copy_(
                 (weight.to(delta.dtype) + delta).clamp(torch.finfo(weight.dtype).min, torch.finfo(weight.dtype).max)
@@ -97,7 +100,7 @@ class DenseStorage:
         return self.write(module, saved, name)
 
     def thaw(self, saved: Any, module: nn.Module) -> torch.Tensor:
-        return saved.to(next(module.parameters()).device)
+        return dtensor.whole(saved.to(next(module.parameters()).device))
 
     def guard(self, y: torch.Tensor) -> torch.Tensor:
         return y

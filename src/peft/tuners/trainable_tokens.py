@@ -138,7 +138,7 @@ class TrainableTokensLayer(AdapterLayer):
         if not len(tokens):
             return y
         if self.kind is kinds.Linear:
-            return ops.patch(y, x, kinds.Linear.bias(base), tokens, delta)
+            return ops.patch(y, x, self._current_bias(), tokens, delta)
         if base.max_norm is not None:  # the lookup limits norms without a gradient
             delta = delta + (torch.renorm(delta.detach(), base.norm_type, 0, base.max_norm) - delta.detach())
         scale = kinds.Embedding.scale(base)
