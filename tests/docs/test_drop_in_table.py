@@ -80,7 +80,7 @@ def readme(text: str) -> str:
 def test_readme_is_up_to_date() -> None:
     text = README.read_text(encoding="utf-8")
     assert START in text and END in text
-    assert text == readme(text)
+    assert text == readme(text), "python -m tests.docs.test_drop_in_table writes it again"
 
 
 def test_every_file_has_a_library() -> None:

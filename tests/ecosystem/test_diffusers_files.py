@@ -189,3 +189,29 @@ def test_flux_file(kind: str) -> None:
     assert torch.equal(run(pipe), result)
     pipe.unload_lora_weights()
     assert torch.equal(run(pipe), plain)
+
+
+def test_flux_control_file() -> None:
+    """A control file widens the input projection and trains biases; unloading takes both back."""
+    pipe, plain = flux(), run(flux())
+    base = pipe.transformer.x_embedder
+    g = torch.Generator().manual_seed(1)
+    shapes = {"x_embedder": (2 * base.in_features, 32), f"{_DOUBLE}.attn.to_q": (32, 32)}
+    state = {}
+    for name, (n_in, n_out) in shapes.items():
+        key = f"transformer.{name}.lora_"
+        state[f"{key}A.weight"] = torch.randn(4, n_in, generator=g) * 0.2
+        state[f"{key}B.weight"] = torch.randn(n_out, 4, generator=g) * 0.2
+        state[f"{key}B.bias"] = torch.randn(n_out, generator=g) * 0.2
+    pipe.load_lora_weights(state, adapter_name="control")
+    assert pipe.transformer.peft_config["control"].lora_bias
+    layer, x = pipe.transformer.x_embedder, torch.randn(2, 2 * base.in_features, generator=g)
+    assert layer.in_features == 2 * base.in_features
+    A, B, bias = (state[f"transformer.x_embedder.lora_{k}"] for k in ("A.weight", "B.weight", "B.bias"))
+    expected = base(x[:, : base.in_features]) + x @ A.T @ B.T + bias
+    torch.testing.assert_close(layer(x), expected)
+    pipe.fuse_lora()
+    torch.testing.assert_close(layer(x), expected)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights(reset_to_overwritten_params=True)
+    assert torch.equal(run(pipe), plain)

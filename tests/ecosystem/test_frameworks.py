@@ -56,6 +56,20 @@ def test_dora_layers_show_their_magnitude() -> None:
     assert layer.use_dora[name] and magnitude.weight.shape == (tiny.WIDTH,)
 
 
+def test_speech_models_know_lora_layers(caplog: pytest.LogCaptureFixture) -> None:
+    """The time-delay layers of transformers' speech models read the kernel past an adapter, and say so."""
+    from transformers.models.wav2vec2 import modeling_wav2vec2 as speech
+
+    sizes = {"tdnn_dim": [8, 8], "tdnn_kernel": [2, 1], "tdnn_dilation": [1, 1]}
+    model = nn.Sequential(speech.TDNNLayer(tiny.tf.Wav2Vec2Config(**sizes), 0))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["kernel"], init_lora_weights=False))
+    x = torch.randn(1, 6, 8)
+    with model.disable_adapter(), pytest.warns(UserWarning, match="LoRA"):
+        plain = model(x)
+    with pytest.warns(UserWarning, match="LoRA"):
+        assert torch.equal(model(x), plain)
+
+
 def test_signature_is_searched_for_options() -> None:
     text = str(inspect.signature(peft.LoraConfig))
     assert all(option in text for option in ("loftq_config", "use_rslora", "ensure_weight_tying"))
