@@ -9,6 +9,8 @@ import pytest
 import torch
 from tests.methods.bases import Net
 from tests.methods.test_pitfalls import agrees_with_merging, perturbed
+from tests.storage import formats
+from tests.storage.formats import FORMATS
 from torch import nn
 
 import peft
@@ -431,3 +433,33 @@ def test_variant_layers_are_freed():
         del model
         gc.collect()
         assert ref() is None
+
+
+# ---- quantised bases
+
+
+@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.writable])
+@torch.no_grad()
+def test_merging_into_quantised_weights(name):
+    """Scaled biases, several adapters in one call, and a check of the result before anything is written."""
+    if not formats.installed(FORMATS[name].package):
+        pytest.skip("not installed")
+    model, x = adapted(formats.base(name), lora_bias=True), formats.inputs()
+    model.add_adapter("b", lora(lora_bias=True))
+    model.base_model.set_adapter(["default", "b"])
+    perturbed(model, seed=5)
+    layer = model.base_model.model.lin0
+    bias = layer.base_layer.bias.clone()
+    added = sum(layer.lora_B[n].bias * layer.scaling[n] for n in ("default", "b"))
+    before, want = layer.get_base_weight().clone(), model(x)
+    target = before + sum(layer.get_delta_weight(n) for n in ("default", "b"))
+    model.merge_adapter()
+    torch.testing.assert_close(layer.base_layer.bias, bias + added)
+    assert (layer.get_base_weight() - target).norm() < 0.15 * target.norm()
+    model.unmerge_adapter()
+    assert torch.equal(layer.get_base_weight(), before) and torch.equal(layer.base_layer.bias, bias)
+    torch.testing.assert_close(model(x), want)
+    layer.lora_B["b"].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        layer.merge(safe_merge=True, adapter_names=["b"])
+    assert torch.equal(layer.get_base_weight(), before) and not layer.merged
