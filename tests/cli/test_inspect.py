@@ -98,8 +98,11 @@ def test_grids_split_wide_tables_and_sort_naturally(write_adapter):
         (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "no 'peft_type'"),
         (lambda f: (f / "adapter_model.safetensors").unlink(), "neither adapter_model.safetensors"),
-        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 30), "damaged file"),
-        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "holds more than plain tensors"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 30), "Cannot read the adapter weights"),
+        (
+            lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+            "holds pickled objects other than tensors",
+        ),
     ],
 )
 def test_broken_folders(write_adapter, capsys, break_it, message):

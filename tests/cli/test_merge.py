@@ -96,6 +96,60 @@ def test_same_as_the_library(model_folder, tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+METHODS = {
+    "adalora": {"init_r": 4, "total_step": 10},
+    "boft": {"boft_block_size": 4},
+    "beft": {"target_modules": ["v_proj"]},
+    "c3a": {"block_size": 8, "target_modules": ["q_proj"]},
+    "delora": {},
+    "fourierft": {"n_frequency": 50},
+    "hira": {"r": 4},
+    "hra": {},
+    "ia3": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "ln_tuning": {"target_modules": ["input_layernorm"]},
+    "loha": {},
+    "lokr": {},
+    "lora": {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]},
+    "miss": {"r": 4},
+    "oft": {"oft_block_size": 8},
+    "osf": {},
+    "psoft": {"r": 8},
+    "road": {"group_size": 16},
+    "shira": {"r": 4, "random_seed": 1},
+    "randlora": {"r": 4},
+    "tinylora": {},
+    "unilora": {"save_indices": True},
+    "vblora": {"vector_length": 16, "num_vectors": 8},
+    "vera": {"r": 8},
+    "waveft": {"n_frequency": 50},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore")
+def test_every_kind_of_method_merges_as_the_library_does(model_folder, tmp_path, method):
+    from transformers import AutoModelForCausalLM
+
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, get_peft_model
+
+    options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], **METHODS[method]}
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())](**options)
+    torch.manual_seed(3)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path / "adapter", model_folder, tmp_path / "out") == 0
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    expected = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    changed, old = 0, read_folder(model_folder)
+    for name, value in read_folder(tmp_path / "out").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        changed += not torch.equal(value, old[name])
+    assert changed >= 2
+
+
 def test_rounds_once_into_bfloat16(write_adapter, tmp_path):
     base, weight = tmp_path / "base", torch.randn(20, 12).bfloat16()
     base.mkdir()
@@ -183,18 +237,24 @@ def test_whole_modules_biases_and_token_rows(model_folder, write_adapter, tmp_pa
 
 
 BAD = [
-    ({"peft_type": "IA3"}, {}, "this adapter is ia3"),
+    ({"peft_type": "LILY"}, {}, "this adapter is lily"),
+    ({"peft_type": "FROD"}, {}, "this adapter is frod"),
     ({"alora_invocation_tokens": [1]}, {}, "alora_invocation_tokens"),
     ({"init_lora_weights": "pissa"}, {}, "init_lora_weights='pissa'"),
     ({"target_parameters": ["w"]}, {}, "target_parameters"),
     ({}, factors("model.layers.7.self_attn.q_proj", 32, 32), "did you mean 'model.layers."),
     ({}, factors(Q.format(0), 32, 31), "do not fit"),
-    ({}, {f"{Q.format(0)}.lora_A.weight": torch.randn(4, 32)}, "one factor of the pair is missing"),
+    (
+        {},
+        {f"{Q.format(0)}.lora_A.weight": torch.randn(4, 32)},
+        "the file lacks base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+    ),
     ({}, {"model.norm.weight": torch.randn(31)}, "resize the base model"),
     ({}, {"unknown.weight": torch.randn(3)}, "unknown.weight is not in"),
     ({}, {f"{Q.format(0)}.lora_A.weight": torch.full((4, 32), float("nan"))}, "not finite"),
     ({}, {f"{EMBED}.token_adapter.trainable_tokens_delta": torch.randn(2, 32)}, "trainable_token_indices"),
     ({}, {}, "nothing to merge"),
+    ({"peft_type": "UNILORA"}, {"base_model.unilora_theta_d": torch.ones(8)}, "tensors that all layers share"),
 ]
 
 

@@ -162,6 +162,13 @@ def test_errors_are_one_line(train, capsys, options, message):
     assert not (out / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("option", ["--steps", "--epochs", "--lr", "--max-seconds", "--batch-size"])
+def test_numbers_that_make_no_sense(train, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        train(option, -1)
+    assert stop.value.code == 2 and f"argument {option}: expected a positive number" in capsys.readouterr().err
+
+
 def test_broken_line_in_data(train, tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "the value"}\n{"text": "the\n')
@@ -170,29 +177,31 @@ def test_broken_line_in_data(train, tmp_path, capsys):
 
 
 def test_interrupt_saves_and_resume_ends_where_a_whole_run_ends(train, monkeypatch, capsys):
-    """Ctrl-C in step 5 of 12, resumed: the same adapter as without the break."""
+    """Ctrl-C in step 8 of 12, in the second epoch, resumed: the same adapter as without the break, dropout and all."""
     from peft.cli import training
 
-    _, whole = train(output="whole")
+    dropout = ("--set", "lora_dropout=0.2")
+    _, whole = train(*dropout, output="whole")
 
     class Interrupter(training.Recorder):
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 4:
+            if state.global_step == 7:
                 os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(training, "Recorder", Interrupter)
-        code, out = train(output="broken")
+        code, out = train(*dropout, output="broken")
     assert code == 130 and signal.getsignal(signal.SIGINT) is before
     assert "--resume" in capsys.readouterr().out
-    assert [p.name for p in out.iterdir()] == ["checkpoint-5"]
-    code, out = train("--resume", output="broken")
+    assert [p.name for p in out.iterdir()] == ["checkpoint-8"]
+    code, out = train("--resume", *dropout, output="broken")
     assert code == 0
     expected, found = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (whole, out))
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
     assert metrics(out)["held_out_loss_after"] == pytest.approx(metrics(whole)["held_out_loss_after"], abs=1e-5)
+    assert [point["step"] for point in metrics(out)["history"]] == list(range(1, 13))
 
 
 def test_time_limit_ends_training(train, capsys):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter as it lies on disk: its config, its tensors by module, and the strength of each layer.
 
-Works on files alone, so that a look at an adapter needs neither its base model nor the library's model classes.
+Works on files alone: a look at an adapter needs no base model.
 """
 
 from __future__ import annotations
@@ -17,20 +17,29 @@ import torch
 
 from .errors import CliError
 
-WEIGHTS, OLD_WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 PREFIX = "base_model.model."
-_LORA = re.compile(r"^(?P<module>.+)\.(?P<part>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))(?P<tail>\.\w+)?$")
+_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>A|B|magnitude_vector)(?P<tail>\.\w+)?$")
 
 
 @dataclass
 class Adapter:
     folder: Path
-    config: dict[str, Any]
+    peft_config: Any
     tensors: dict[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        self.config: dict[str, Any] = self.peft_config.to_dict()
+
+    @property
+    def record(self) -> Any:
+        """The method's entry in the registry."""
+        from peft.registry import method_of
+
+        return method_of(self.peft_config)
 
     @property
     def method(self) -> str:
-        return str(self.config.get("peft_type", "?")).lower()
+        return self.record.name
 
     @property
     def parameters(self) -> int:
@@ -48,108 +57,34 @@ class LayerStrength:
     rank: int | None = None
 
 
-def adapter_folder(name: str) -> Path:
-    """A local folder, or a hub repository's snapshot."""
-    folder = Path(name)
-    if (folder / CONFIG).is_file():
-        return folder
-    if folder.is_dir():
-        inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
-        hint = f"; it holds the adapters {', '.join(inner)}: name one of them" if inner else ""
-        raise CliError(f"{name}: no {CONFIG} in this folder{hint}")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CliError(f"{name}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["adapter_*"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise CliError(f"{name}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
-
-
 def read_adapter(name: str) -> Adapter:
-    folder = adapter_folder(name)
+    """An adapter of a local folder or a hub repository."""
+    from peft.io.files import local_config, read_adapter
+
+    folder = Path(name)
+    if folder.is_dir() and not local_config(folder).is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        hint = f"; it holds the adapters {', '.join(inner)}: name one of them" if inner else ""
+        raise CliError(f"{name}: no adapter_config.json in this folder{hint}")
+    if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise CliError(f"{name}: no such folder")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CliError(f"{folder / CONFIG}: not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise CliError(f"{folder / CONFIG}: not an adapter config, it has no 'peft_type'")
-    return Adapter(folder, config, _read_tensors(folder))
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if (folder / WEIGHTS).is_file():
-        try:
-            return load_file(folder / WEIGHTS)
-        except SafetensorError as error:
-            raise CliError(f"{folder / WEIGHTS}: damaged file: {error}") from error
-    if (folder / OLD_WEIGHTS).is_file():
-        import pickle
-
-        try:
-            tensors = torch.load(folder / OLD_WEIGHTS, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise CliError(f"{folder / OLD_WEIGHTS}: holds more than plain tensors, or is damaged") from error
-        return dict(tensors)
-    raise CliError(f"{folder}: neither {WEIGHTS} nor {OLD_WEIGHTS} is there")
-
-
-@dataclass
-class LoraParts:
-    """The LoRA tensors of one module: delta = scaling * B A, shapes A [r, in], B [out, r]."""
-
-    module: str
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-    embedding: bool = False
-    magnitude: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
+        config, tensors = read_adapter(name)
+    except json.JSONDecodeError as error:
+        raise CliError(f"{folder / 'adapter_config.json'}: not valid JSON: {error}") from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        place = name if folder.is_dir() else f"{name}: no such folder, and not to be had from the hub"
+        raise CliError(f"{place}: {error.args[0] if error.args else error}") from error
+    if config.peft_type is None:
+        raise CliError(f"{folder / 'adapter_config.json'}: not an adapter config, it has no 'peft_type'")
+    return Adapter(folder, config, tensors)
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """First pattern that matches `module` from a dot or the start to the end."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    """The value of the first pattern that fits the end of a module's name."""
+    from peft.utils.other import get_pattern_key
 
-
-def lora_parts(adapter: Adapter) -> tuple[dict[str, LoraParts], dict[str, torch.Tensor]]:
-    """LoRA pieces by module, and the tensors that are none (trained heads, biases, token rows ...)."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    rest: dict[str, torch.Tensor] = {}
-    for key, tensor in adapter.tensors.items():
-        match = _LORA.match(key.removeprefix(PREFIX))
-        if match is None:
-            rest[key.removeprefix(PREFIX)] = tensor
-            continue
-        part = match["part"] + (".bias" if match["tail"] == ".bias" else "")
-        found.setdefault(match["module"], {})[part] = tensor
-    return {module: _assemble(module, parts, adapter) for module, parts in found.items()}, rest
-
-
-def _assemble(module: str, parts: dict[str, torch.Tensor], adapter: Adapter) -> LoraParts:
-    embedding = "lora_embedding_A" in parts
-    kind = "lora_embedding_" if embedding else "lora_"
-    A, B = parts.get(kind + "A"), parts.get(kind + "B")
-    if A is None or B is None:
-        raise CliError(f"{adapter.folder}: {module} has only {sorted(parts)}, one factor of the pair is missing")
-    config, rank = adapter.config, A.shape[0]
-    alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return LoraParts(
-        module, A, B, scaling, embedding, parts.get("lora_magnitude_vector"), parts.get("lora_B.bias")
-    )  # fmt: skip
+    return (patterns or {}).get(get_pattern_key(patterns or {}, module), default)
 
 
 def strengths(adapter: Adapter) -> list[LayerStrength]:
@@ -158,31 +93,37 @@ def strengths(adapter: Adapter) -> list[LayerStrength]:
     For LoRA the norm is that of the weight change, from the factors alone: with A^T = Q1 R1 and B = Q2 R2 the
     singular values of B A are those of the small R2 R1^T. For other methods it is the norm of the module's tensors.
     """
-    plain = adapter.method in ("lora", "adalora") and not any(".lora_E" in key for key in adapter.tensors)
-    if not plain:
-        return _tensor_strengths(adapter.tensors)
-    parts, rest = lora_parts(adapter)
-    result = [_lora_strength(part) for part in parts.values()]
-    return result + _tensor_strengths(rest)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    rest: dict[str, torch.Tensor] = {}
+    for key, tensor in adapter.tensors.items():
+        key = key.removeprefix(PREFIX)
+        match = _LORA.match(key) if adapter.method == "lora" else None
+        if match is not None:
+            parts.setdefault(match["module"], {})[match["part"] + (match["tail"] or "")] = tensor
+        elif not key.startswith("base_model."):  # tensors that all layers share say nothing about one
+            rest[key] = tensor
+    return [_lora_strength(module, part, adapter) for module, part in parts.items()] + _tensor_strengths(rest)
 
 
-def _lora_strength(part: LoraParts) -> LayerStrength:
-    count = part.A.numel() + part.B.numel() + (0 if part.magnitude is None else part.magnitude.numel())
-    count += 0 if part.bias is None else part.bias.numel()
-    A, B = part.A.float(), part.B.float()
-    if A.dim() != 2 and B[0].numel() != part.rank:  # grouped convolution: factors do not multiply directly
-        norm = float(A.norm() * B.norm()) * part.scaling
-        return LayerStrength(part.module, norm, count, [], part.rank)
-    A, B = A.flatten(1), B.flatten(1)
+def _lora_strength(module: str, tensors: dict[str, torch.Tensor], adapter: Adapter) -> LayerStrength:
+    A, B = (next((t for key, t in tensors.items() if key in (x, f"{x}.weight")), None) for x in "AB")
+    if A is None or B is None:
+        raise CliError(f"{adapter.folder}: {module} has only {sorted(tensors)}, one factor of the pair is missing")
+    config, rank, count = adapter.config, A.shape[0], sum(t.numel() for t in tensors.values())
+    alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    A, B = A.float().flatten(1), B.float().flatten(1)
+    if B.shape[1] != rank:  # grouped convolution: factors do not multiply directly
+        return LayerStrength(module, float(A.norm() * B.norm()) * scaling, count, [], rank)
     R1, R2 = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
-    values = torch.linalg.svdvals(R2 @ R1.T) * part.scaling
-    return LayerStrength(part.module, float(values.norm()), count, values.tolist(), part.rank)
+    values = torch.linalg.svdvals(R2 @ R1.T) * scaling
+    return LayerStrength(module, float(values.norm()), count, values.tolist(), rank)
 
 
 def _tensor_strengths(tensors: Mapping[str, torch.Tensor]) -> list[LayerStrength]:
     grouped: dict[str, list[torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        grouped.setdefault(_owner(key.removeprefix(PREFIX)), []).append(tensor)
+        grouped.setdefault(_owner(key), []).append(tensor)
     result = []
     for module, group in grouped.items():
         norm = float(torch.stack([t.float().norm() for t in group]).norm())

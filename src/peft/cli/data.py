@@ -32,14 +32,18 @@ def pair_example(prompt: str, completion: str) -> Example:
     return Example(((prompt, False), (completion, True)))
 
 
-def load_examples(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
-    """Examples of a .jsonl, .json or .txt file; a broken line is reported as `file:line: what is wrong`."""
+def check_data_file(path: Path) -> None:
     if not path.is_file():
         raise CliError(f"--data {path}: no such file")
+    if path.suffix not in (".txt", ".jsonl", ".json", ".ndjson"):
+        raise CliError(f"--data {path}: expected .jsonl or .txt, got '{path.suffix}'")
+
+
+def load_examples(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
+    """Examples of a .jsonl, .json or .txt file; a broken line is reported as `file:line: what is wrong`."""
+    check_data_file(path)
     if path.suffix == ".txt":
         return _text_blocks(path, tokenizer, max_length)
-    if path.suffix not in (".jsonl", ".json", ".ndjson"):
-        raise CliError(f"--data {path}: expected .jsonl or .txt, got '{path.suffix}'")
     examples = []
     try:
         with path.open(encoding="utf-8") as lines:
@@ -57,7 +61,7 @@ def _record_example(line: str, where: str, tokenizer: Any) -> Example:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise CliError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+        raise CliError(f"{where}: not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
     if not isinstance(record, dict):
         raise CliError(f"{where}: expected a JSON object, got {type(record).__name__}")
     if "messages" in record:

@@ -100,7 +100,7 @@ def svg_heatmap(grid: Grid) -> str:
                 continue
             share = value / grid.top if math.isfinite(value) else 1.0
             colour = _colour(share) if math.isfinite(value) else "#c4561b"
-            ink = "#fff" if share > 0.55 else "#123"
+            ink = "#fff" if share > 0.4 else "#123"
             title = html.escape(f"{row}.{column}".strip(".") + f": {value:.6g}")
             out.append(
                 f'<g><title>{title}</title><rect x="{left + x * cell_w}" y="{top}" width="{cell_w - 2}" '

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import html
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,20 +47,21 @@ def facts(adapter: Adapter, layers: list[LayerStrength]) -> list[tuple[str, str]
 
     config = adapter.config
     targets = config.get("target_modules")
-    if isinstance(targets, list):
-        targets = ", ".join(sorted(map(str, targets)))
+    if not isinstance(targets, str | None):
+        counts = Counter(str(name) if len(targets) <= 8 else str(name).rpartition(".")[2] for name in targets)
+        targets = ", ".join(name if count == 1 else f"{name} x{count}" for name, count in sorted(counts.items()))
     dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()}))
     size = sum(t.numel() * t.element_size() for t in adapter.tensors.values())
     rows = [
         ("method", adapter.method + _extras(config)),
         ("base", str(config.get("base_model_name_or_path") or "not named")),
         ("task", str(config.get("task_type") or "-")),
-        ("targets", str(targets or config.get("target_parameters") or "-")),
+        ("targets", targets or ", ".join(config.get("target_parameters") or ()) or "-"),
         ("rank", rank_text(layers, config)),
         ("scaling", _scaling(config)),
         ("parameters", f"{adapter.parameters:,} ({size / 2**20:.2f} MiB, {dtypes}) in {len(adapter.tensors)} tensors"),
         ("layers", str(len(layers))),
-        ("written by", f"peft {config['peft_version']}" if config.get("peft_version") else "-"),
+        ("written by", f"peft {config['peft_version']}"),
     ]
     bad = [name for name, tensor in adapter.tensors.items() if not bool(tensor.isfinite().all())]
     if bad:

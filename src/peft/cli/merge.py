@@ -15,8 +15,8 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "merge",
         help="merge an adapter into its base model's files",
-        description="Merges a LoRA adapter into a folder of safetensors files, tensor by tensor: memory is needed for "
-        "the adapter and a few row blocks, not for the model.",
+        description="Merges an adapter into a folder of safetensors files, tensor by tensor: memory is needed for "
+        "the adapter and one weight (for LoRA: a few row blocks of it), not for the model.",
     )
     parser.add_argument("adapter", help="folder with adapter_config.json, or a hub id")
     parser.add_argument("--base", type=Path, help="model folder (default: the one that the adapter names)")
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from .adapter_files import read_adapter
-    from .merge_files import merge_into_folder, open_base
+    from .merge_files import merge_into_folder
+    from .tensor_files import open_base
 
     adapter = read_adapter(args.adapter)
     named = adapter.config.get("base_model_name_or_path")

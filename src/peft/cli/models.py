@@ -67,7 +67,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_model(source: str, dtype: Any) -> Any:
-    """A causal language model with dense weights in `dtype`."""
+    """A causal language model with dense weights in `dtype`; it keeps no cache unless it is asked to."""
     from transformers import AutoModelForCausalLM
 
     folder, extra = _gguf_arguments(source)
@@ -77,7 +77,9 @@ def load_model(source: str, dtype: Any) -> Any:
         require("Reading a .gguf file", "gguf", error=CliError)
         extra |= _dense_gguf()
     with _readable(source, "model"), quiet_loading():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    model.config.use_cache = bool(extra)  # that of a .gguf file is only read to be written as a folder
+    return model
 
 
 def _gguf_arguments(source: str) -> tuple[str, dict[str, Any]]:
@@ -103,7 +105,8 @@ def _readable(source: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         text = str(error).strip().splitlines()
-        raise CliError(f"--model {source}: cannot read its {what}: {text[0] if text else error!r}") from error
+        here = "" if Path(source).exists() else "no such folder or file here, and from the hub "
+        raise CliError(f"--model {source}: {here}cannot read its {what}: {text[0] if text else error!r}") from error
 
 
 def resolve_dtype(name: str) -> Any:

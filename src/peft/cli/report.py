@@ -42,7 +42,7 @@ def metrics(args: argparse.Namespace, job: SimpleNamespace) -> dict[str, Any]:
             for p, b, a in zip(job.samples, job.said_before, job.said_after, strict=True)
         ],
         "seconds": dict(job.timings),
-        "history": job.recorder.history,
+        "history": job.history,
     }  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def plot_loss(job: SimpleNamespace, path: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    steps = [point["step"] for point in job.recorder.history]
-    losses = [point["loss"] for point in job.recorder.history]
+    steps = [point["step"] for point in job.history]
+    losses = [point["loss"] for point in job.history]
     figure = Figure(figsize=(7, 3.6), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

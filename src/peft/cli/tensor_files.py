@@ -167,3 +167,33 @@ def row_reader(shard: Shard, entry: Entry) -> Callable[[int, int], torch.Tensor]
         return torch.frombuffer(block, dtype=dtype).view(end - begin, *entry.shape[1:])
 
     return rows
+
+
+@dataclass
+class Base:
+    """A model folder: its configuration, and where each tensor is."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: list[Shard]
+    places: dict[str, tuple[Shard, Entry]]
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings")) and not any(n.startswith("lm_head.") for n in self.places)
+
+    def find(self, name: str) -> str | None:
+        """The name of a tensor here: files of some models leave out the first part of the module path, or have more."""
+        for candidate in (name, name.partition(".")[2]):
+            if candidate in self.places:
+                return candidate
+        longer = [known for known in self.places if known.endswith("." + name)]
+        return longer[0] if len(longer) == 1 else None
+
+
+def open_base(folder: Path) -> Base:
+    shards = model_shards(folder)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    places = {entry.name: (shard, entry) for shard in shards for entry in shard.entries}
+    return Base(folder, config, shards, places)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from .data import check_data_file
 from .errors import CliError
 
 # Chosen so that the built-in run trains for three to five minutes on two cores.
@@ -35,12 +36,12 @@ def register(subparsers: Any) -> None:
     what.add_argument("--output", type=Path, default=Path("peft-output"), help="folder for everything written")
     how = parser.add_argument_group("how to train")
     how.add_argument("--steps", type=_positive, default=None, help="optimizer steps")
-    how.add_argument("--epochs", type=float, default=None, help="passes over the data, 1 without --steps")
-    how.add_argument("--lr", type=float, default=None, help="learning rate, by default one that suits the method")
+    how.add_argument("--epochs", type=_above_zero, default=None, help="passes over the data, 1 without --steps")
+    how.add_argument("--lr", type=_above_zero, default=None, help="learning rate, by default one that suits the method")
     how.add_argument("--batch-size", type=_positive, default=16, help="sequences per process and step")
     how.add_argument("--accumulate", type=_positive, default=1, help="batches per optimizer step")
     how.add_argument("--max-length", type=_positive, default=None, help="tokens per sequence (demo 96, else 512)")
-    how.add_argument("--max-seconds", type=float, default=None, help="end training after this time")
+    how.add_argument("--max-seconds", type=_above_zero, default=None, help="end training after this time")
     how.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--eval-split", type=float, default=0.1, help="share of the data that is held out")
@@ -50,8 +51,12 @@ def register(subparsers: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    return int(_above_zero(text))
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not value > 0:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
     return value
 
@@ -86,10 +91,24 @@ def _check(args: argparse.Namespace) -> None:
         raise CliError("give --steps or --epochs, not both")
     if args.output.exists() and not args.output.is_dir():
         raise CliError(f"--output {args.output}: is a file")
-    if args.data is not None and not args.data.is_file():
-        raise CliError(f"--data {args.data}: no such file")
+    if args.data is not None:
+        check_data_file(args.data)
+    if args.model is not None and args.model.endswith(".gguf") and not Path(args.model).is_file():
+        raise CliError(f"--model {args.model}: no such file")
+    args.resume = _checkpoint(args.resume, args.output)
     if not 0 < args.eval_split < 1:
         raise CliError(f"--eval-split {args.eval_split}: expected a share between 0 and 1")
+
+
+def _checkpoint(resume: str | None, output: Path) -> str | None:
+    """Folder for `--resume` (the newest in the output folder) or `--resume FOLDER`."""
+    if resume is None:
+        return None
+    found = output.glob("checkpoint-*") if resume == "" else [Path(resume)]
+    found = [path for path in found if (path / "trainer_state.json").is_file()]
+    if not found:
+        raise CliError(f"--resume: no checkpoint in {resume or output}, one is written on Ctrl-C or with --save-steps")
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]) if len(found) > 1 else 0))
 
 
 def _fill_defaults(args: argparse.Namespace, config_cls: type) -> None:
@@ -120,7 +139,6 @@ def _prepare(args: argparse.Namespace) -> SimpleNamespace:
 
     arguments = training.training_arguments(args, args.output)
     job = SimpleNamespace(arguments=arguments, main=arguments.process_index == 0, timings={})
-    job.resume = training.checkpoint_to_resume(args.resume, args.output)
     set_seed(args.seed)
     job.dtype = models.resolve_dtype(args.dtype)
     if arguments.world_size > 1:  # timing decides, so the first process decides for all
@@ -176,7 +194,7 @@ def _load_base(args: argparse.Namespace, job: SimpleNamespace) -> None:
     if not job.source.endswith(".gguf"):
         job.model = models.load_model(job.source, job.dtype)
         return
-    if job.main and not (job.resume and (base / "config.json").is_file()):
+    if job.main and not (args.resume and (base / "config.json").is_file()):
         models.keep_dense_copy(models.load_model(job.source, job.dtype), job.tokenizer, base)
     job.arguments.distributed_state.wait_for_everyone()
     job.source = str(base)
@@ -235,7 +253,7 @@ def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
     _say(job, f"held-out loss before: {job.before:.4f}")
     clock = time.perf_counter()
     with stop.watching():
-        trainer.train(resume_from_checkpoint=job.resume)
+        trainer.train(resume_from_checkpoint=args.resume)
     job.timings["training"] = time.perf_counter() - clock
     if stop.interrupted:
         return False
@@ -245,6 +263,8 @@ def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
     job.after = training.held_out_loss(trainer, job.held_out)
     trainer.accelerator.wait_for_everyone()
     job.steps = trainer.state.global_step
+    logs = [log for log in trainer.state.log_history if "loss" in log]  # with those before an interruption
+    job.history = [{key: log[key] for key in ("step", "loss", "learning_rate") if key in log} for log in logs]
     job.peft_model.eval()
     job.said_after = sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
     job.timings["held-out loss after"] = time.perf_counter() - clock

@@ -17,10 +17,8 @@ import torch
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .data import IGNORE, collator, method_inputs
-from .errors import CliError
 
 
 def training_arguments(args: Any, output: Path) -> TrainingArguments:
@@ -65,11 +63,10 @@ def training_arguments(args: Any, output: Path) -> TrainingArguments:
 
 
 class Recorder(TrainerCallback):
-    """Progress bar with loss, tokens/s and time left; keeps what the loss picture needs."""
+    """Progress bar with loss, tokens/s and time left."""
 
     def __init__(self, shown: bool):
         self.shown = shown
-        self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self.tokens = 0
         self._bar: tqdm | None = None
@@ -84,18 +81,18 @@ class Recorder(TrainerCallback):
                 total=state.max_steps, initial=state.global_step, desc="training", bar_format=layout, mininterval=0.5
             )
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The order of an epoch is drawn from torch's generator: seeded here, a resumed run sees the same order."""
+        torch.manual_seed(args.seed + int(state.epoch or 0))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds = time.perf_counter() - self._start
         self.tokens = int(state.num_input_tokens_seen) - self._seen_before
         if self._bar is not None:
-            loss = f"loss {self.history[-1]['loss']:.3f}, " if self.history else ""
+            losses = [log["loss"] for log in state.log_history[-1:] if "loss" in log]
+            loss = f"loss {losses[0]:.3f}, " if losses else ""
             self._bar.set_postfix_str(f"{loss}{self.tokens_per_second:,.0f} tokens/s", refresh=False)
             self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            rate = float(logs.get("learning_rate", float("nan")))
-            self.history.append({"step": state.global_step, "loss": float(logs["loss"]), "learning_rate": rate})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -217,13 +214,3 @@ def _takes_last_logits(model: Any) -> bool:
         return False
     accepted = pyinspect.signature(type(model.get_base_model()).forward).parameters
     return {"logits_to_keep", "position_ids"} <= set(accepted)
-
-
-def checkpoint_to_resume(resume: str | None, output: Path) -> str | None:
-    """Folder for `--resume` (the newest in the output folder) or `--resume FOLDER`."""
-    if resume is None:
-        return None
-    found = get_last_checkpoint(str(output)) if resume == "" and output.is_dir() else resume
-    if not found or not (Path(found) / "trainer_state.json").is_file():
-        raise CliError(f"--resume: no checkpoint in {resume or output}, one is written on Ctrl-C or with --save-steps")
-    return found

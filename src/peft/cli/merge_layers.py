@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library's adapter layers around single weights of a model folder: what `peft merge` computes with."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter_files import PREFIX, Adapter
+from .errors import CliError
+from .tensor_files import Base, Entry, Pieces, Shard, row_reader
+
+_BLOCK_ELEMENTS = 1 << 20  # of a row block; with float32 copies a few times 4 MiB
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+ADVICE = "load the model and use `merge_and_unload`, if the method merges at all"
+# Options of the adapter that are settled by its file, or handled here.
+_SETTLED: dict[str, Any] = {
+    "task_type": None, "modules_to_save": None, "trainable_token_indices": None, "bias": "none",
+    "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "fan_in_fan_out": False,
+    "ensure_weight_tying": False,
+}  # fmt: skip
+
+
+@dataclass
+class Plan:
+    """What happens to which tensor of the base; `merged` and `biases` name the module that the adapter changes."""
+
+    owners: dict[str, str] = field(default_factory=dict)  # tensor of the adapter -> module
+    merged: dict[str, str] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    added: dict[str, torch.Tensor] = field(default_factory=dict)
+    token_rows: dict[str, tuple[list[int], torch.Tensor]] = field(default_factory=dict)
+
+
+def is_embedding(module: str, adapter: Adapter) -> bool:
+    named = f"{PREFIX}{module}.lora_embedding_A" in adapter.tensors
+    return named or bool(re.search(r"(embed\w*|wte|wpe|shared)$", module))
+
+
+def _is_transposed(entry: Entry, module: str, base: Base, adapter: Adapter) -> bool:
+    """Weights stored [in, out] (Conv1D): LoRA's shapes say so, else the configurations."""
+    A, B = (adapter.tensors.get(f"{PREFIX}{module}.lora_{x}.weight") for x in "AB")
+    if A is not None and B is not None and (B.shape[0], A.shape[-1]) != entry.shape:
+        return (A.shape[-1], B.shape[0]) == entry.shape
+    return bool(adapter.config.get("fan_in_fan_out")) or base.config.get("model_type") in _CONV1D_MODELS
+
+
+class Merger:
+    """The adapter's layers on modules made from the shapes of the base's weights."""
+
+    def __init__(self, adapter: Adapter, base: Base, plan: Plan):
+        self.adapter, self.base, self.plan = adapter, base, plan
+        self.biases: dict[str, torch.Tensor] = {}
+        record = adapter.record
+        # These read no base weight when they are made: one skeleton of weights without memory serves all modules.
+        self.whole = record.name == "lora" or record.tuner.uses_shared_state or bool(record.layer.shared_slots)
+        self._skeleton: Any = None
+
+    def layer(self, module: str) -> Any:
+        if not self.whole:
+            return self._load({module: self._bare(module, self._read(module))}).get_submodule(module)
+        if self._skeleton is None:
+            self._skeleton = self._load({m: self._bare(m, None) for m in self.plan.merged.values()})
+        return self._skeleton.get_submodule(module)
+
+    def _read(self, module: str) -> torch.Tensor:
+        """The weight, canonical [out, in] for linear layers, in the type that merging computes in."""
+        place = self._place(module)
+        value = row_reader(*place)(0, place[1].shape[0]).to(_work(place[1]))
+        return value.T if self._swapped(module) else value
+
+    def _place(self, module: str) -> tuple[Shard, Entry]:
+        return self.base.places[self.base.find(module + ".weight") or ""]
+
+    def _swapped(self, module: str) -> bool:
+        entry = self._place(module)[1]
+        linear = len(entry.shape) == 2 and not is_embedding(module, self.adapter)
+        return linear and _is_transposed(entry, module, self.base, self.adapter)
+
+    def _bare(self, module: str, weight: torch.Tensor | None) -> nn.Module:
+        entry = self._place(module)[1]
+        shape = entry.shape[::-1] if self._swapped(module) else entry.shape
+        if weight is None:
+            weight = torch.zeros((), dtype=_work(entry)).expand(shape)
+        bias = self._bias(module)
+        with torch.device("meta"):
+            if len(shape) == 1:
+                made: nn.Module = nn.LayerNorm(shape[0], bias=bias is not None)
+            elif len(shape) > 2:
+                conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
+                made = conv(shape[1], shape[0], shape[2:], bias=bias is not None)  # type: ignore[arg-type]
+            elif is_embedding(module, self.adapter):
+                made = nn.Embedding(*shape)
+            else:
+                made = nn.Linear(shape[1], shape[0], bias=bias is not None)
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            made.bias = nn.Parameter(bias, requires_grad=False)
+        return made
+
+    def _bias(self, module: str) -> torch.Tensor | None:
+        name = self.base.find(module + ".bias")
+        if name is None:
+            return None
+        place = self.base.places[name]
+        value = self.plan.replaced.get(name)
+        return (row_reader(*place)(0, place[1].shape[0]) if value is None else value).to(_work(self._place(module)[1]))
+
+    def _load(self, modules: dict[str, nn.Module]) -> nn.Module:
+        from peft import PeftModel
+        from peft.io.state_dict import load_adapter_state
+
+        root = nn.Module()
+        for name, module in modules.items():
+            parent, (*path, leaf) = root, name.split(".")
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(leaf, module)
+        config = copy.copy(self.adapter.peft_config)
+        for option, value in (_SETTLED | {"target_modules": set(modules)}).items():
+            if hasattr(config, option):
+                setattr(config, option, value)
+        tensors = {
+            key: tensor
+            for key, tensor in self.adapter.tensors.items()
+            if self.plan.owners.get(key) in modules or key.removeprefix(PREFIX).startswith("base_model.")
+        }
+        with self._explained(next(iter(modules))), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel(root, config).eval()
+            missing = load_adapter_state(model, tensors, "default").missing
+        shared = getattr(model.base_model, "shared_containers", dict)()
+        missing = [k for k in missing if not any(f"{s}.default" in k for s in shared)]
+        if missing:
+            raise CliError(f"{self.adapter.folder}: the file lacks {missing[0].replace('.default', '')}")
+        return root
+
+    @contextlib.contextmanager
+    def _explained(self, module: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            text = " ".join(str(error).split())
+            hint = "shapes that do not fit; is this the right base model?" if "size mismatch" in text else ADVICE
+            raise CliError(f"{self.adapter.folder}: {module}: {text} ({hint})") from error
+
+    @torch.no_grad()
+    def whole_weight(self, module: str) -> torch.Tensor:
+        """The merged weight as it is stored, in the type of the computation; the new bias is kept for later."""
+        layer = self.layer(module)
+        base = layer.get_base_layer()
+        if self.whole:
+            base.weight.data = self._read(module)
+        with self._explained(module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            layer.merge(keep=False)
+        merged = layer.get_base_layer()
+        weight, bias = merged.weight.detach(), getattr(merged, "bias", None)
+        if bias is not None:
+            self.biases[module] = bias.detach().clone()
+        if self.whole:  # back to a stand-in
+            merged.weight.data = weight.new_zeros(()).expand(weight.shape)
+        return weight.T if self._swapped(module) else weight
+
+    def new_bias(self, module: str) -> torch.Tensor:
+        if module not in self.biases:
+            self.whole_weight(module)
+        return self.biases[module]
+
+    def pieces(self, module: str) -> Pieces:
+        """The merged weight as row blocks."""
+        shard, entry = self._place(module)
+        assert entry.dtype is not None
+        dtype = entry.dtype
+
+        def pieces() -> Iterable[torch.Tensor]:
+            factors = self._plain_factors(module)
+            if factors is None:
+                yield self.whole_weight(module).to(dtype)
+                return
+            left, right = factors
+            read = row_reader(shard, entry)
+            for begin, end in spans(entry):
+                yield read(begin, end).to(left.dtype).flatten(1).addmm_(left[begin:end], right).to(dtype)
+
+        return pieces
+
+    @torch.no_grad()
+    def _plain_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """L [rows, r] and R [r, columns] whose product is added to the stored weight; None where it is not that."""
+        if not self.whole:
+            return None
+        layer = self.layer(module)
+        if "factors" not in layer.hooks or not layer.additive("default"):
+            return None
+        bias, old = layer.delta_bias("default"), self._bias(module)
+        with self._explained(module):
+            layer.check_merge("default")
+            layer._check_bias(layer.get_base_layer(), bias)
+        factors = layer.factors("default")
+        if factors is None:
+            return None
+        work = _work(self._place(module)[1])
+        A, B = factors.A.to(work).flatten(1), factors.B.to(work).flatten(1) * factors.scale
+        if B.shape[1] != A.shape[0]:
+            return None
+        if bias is not None and old is not None:
+            self.biases[module] = old + bias
+        return (A.T, B.T) if layer.kind.transposed or self._swapped(module) else (B, A)
+
+
+def _work(entry: Entry) -> torch.dtype:
+    return torch.float64 if entry.dtype == torch.float64 else torch.float32
+
+
+def spans(entry: Entry) -> list[tuple[int, int]]:
+    step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(entry.shape[1:])))
+    return [(begin, min(begin + step, entry.shape[0])) for begin in range(0, entry.shape[0], step)]
