@@ -85,6 +85,12 @@ def test_command_line(installed: Callable, tmp_path: Path, capsys: pytest.Captur
     assert f"peft train needs {wanted}" in said
 
 
+def test_adamss(installed: Callable) -> None:
+    installed(sklearn="1.0")
+    with pytest.raises(ImportError, match=r"AdaMSS needs scikit-learn>=1\.3 \(1\.0 is installed\): .*peft\[adamss\]"):
+        peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 16)), peft.AdamssConfig(target_modules=["0"]))
+
+
 def test_quantised_layer_names(installed: Callable) -> None:
     from peft.tuners import lora
 

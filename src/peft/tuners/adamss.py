@@ -23,6 +23,7 @@ from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.slots import Aux, PersistentBufferDict, Saved, Trainable
 from ..core.tuner import TunerModel
+from ..import_utils import require
 from ..registry import register_method
 
 
@@ -72,10 +73,9 @@ class AdamssConfig(PeftConfig):
 
 def cluster(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Labels [n] of a seeded k-means on the rows; part of the file format."""
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as exc:
-        raise ImportError("AdaMSS clusters weights with scikit-learn: pip install scikit-learn.") from exc
+    require("AdaMSS", "sklearn")
+    from sklearn.cluster import KMeans
+
     means = KMeans(n_clusters=count, init="random", n_init=1, max_iter=10, random_state=123456789)  # type: ignore
     return torch.from_numpy(means.fit_predict(rows.float().cpu().numpy())).long()
 

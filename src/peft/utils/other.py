@@ -164,7 +164,9 @@ def create_attention_mask(
     try:
         from transformers.masking_utils import create_masks_for_generate
     except ImportError as error:
-        raise ImportError("Your transformers version is too old, please upgrade it to >= 4.53.1.") from error
+        found = sys.modules["transformers"].__version__
+        text = f"A static cache needs transformers>=4.53.1 ({found} is installed): pip install 'transformers>=4.53.1'"
+        raise ImportError(text) from error
     create = getattr(base, "create_masks_for_generate", create_masks_for_generate)
     shape = (batch_size, sequence_length, 0)  # only the sizes, dtype and device of the embeddings are looked at
     arguments = {
