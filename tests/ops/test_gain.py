@@ -40,6 +40,30 @@ def test_gain(shape, blocks):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("shape", [(8, 12), (12, 6)], ids=["keeps the output", "computes the product again"])
+def test_turned_pairs(shape):
+    base, x, _, _ = make(*shape)
+    g = torch.Generator().manual_seed(1)
+    theta, alpha = (torch.randn(shape[1] // 2, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
+    half = shape[1] // 6
+
+    def call(x, theta, alpha):
+        y = gain.turned(base, x, theta, alpha, half)
+        assert (y is None) == ops.is_plain()
+        return gain._turned(x, base.weight, theta, alpha, half) if y is None else y
+
+    compare(call, (x, theta, alpha), rtol=1e-9, atol=1e-9)
+    first, second = (base(x).unflatten(-1, (-1, 2, half))[..., i, :] for i in (0, 1))
+    c, s = (alpha * f(theta) for f in (torch.cos, torch.sin))
+    c, s = c.view(-1, half), s.view(-1, half)
+    want = torch.stack((c * first - s * second, c * second + s * first), -2).flatten(-3)
+    torch.testing.assert_close(call(x, theta, alpha), want)
+    assert torch.autograd.gradcheck(call, (x, theta, alpha))
+    assert torch.autograd.gradgradcheck(call, (x, theta, alpha))
+    got = torch.autograd.grad(call(x, theta, alpha).relu_().sum(), (x, theta, alpha))
+    torch.testing.assert_close(got, torch.autograd.grad(want.relu().sum(), (x, theta, alpha)))
+
+
 def test_gain_of_zero_and_outputs_modified_in_place():
     base, x, s, _ = make(8, 12, torch.float32)
     with torch.no_grad():

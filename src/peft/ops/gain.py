@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Linear layers with a trained gain of each output: y = s ⊙ (h Wᵀ), h = x or the rotated x R (IA³, BOFT).
+r"""Linear layers with a trained gain of each output: y = s ⊙ (h Wᵀ), h = x or the rotated x R (IA³, BOFT, RoAd).
 
 The gradient of s needs the product u = h Wᵀ. Instead of u the function keeps the layer's own output, which the next op
 often keeps anyway, and divides the reduced row by s. The output is kept without autograd's version check, because a
@@ -44,13 +44,22 @@ def linear(base: nn.Module, x: Tensor, s: Tensor, R: Tensor | None = None) -> Te
 
     None where ordinary ops serve: a bias, a trained weight, nothing to differentiate, other dtypes.
     """
+    if not _serves(base, x, s, R) or (R is not None and R.shape[0] == 1):
+        return None
+    return _Gain.apply(x, base.weight, s.flatten(), R)  # type: ignore[return-value]
+
+
+def turned(base: nn.Module, x: Tensor, theta: Tensor, alpha: Tensor, half: int) -> Tensor | None:
+    """The same for outputs whose pairs (j, j + half), in groups of 2 half, are turned by θ and scaled by α (RoAd)."""
+    return _Turn.apply(x, base.weight, theta, alpha, half) if _serves(base, x, theta, alpha) else None  # type: ignore
+
+
+def _serves(base: nn.Module, x: Tensor, trained: Tensor, other: Tensor | None) -> bool:
     W: Tensor = base.weight  # type: ignore[assignment]
-    trains = torch.is_grad_enabled() and s.requires_grad and not W.requires_grad and base.bias is None
-    if is_plain() or not trains or not fusable(x, W, s, R) or autocast_dtype(x) is not None:
-        return None
-    if x.dtype != W.dtype or x.dtype is torch.float16 or (R is not None and R.shape[0] == 1):
-        return None
-    return _Gain.apply(x, W, s.flatten(), R)  # type: ignore[return-value]
+    if is_plain() or not torch.is_grad_enabled() or not trained.requires_grad or base.bias is not None:
+        return False
+    same = x.dtype == W.dtype and x.dtype is not torch.float16 and not W.requires_grad
+    return same and fusable(x, W, trained, other) and autocast_dtype(x) is None
 
 
 def _composite(x: Tensor, W: Tensor, s: Tensor, R: Tensor | None) -> Tensor:
@@ -86,6 +95,53 @@ class _Gain(torch.autograd.Function):
                 dR = torch.bmm(x.reshape(blocks).permute(1, 2, 0), dx.view(blocks).transpose(0, 1)).to(R.dtype)
             dx = rotate_blocks(dx.view(blocks), R.transpose(-2, -1))
         return None if dx is None else dx.view(x.shape), None, ds, dR
+
+
+def turn(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """y [..., out], c and s [groups, 2 or 1, half] -> pairs (c y1 + s y2, c y2 + s y1); s carries the signs."""
+    pairs = y.unflatten(-1, (-1, 2, c.shape[-1]))
+    return torch.addcmul(pairs * c, pairs.flip(-2), s).view(y.shape)
+
+
+def _pairs(theta: Tensor, alpha: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """c [groups, 1, half] and s [groups, 2, half]"""
+    s = (alpha * theta.sin()).view(-1, 1, half)
+    return (alpha * theta.cos()).view(-1, 1, half), torch.cat((-s, s), 1)
+
+
+def _turned(x: Tensor, W: Tensor, theta: Tensor, alpha: Tensor, half: int) -> Tensor:
+    return turn(F.linear(x, W), *_pairs(theta, alpha, half)).to(x.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """(x [..., in], W, θ [out / 2], α [out / 2], half) -> y [..., out]. Another θ turns y by a right angle, so the
+    gradients of θ and α are the cross and dot products of y with its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, theta: Tensor, alpha: Tensor, half: int):
+        c, s = _pairs(theta, alpha + TINY, half)
+        y = turn(F.linear(x, W), c, s).to(x.dtype)
+        y = reshaped(y, (*x.shape[:-1], y.shape[-1]))
+        ctx.save_for_backward(x, W, theta, alpha, None if narrow(W) else keep_output(ctx, y), c, s)
+        ctx.half = half
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        x, W, theta, alpha, y, c, s = ctx.saved_tensors
+        (g,), half, needs = grads, ctx.half, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return *derived(lambda *t: _turned(t[0], t[1], t[2], t[3], half), (x, W, theta, alpha), needs[:4], g), None
+        if y is None or not output_kept(ctx):
+            y = turn(F.linear(x, W), c, s)
+        pairs, other = (t.reshape(-1, theta.numel() // half, 2, half) for t in (y, g))
+        dot = (pairs * other).sum((0, 2), dtype=theta.dtype)
+        cross = (pairs * other.flip(2)).sum(0, dtype=theta.dtype)
+        dx = None
+        if needs[0]:
+            dx = turn(g, c, -s).to(g.dtype) @ W
+        return dx, None, (cross[:, 0] - cross[:, 1]).view_as(theta), dot.view_as(alpha) / (alpha + TINY), None
 
 
 def _rotated(x: Tensor, R: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
+from ..ops import gain
 from ..registry import register_method
 
 VECTORS = {"road_1": 1, "road_2": 2, "road_4": 4}  # parameters for each pair of outputs
@@ -76,21 +77,23 @@ class RoadLayer(AdapterLayer):
             c, s = (alpha * theta.cos()).view(-1, rows, half), (alpha * theta.sin()).view(-1, rows, half)
         return c, s * torch.tensor([[-1.0], [1.0]], dtype=s.dtype, device=s.device)
 
-    def _turn(self, y: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        """y [..., out] -> [..., out]."""
-        pairs = y.unflatten(-1, (-1, 2, c.shape[-1]))
-        return torch.addcmul(pairs * c, pairs.flip(-2), s).view(y.shape)
+    def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base, y, name = self.base_layer, None, names[0]
+        simple = len(names) == 1 and self.kind is kinds.Linear and self.variant[name] == "road_1" and not kwargs
+        if simple and self._base_is_plain(base):
+            y = gain.turned(base, x, self.road_theta[name], self.road_alpha[name], self.group_size[name] // 2)
+        return super()._adapt_activations(names, x, *args, **kwargs) if y is None else y
 
     def map_output(self, name: str, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         c, s = (v.to(y.dtype) for v in self._coefficients(name))
         dim = self.kind.feature_dim
-        return self._turn(y, c, s) if dim == -1 else self._turn(y.movedim(dim, -1), c, s).movedim(-1, dim)
+        return gain.turn(y, c, s) if dim == -1 else gain.turn(y.movedim(dim, -1), c, s).movedim(-1, dim)
 
     def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return self._turn(w.movedim(0, -1).contiguous(), *self._coefficients(name)).movedim(-1, 0)
+        return gain.turn(w.movedim(0, -1).contiguous(), *self._coefficients(name)).movedim(-1, 0)
 
     def map_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
-        return self._turn(b, *self._coefficients(name))
+        return gain.turn(b, *self._coefficients(name))
 
     def _inverse(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """By pair: 1 / (c1 c2 + s1 s2) [[c2, s1], [-s2, c1]]."""
@@ -100,10 +103,10 @@ class RoadLayer(AdapterLayer):
         return c.flip(1) / det, -s / det
 
     def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return self._turn(w.movedim(0, -1).contiguous(), *self._inverse(name)).movedim(-1, 0)
+        return gain.turn(w.movedim(0, -1).contiguous(), *self._inverse(name)).movedim(-1, 0)
 
     def unmap_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
-        return self._turn(b, *self._inverse(name))
+        return gain.turn(b, *self._inverse(name))
 
 
 @register_method("road", config=RoadConfig, mixed=True)
