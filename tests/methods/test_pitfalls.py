@@ -651,3 +651,19 @@ def test_short_adapter_names_are_fine(tmp_path, name):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base("Linear"), tmp_path / name, adapter_name=name)
     torch.testing.assert_close(loaded(inputs("Linear")), want)
+
+
+@pytest.mark.parametrize("config", [
+    peft.OFTConfig(target_modules=["lin0"], oft_block_size=4),
+    peft.BOFTConfig(target_modules=["lin0"], boft_block_size=4),
+    peft.HRAConfig(target_modules=["lin0"], r=4), peft.MissConfig(target_modules=["lin0"], r=4),
+    peft.DeftConfig(target_modules=["lin0"], r=4),
+], ids=lambda c: c.peft_type.value)  # fmt: skip
+def test_layers_without_a_scale_say_so(config):
+    model, x = adapted(config), inputs("Linear")
+    layer, want = model.base_model.layers()[0], model(inputs("Linear"))
+    layer.scale_layer(1)
+    for call, args in ((layer.scale_layer, (2,)), (layer.unscale_layer, ())):
+        with pytest.warns(UserWarning, match="has no scale"):
+            call(*args)
+    assert torch.equal(model(x), want)

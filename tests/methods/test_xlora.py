@@ -315,6 +315,25 @@ def test_trained_experts_are_saved(experts, tmp_path):
 # ---- errors
 
 
+def test_architectures_without_an_attribute_called_model(tmp_path):
+    """Upstream cuts prefixes off the keys of experts until they start with `model.`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def gpt2():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 20, "n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 16, "use_cache": False}
+        return GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+
+    options = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": False}
+    expert = peft.get_peft_model(gpt2(), LoraConfig(**options))
+    expert.save_pretrained(tmp_path)
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, adapters={"any name": str(tmp_path)}, xlora_depth=1)
+    model = peft.get_peft_model(gpt2(), config).eval()
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():  # a single expert has the weight 1
+        close(model(input_ids=ids).logits, expert.eval()(input_ids=ids).logits)
+
+
 def test_errors(experts, tmp_path):
     with pytest.raises(ValueError, match="use_cache"):
         peft.get_peft_model(base("llama"), XLoraConfig(hidden_size=16, adapters=experts))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The published calls that change the scaling of adapters, for layers with a `scaling` slot."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -35,3 +36,16 @@ class Rescaling:
                     self._put_scaling(name, self._initial_scaling(name))
                 else:
                     self.scaling[name] /= scale
+
+
+class FixedScale:
+    """For methods without a scale: the calls that other libraries make on every layer warn and change nothing."""
+
+    def scale_layer(self: Any, scale: float | int) -> None:
+        if scale != 1:
+            warnings.warn(
+                f"{self.method_name} has no scale to change: scale_layer({scale}) does nothing.", stacklevel=2
+            )
+
+    def unscale_layer(self: Any, scale: float | int | None = None) -> None:
+        warnings.warn(f"{self.method_name} has no scale to change: unscale_layer does nothing.", stacklevel=2)

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import PeftConfig, biases, excludes, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
+from ..core.scaling import FixedScale
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops import cayley, gain
@@ -81,7 +82,7 @@ class MultiplicativeDropout(nn.Module):
         return torch.where(mask[..., None, None], torch.eye(R.shape[-1], dtype=R.dtype, device=R.device), R)
 
 
-class BOFTLayer(AdapterLayer):
+class BOFTLayer(FixedScale, AdapterLayer):
     """Rotates the input features by a butterfly product and scales the outputs."""
 
     boft_R: Trainable[nn.ParameterDict]  # [factors, blocks, size, size]

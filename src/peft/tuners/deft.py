@@ -27,6 +27,7 @@ from ..config import (
 )
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
+from ..core.scaling import FixedScale
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops import low_rank
@@ -64,7 +65,7 @@ class DeftConfig(PeftConfig):
             )
 
 
-class DeftLayer(AdapterLayer):
+class DeftLayer(FixedScale, AdapterLayer):
     """Replaces the weight's part in a trained subspace."""
 
     deft_P: Trainable[nn.ParameterDict]  # [out, r]

@@ -16,6 +16,7 @@ from torch import nn
 from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
+from ..core.scaling import FixedScale
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops import householder
@@ -37,7 +38,7 @@ class HRAConfig(PeftConfig):
     modules_to_save: list[str] | None = saves()
 
 
-class HRALayer(AdapterLayer):
+class HRALayer(FixedScale, AdapterLayer):
     """Reflects the input features."""
 
     hra_u: Trainable[nn.ParameterDict]  # [features, r]

@@ -16,6 +16,7 @@ from torch import nn
 from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout
+from ..core.scaling import FixedScale
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
@@ -43,7 +44,7 @@ class MissConfig(PeftConfig):
             super()._check_layer_range()
 
 
-class MissLayer(AdapterLayer):
+class MissLayer(FixedScale, AdapterLayer):
     """Shared shards of one small matrix."""
 
     miss_block: Trainable[nn.ParameterDict]  # [r, out]; mini [r, mini_r]; bat [out/r, r, r]

@@ -16,6 +16,7 @@ from torch import nn
 from ..config import PeftConfig, biases, excludes, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
+from ..core.scaling import FixedScale
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops import cayley
@@ -103,7 +104,7 @@ class OFTRotationModule(nn.Module):
         return R
 
 
-class OFTLayer(AdapterLayer):
+class OFTLayer(FixedScale, AdapterLayer):
     """Rotates the input features in blocks (embeddings: the output features)."""
 
     oft_R: Trainable[nn.ModuleDict]  # weight [blocks, size(size-1)/2]
