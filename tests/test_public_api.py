@@ -136,14 +136,16 @@ def test_name(module, name):
     if kind == "const":
         assert repr(found) == rest
     elif kind == "enum":
-        assert " ".join(m.name if m.name == m.value else f"{m.name}={m.value}" for m in found) == rest
+        members = " ".join(m.name if m.name == m.value else f"{m.name}={m.value}" for m in found)
+        # further methods may follow the published ones
+        assert members == rest or (name == "PeftType" and members.startswith(rest + " "))
     elif kind == "text":
         assert isinstance(found, str)
     elif published.startswith("dict"):
         size = int(published.split()[1])
         assert isinstance(found, dict)
         if name != "PEFT_TYPE_TO_MIXED_MODEL_MAPPING":
-            assert len(found) == size
+            assert len(found) == size or (name.startswith("PEFT_TYPE_TO") and len(found) == len(methods()))
     else:
         assert isinstance(found, type) == (kind == "class")
         if f"{module}.{name}" in DIFFERENT or not rest or (name.startswith("_") and kind == "func"):
@@ -158,10 +160,10 @@ def test_all_lists():
 
 
 def test_registry_is_complete():
-    assert {t.value for t in methods()} == set(DATA["methods"]) and len(methods()) == 45
-    for record in methods().values():
-        names = DATA["methods"][record.peft_type.value].split()
-        assert [record.config.__name__, record.tuner.__name__] == names
+    assert len(DATA["methods"]) == 45 and list(methods()) == list(peft.PeftType)
+    for name, classes in DATA["methods"].items():
+        record = methods()[peft.PeftType(name)]
+        assert [record.config.__name__, record.tuner.__name__] == classes.split()
 
 
 # ---- members of classes

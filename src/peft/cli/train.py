@@ -213,6 +213,8 @@ def _build_config(config_cls: type, chosen: dict[str, Any], args: argparse.Names
         values["num_virtual_tokens"] = 16
     if "adapter_len" in fields:
         values |= {"adapter_len": 10, "adapter_layers": job.model.config.num_hidden_layers}
+    if "hidden_size" in fields:
+        values["hidden_size"] = job.model.config.hidden_size
     if "total_step" in fields:
         values["total_step"] = args.steps or max(1, len(job.train) // (args.batch_size * args.accumulate))
     try:
