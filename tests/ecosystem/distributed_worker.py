@@ -95,6 +95,7 @@ class Engine(nn.Module):
         config = {
             "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "gradient_clipping": 0.0,  # 1.0 unless told otherwise
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
