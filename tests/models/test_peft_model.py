@@ -570,3 +570,18 @@ def test_a_layer_called_by_itself_forgets_the_last_mixed_batch():
     model(X, adapter_names=["a"] * 4)
     with model.disable_adapter():
         assert torch.equal(model.get_base_model()(X[:2]), Net()(X[:2]))
+
+
+def test_merging_a_prompt_says_why_not():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from peft import PromptTuningConfig
+
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert not hasattr(model, "merge_and_unload")
+    for name in ("merge_and_unload", "merge_adapter", "unmerge_adapter"):
+        with pytest.raises(AttributeError, match=f"'{name}'.*prompt_tuning adapters are prompts.*get_base_model"):
+            getattr(model, name)
