@@ -24,7 +24,7 @@ pytestmark = pytest.mark.parametrize(("name", "kind"), CASES)
 
 def make_config(name: str, kind: str, **kwargs):
     method = LAYER_METHODS[name]
-    options = {**method.tuner.example, **getattr(method.tuner, "examples_by_kind", {}).get(kind, {}), **kwargs}
+    options = {**method.tuner.example, **kwargs}
     if "feedforward_modules" in options and len(targets(kind)) == 1:
         options["feedforward_modules"] = []
     return method.config(**{"target_modules": targets(kind), **options})
@@ -262,8 +262,6 @@ def test_training_leaves_the_base_alone_and_checkpointing_agrees(name, kind):
 
 
 def test_traces_without_graph_break(name, kind):
-    if not getattr(LAYER_METHODS[name].tuner, "traceable", True):
-        pytest.skip("data-dependent control flow, see docs/architecture.md")
     model = adapted(name, kind)
     expected = model(inputs(kind))
     torch._dynamo.reset()

@@ -211,13 +211,10 @@ def test_adamss_counts_subspaces_per_adapter():
 
 def test_beft_refuses_to_merge_a_bias_into_a_layer_without_one():
     model = Net(nn.Linear(16, 24, bias=False), nn.Linear(24, 16))
-    try:
-        model = get_peft_model(model, peft.BeftConfig(target_modules=["lin0"]))
-    except (ValueError, TypeError) as error:
-        assert "lin0" in str(error)
-    else:
-        with pytest.raises(ValueError, match="does not have a bias"):
-            model.merge_adapter()
+    model = get_peft_model(model, peft.BeftConfig(target_modules=["lin0"]))
+    with pytest.raises(ValueError, match="does not have a bias"):
+        model.merge_adapter()
+    assert model.base_model.layers()[0].base_layer.bias is None
 
 
 CONVS = {
@@ -524,19 +521,14 @@ def test_psoft_decomposes_the_base_while_another_adapter_is_merged():
 @pytest.mark.parametrize("ranks", [(4, 8), (8, 4)])
 @pytest.mark.parametrize("config", [peft.PveraConfig, peft.RandLoraConfig, peft.VeraConfig], ids=lambda c: c.__name__)
 def test_adapters_on_shared_projections_may_differ_in_rank(config, ranks):
-    x, outputs = inputs("Linear"), []
+    x = inputs("Linear")
     model = adapted(config(target_modules=["lin0", "lin1"], r=ranks[0]))
     first = model(x)
-    try:
-        model.add_adapter("second", config(target_modules=["lin0", "lin1"], r=ranks[1]))
-    except ValueError as error:  # said before anything is changed
-        assert "r" in str(error) and list(model.peft_config) == ["default"]
-    else:
-        model.set_adapter("second")
-        outputs.append(perturbed(model)(x))
-        assert torch.isfinite(outputs[0]).all()
-        agrees_with_merging(model, x)
-        model.set_adapter("default")
+    model.add_adapter("second", config(target_modules=["lin0", "lin1"], r=ranks[1]))
+    model.set_adapter("second")
+    assert not torch.allclose(perturbed(model)(x), first)
+    agrees_with_merging(model, x)
+    model.set_adapter("default")
     torch.testing.assert_close(model(x), first)
 
 

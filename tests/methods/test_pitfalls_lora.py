@@ -194,19 +194,12 @@ def test_mica_in_any_case_freezes_b(spelling):
         torch.testing.assert_close(model(X), mlp()(X))
 
 
-@pytest.mark.parametrize("scheme", ["pissa", "olora", "pissa_niter_4", "mica", "orthogonal"])
-def test_ranks_above_the_dimensions(scheme):
-    before = mlp().state_dict()
+@pytest.mark.parametrize("scheme", ["pissa", "olora", "pissa_niter_4", "mica"])
+def test_ranks_above_the_dimensions_are_refused(scheme):
     base = mlp()
-    try:
-        model = get_peft_model(base, lora(r=8, init_lora_weights=scheme))
-    except ValueError as error:
-        assert "lin1" in str(error) and all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
-    else:
-        for layer in model.base_model.layers():
-            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            assert A.shape[0] == B.shape[1] == layer.r["default"]
-        torch.testing.assert_close(model(X), mlp()(X), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="'lin1'.*r=8 is more than the smallest dimension"):
+        get_peft_model(base, lora(r=8, init_lora_weights=scheme))
+    assert all(torch.equal(v, mlp().state_dict()[k]) for k, v in base.state_dict().items())
 
 
 def test_eva_leaves_all_layers_in_float32():

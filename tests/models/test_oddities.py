@@ -33,17 +33,13 @@ def tuned(**kwargs) -> PeftModel:
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
 @pytest.mark.filterwarnings("ignore")
 def test_adapter_names_are_never_ignored(name):
-    """A mixed batch has rows of the base model, whatever the method; or the call is refused."""
+    """A mixed batch has rows of the base model, whatever the method."""
     kind = next(k for n, k in CASES if n == name)
     model, x = adapted(name, kind), inputs(kind)
     want, plain = model(x), base(kind)(x)
-    try:
-        got = model(x, adapter_names=["default", "__base__", "default", "__base__"])
-    except (ValueError, NotImplementedError) as error:
-        assert "adapter_names" in str(error)
-        return
+    got = model(x, adapter_names=["default", "__base__", "default", "__base__"])
     torch.testing.assert_close(got[1::2], plain[1::2], rtol=1e-4, atol=1e-5)
-    if name not in ("lily", "pvera"):  # their outputs depend on the whole batch
+    if name != "lily":  # its router averages over the batch
         torch.testing.assert_close(got[::2], want[::2], rtol=1e-4, atol=1e-5)
 
 
