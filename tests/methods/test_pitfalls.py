@@ -91,6 +91,7 @@ def test_adalora_allocates_without_gradients():
     model = get_peft_model(WithLoss(), adalora(tinit=1, tfinal=2, deltaT=1))
     for step in range(1, 11):
         model.base_model.update_and_allocate(step)
+    assert model.peft_config["default"].rank_pattern == {}
 
 
 def trained_adalora(model: nn.Module, name: str = "default") -> PeftModel:
