@@ -135,6 +135,22 @@ def trained(mode: str, case: str, folder: Path) -> None:
         live = spread.eval()(input_ids=tiny.ids()).logits
     fresh = peft.PeftModel.from_pretrained(tiny.llama(), folder)
     assert tiny.close(live, tiny.logits(fresh), 1e-5), f"{case}: the file gives other logits than the live model"
+    if mode != "ddp" and case in ("lora", "ia3"):
+        reloaded_and_merged(model, spread, live, folder)
+
+
+def reloaded_and_merged(model: peft.PeftModel, spread: nn.Module, live: torch.Tensor, folder: Path) -> None:
+    """Weights that are sharded already are read from a file, merged, and taken out again."""
+    state = peft.load_peft_weights(str(folder), device="cpu")
+    peft.set_peft_model_state_dict(model, {k: torch.zeros_like(v) for k, v in state.items()})
+    assert tiny.apart(tiny.logits(spread), live), "zeros loaded"
+    model.load_adapter(folder, "default")
+    assert tiny.close(tiny.logits(spread), live, 1e-6), "loaded again"
+    model.merge_adapter()
+    assert all(layer.merged for layer in model.base_model.layers())
+    assert tiny.close(tiny.logits(spread), live, 1e-5), "merged"
+    model.unmerge_adapter()
+    assert tiny.close(tiny.logits(spread), live, 1e-6), "unmerged"
 
 
 # ---- two adapters

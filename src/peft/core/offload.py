@@ -48,9 +48,16 @@ def compute_device(module: nn.Module, weight: torch.Tensor) -> torch.device:
 @contextlib.contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
     """The weights of `layer` and its sub-modules are real inside the block; what is changed there is kept."""
-    if "accelerate.hooks" not in sys.modules:
-        yield
-        return
+    with gathered(layer.parameters()), _whole_adapters(layer):
+        if "accelerate.hooks" in sys.modules:
+            with _onloaded(layer):
+                yield
+        else:
+            yield
+
+
+@contextlib.contextmanager
+def _onloaded(layer: nn.Module) -> Iterator[None]:
     loaded = [(m, hook) for m in layer.modules() if (hook := _offloading(m)) is not None]
     for module, hook in loaded:
         hook.pre_forward(module)
@@ -85,7 +92,7 @@ def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
     """A deep copy with real, whole weights and device hooks of its own (a plain copy would run the original's)."""
     hooked = [m for m in module.modules() if "_hf_hook" in m.__dict__]
     split = [m for m in module.modules() if any(is_sharded(p) for p in m._parameters.values())]
-    with onload_layer(module), gathered(module.parameters()):
+    with onload_layer(module):
         if not hooked and not split:
             return copy.deepcopy(module, memo)
         memo = {} if memo is None else memo
@@ -116,6 +123,21 @@ def _rehook(old: nn.Module, new: nn.Module) -> None:
 
 
 @contextlib.contextmanager
+def _whole_adapters(layer: Any) -> Iterator[None]:
+    """Parameters of adapters that FSDP2 shards are whole inside, for reading; base weights are left to the storage."""
+    base = {id(m) for m in layer.get_base_layer().modules()} if hasattr(layer, "get_base_layer") else None
+    held = [] if base is None else [m._parameters for m in layer.modules() if m._parameters and id(m) not in base]
+    sharded = [(ps, name, p) for ps in held for name, p in ps.items() if is_sharded(p)]
+    for parameters, name, parameter in sharded:
+        parameters[name] = nn.Parameter(whole(parameter.detach()), requires_grad=parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for parameters, name, parameter in sharded:
+            parameters[name] = parameter
+
+
+@contextlib.contextmanager
 def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     """Those that DeepSpeed ZeRO-3 partitions are whole inside; changes are those of the first process."""
     parted = [p for p in parameters if hasattr(p, "ds_id")]
@@ -129,12 +151,11 @@ def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unsharded(model: nn.Module) -> Iterator[bool]:
-    """Parameters that FSDP1 shards are whole inside, for reading; yields whether they are so only inside.
-
-    All processes must come here together.
+def unsharded(model: nn.Module, write: bool = False) -> Iterator[bool]:
+    """Parameters that FSDP1 shards are whole inside, for reading, or also for writing the same on all processes; yields
+    whether they are so only inside. All processes must come here together.
     """
-    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     units: list[Any] = [m for m in model.modules() if isinstance(m, sharded)]
     with contextlib.ExitStack() as stack:
         if units and all(u.training_state.name == "IDLE" for u in units):  # else the caller has made them whole
@@ -143,5 +164,5 @@ def unsharded(model: nn.Module) -> Iterator[bool]:
                     "FSDP shards this model but has not run yet: give the outermost FSDP module, or run it once before."
                 )
             on_gpu = units[0].compute_device.type != "cpu"
-            stack.enter_context(sharded.summon_full_params(model, writeback=False, offload_to_cpu=on_gpu))
+            stack.enter_context(sharded.summon_full_params(model, writeback=write, offload_to_cpu=on_gpu))
         yield bool(units)

@@ -10,7 +10,7 @@ from torch import nn
 from . import tied
 from .inject import walk
 from .layer import AdapterLayer
-from .offload import onload_layer
+from .offload import onload_layer, unsharded
 from .wrappers import AuxiliaryTrainingWrapper
 
 
@@ -28,17 +28,19 @@ class WholeModelMerge:
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
         self._check_merge_allowed()
-        for layer in reversed(self.layers()):  # of nested layers the inner one first
-            with onload_layer(layer):
-                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        with unsharded(self.model, write=True):
+            for layer in reversed(self.layers()):  # of nested layers the inner one first
+                with onload_layer(layer):
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self: Any) -> None:
         """Take merged adapters out again, in the opposite order of merging: tied weights and nested layers get back
         what they were.
         """
-        for layer in self.layers():
-            with onload_layer(layer):
-                layer.unmerge()
+        with unsharded(self.model, write=True):
+            for layer in self.layers():
+                with onload_layer(layer):
+                    layer.unmerge()
 
     def merge_and_unload(
         self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..core.offload import compute_device, is_offloaded, onload_layer
+from ..core.offload import compute_device, gathered, is_offloaded, onload_layer, unsharded
 from ..core.prompt import export_prompt_state, load_prompt_state
 from ..core.tuner import TunerModel
 from ..registry import method_of
@@ -128,11 +128,12 @@ def load_adapter_state(
     if method.is_prompt:
         report = _load_prompt(model, config, adapter_name, state, ignore_mismatched_sizes, low_cpu_mem_usage, source)
     else:
-        entries = adapter_entries(model, adapter_name, config)
-        state = _converted(model, config, adapter_name, state, entries)
-        plan = _make_plan(model, adapter_name, config, entries, state, ignore_mismatched_sizes)
-        _raise(model, plan, source)
-        _assign(plan.copies, adapter_name, low_cpu_mem_usage)
+        with unsharded(model, write=True):
+            entries = adapter_entries(model, adapter_name, config)
+            state = _converted(model, config, adapter_name, state, entries)
+            plan = _make_plan(model, adapter_name, config, entries, state, ignore_mismatched_sizes)
+            _raise(model, plan, source)
+            _assign(plan.copies, adapter_name, low_cpu_mem_usage)
         report = plan.report
     report.not_finite = not_finite
     return report
@@ -364,9 +365,7 @@ def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
     if hasattr(tensor, "ds_id"):
-        from ..utils.integrations import gather_params_ctx
-
-        with gather_params_ctx(tensor, modifier_rank=0):  # type: ignore[arg-type]
+        with gathered([tensor]):
             tensor.data.copy_(value)
         return
     tensor.copy_(value)

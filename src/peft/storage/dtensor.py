@@ -27,13 +27,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[attr-defined]
 
 
-def like(value: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def like(value: torch.Tensor, reference: Any) -> torch.Tensor:
     """This process's part of `value`, which is whole on all of them, by the sharding of `reference`."""
     if hasattr(value, "placements") or not hasattr(reference, "placements"):
         return local(value)
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh: Any = reference.device_mesh
+    mesh = reference.device_mesh
     everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=reference.placements).to_local()
 
@@ -89,7 +89,7 @@ class Split:
         """All parts of the last dimension [its own part of an equal gradient]."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        shape = (*part.shape[:-1], size)
+        shape = torch.Size((*part.shape[:-1], size))
         strides = torch.empty(shape, device="meta").stride()
         sharded = DTensor.from_local(
             part, self.mesh, [Shard(part.dim() - 1)], run_check=False, shape=shape, stride=strides
