@@ -510,6 +510,26 @@ def test_osf_projects_gradients_whatever_the_parameters_went_through(tmp_path, d
     assert (params["V_low"].grad.float() @ V[:6].T).norm() < max(tolerance, 1e-5) * params["V_low"].grad.norm()
 
 
+@pytest.mark.parametrize("split", ["psoft_init", "pissa_init"])
+def test_psoft_finds_the_signs_of_its_singular_vectors(tmp_path, monkeypatch, split):
+    config = peft.PsoftConfig(target_modules=["lin0", "lin1"], r=4, ab_svd_init=split)
+    model, x = adapted(config), inputs("Linear")
+    model.save_pretrained(tmp_path)
+    svd = torch.linalg.svd
+
+    def other_solver(W, **kwargs):
+        U, S, Vh = svd(W, **kwargs)
+        signs = torch.ones_like(S)
+        signs[::2] = -1
+        return U * signs, S, Vh * signs[:, None]
+
+    monkeypatch.setattr(torch.linalg, "svd", other_solver)
+    for low in (False, True):
+        loaded = PeftModel.from_pretrained(base("Linear"), tmp_path, low_cpu_mem_usage=low)
+        torch.testing.assert_close(loaded(x), model(x))
+    agrees_with_merging(loaded, x)
+
+
 def test_psoft_decomposes_the_base_while_another_adapter_is_merged():
     config = peft.PsoftConfig(target_modules=["lin0"], r=4)
     model = adapted(copy.deepcopy(config))

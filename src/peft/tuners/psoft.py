@@ -3,10 +3,11 @@
 
 ΔW = B (R - I) A on the top-r singular subspace W ≈ B A, R = diag(b) C diag(a), C the Cayley map of a trained skew
 matrix.
-A and B are recomputed from the base weight whenever an adapter is made or loaded (their signs belong to the file
-format).
+A and B are recomputed from the base weight whenever an adapter is made or loaded. Another solver (a GPU's) may turn
+signs around, so the text part of a file says what they were.
 """
 
+import json
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from ..ops import cayley
 from ..ops.low_rank import Factors
 from ..registry import register_method
 
+LANDMARKS = "psoft_landmarks"  # in the text part of a file: {path of the layer: landmarks}
 SPLITS, SOLVERS = ("psoft_init", "pissa_init"), ("full", "lowrank")
 
 
@@ -152,6 +154,19 @@ class PsoftLayer(AdapterLayer):
         for cache, value in caches.items():
             cache[name] = value.to(cache[name].device)
 
+    def landmarks(self, name: str) -> list[int]:
+        """For each row of A the place (from 1) of its largest entry, with its sign."""
+        A = self._psoft_A_cache[name]
+        place = A.abs().argmax(1, keepdim=True)
+        return ((place + 1) * A.gather(1, place).sign().long())[:, 0].tolist()
+
+    def turn(self, name: str, landmarks: list[int]) -> None:
+        """Give the singular pairs the signs that these landmarks had."""
+        A, B = self._psoft_A_cache[name], self._psoft_B_cache[name]
+        place = torch.tensor(landmarks, device=A.device)
+        signs = A.gather(1, place.abs()[:, None] - 1)[:, 0].sign() * place.sign()
+        self._psoft_A_cache[name], self._psoft_B_cache[name] = A * signs[:, None], B * signs
+
     def factors(self, name: str) -> Factors:
         R = self.psoft_R[name].matrix()  # type: ignore[operator]
         A, B = self._psoft_A_cache[name].to(R.dtype), self._psoft_B_cache[name].to(R.dtype)
@@ -167,3 +182,19 @@ class PsoftModel(TunerModel):
         shape = self.target_shape(module)
         if cfg.r > min(shape):
             raise ValueError(f"Target module {key}: r={cfg.r} must be at most min(in, out) = {min(shape)}.")
+
+    def _holders(self, name: str) -> dict[str, PsoftLayer]:
+        layers = {k: m for k, m in self.named_layers().items() if isinstance(m, PsoftLayer) and name in m}
+        return {k: m for k, m in layers.items() if not m._psoft_A_cache[name].is_meta}
+
+    def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from ..io.files import Tensors
+
+        return Tensors(state, {LANDMARKS: json.dumps({k: m.landmarks(name) for k, m in self._holders(name).items()})})
+
+    def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        stored = json.loads(getattr(state, "metadata", {}).get(LANDMARKS, "{}"))
+        for path, layer in self._holders(name).items():
+            if path in stored and len(stored[path]) == layer.r[name]:
+                layer.turn(name, stored[path])
+        return state
