@@ -89,7 +89,7 @@ class Merger:
 
     def _bare(self, module: str, weight: torch.Tensor | None) -> nn.Module:
         entry = self._place(module)[1]
-        shape = entry.shape[::-1] if self._swapped(module) else entry.shape
+        shape: Any = entry.shape[::-1] if self._swapped(module) else entry.shape
         if weight is None:
             weight = torch.zeros((), dtype=_work(entry)).expand(shape)
         bias = self._bias(module)
