@@ -31,7 +31,9 @@ class ForwardPaths:
         self._path = self._choose_path(self._plan)
         self._seen = key
         weight = getattr(self.get_base_layer(), self.kind.weight_name, None) if self.kind.is_linear else None
-        self._split = Split(weight, self.in_features, self.out_features) if is_sharded(weight) else None
+        split = Split(weight, self.in_features, self.out_features) if is_sharded(weight) else None
+        if split is not self._split:  # torch.compile guards on an attribute that appears
+            self._split = split
 
     def _active_here(self: Any, key: tuple[tuple[str, ...], bool]) -> tuple[str, ...]:
         """Active adapters that this layer holds."""
