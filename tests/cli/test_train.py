@@ -4,12 +4,12 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.processes import process, run_ranks
 
 from peft.cli import main
 
@@ -210,37 +210,27 @@ def test_time_limit_ends_training(train, capsys):
     assert "stopped after 1 steps" in capsys.readouterr().out
 
 
-def test_two_processes_train_one_adapter(model_folder, data_file, tmp_path):
-    """Data-parallel over gloo equals one process with the doubled batch."""
-    options = [
-        "--model",
-        str(model_folder),
-        "--data",
-        str(data_file),
-        "--steps",
-        "3",
-        "--dtype",
-        "float32",
-        "--lr",
-        "1e-2",
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "peft.cli",
-    ]
-    done = subprocess.run(
-        [*torchrun, "train", *options, "--batch-size", "4", "--output", str(tmp_path / "two")],
-        env=env, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("trainable params:") == 1
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
+def test_two_processes_train_one_adapter(model_folder, data_file, tmp_path, launcher):
+    """Data-parallel over gloo equals one process with the doubled batch.
+
+    On CPUs, `accelerate launch` starts one process itself, and mpirun starts it for each rank: so does this test.
+    """
+    options = ["--model", str(model_folder), "--data", str(data_file)]
+    options += ["--steps", "3", "--dtype", "float32", "--lr", "1e-2"]
+    task = ["-m", "peft.cli", "train", *options, "--batch-size", "4", "--output", str(tmp_path / "two")]
+    if launcher == "torchrun":
+        env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *task]
+        with process(command, tmp_path / "log", env) as running:
+            assert running.wait(400) == 0, (tmp_path / "log").read_text()
+        printed = (tmp_path / "log").read_text()
+    else:
+        launch = "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
+        command = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", *task]
+        printed = run_ranks(command, tmp_path / "logs", seconds=400)
+    assert printed.count("trainable params:") == 1
     assert main(["train", *options, "--batch-size", "8", "--output", str(tmp_path / "one")]) == 0
     two, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     assert two["processes"] == 2 and two["steps"] == one["steps"] == 3

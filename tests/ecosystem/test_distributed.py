@@ -1,13 +1,6 @@
 """Two processes on gloo: DDP, FSDP1, FSDP2, ZeRO and tensor parallelism train what one process trains, and save it."""
 
-import contextlib
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,57 +8,13 @@ import torch
 from safetensors.torch import load_file
 from tests.ecosystem import distributed_worker as worker
 from tests.ecosystem import tiny
+from tests.processes import run_ranks
 
 import peft
 
-ROOT = Path(__file__).parents[2]
-WORLD = 2
 
-
-def launch(mode: str, folder: Path, *cases: str, seconds: int = 240) -> str:
-    """Run the worker in two processes to the end; returns what they printed. None of them outlives this call."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    command = [sys.executable, str(ROOT / "tests/ecosystem/distributed_worker.py"), mode, str(folder), *cases]
-    folder.mkdir(parents=True, exist_ok=True)
-    logs = [folder / f"rank{rank}.log" for rank in range(WORLD)]
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank, log in enumerate(logs):
-            out = stack.enter_context(open(log, "w"))
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = subprocess.Popen(
-                command,
-                env=env | ranks,
-                stdout=out,
-                stderr=out,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            processes.append(stack.enter_context(_ended(process)))
-        deadline = time.monotonic() + seconds
-        while (codes := [p.poll() for p in processes]).count(None) and not any(codes) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    text = "\n".join(f"== rank {rank}\n{log.read_text()[-6000:]}" for rank, log in enumerate(logs))
-    assert codes == [0] * WORLD, f"{mode}: exit codes {codes} (None: ran longer than {seconds} s)\n{text}"
-    return text
-
-
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
-    """At the end, the process and everything that it started is gone."""
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def launch(mode: str, folder: Path, *cases: str) -> None:
+    run_ranks([sys.executable, str(Path(worker.__file__)), mode, str(folder), *cases], folder)
 
 
 @pytest.fixture(scope="module")
