@@ -57,9 +57,9 @@ def hqq(layer: nn.Linear) -> nn.Module:
 
 
 def quanto(layer: nn.Linear) -> nn.Module:
-    from optimum.quanto import QLinear, freeze, qint4
+    from optimum.quanto import QLinear, freeze, qint8
 
-    holder = nn.Sequential(QLinear.from_module(layer, weights=qint4))
+    holder = nn.Sequential(QLinear.from_module(layer, weights=qint8))
     freeze(holder)
     return holder[0]
 
@@ -215,7 +215,7 @@ FORMATS: dict[str, Format] = {
     ),
     "torchao float8": Format(torchao("Float8WeightOnlyConfig"), "torchao", "torchao", rounding=0.04),
     "hqq": Format(hqq, "hqq", "hqq", rounding=0.12),
-    "quanto": Format(quanto, "optimum.quanto", "quanto", rounding=0.12),
+    "quanto int8": Format(quanto, "optimum.quanto", "quanto"),
     "gptq": Format(gptq, "", "gptq", close=1e-3, rounding=0.12),
     "awq": Format(awq, "", "awq", close=1e-3, rounding=0.12),
     "aqlm": Format(aqlm, "aqlm", "aqlm", writable=False),
