@@ -91,8 +91,8 @@ class PeftModel(nn.Module):
                 raise
             if self.__dict__.get("_is_prompt_learning") and "merge" in name and hasattr(TunerModel, name):
                 raise AttributeError(
-                    f"No {name!r} here: {method_of(self.active_peft_config).name} adapters are prompts, which cannot be merged "
-                    "into weights. Keep the PeftModel, or take the unchanged base model from `get_base_model()`."
+                    f"No {name!r} here: {method_of(self.active_peft_config).name} adapters are prompts, which cannot "
+                    "be merged into weights. Keep the PeftModel, or take the base model from `get_base_model()`."
                 ) from None
             return getattr(self.base_model, name)
 
