@@ -8,6 +8,7 @@ map into the shared right singular space V of [W | b].
 
 import base64
 import json
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -277,3 +278,28 @@ class AdamssModel(TunerModel):
             if isinstance(layer, AdamssLayer) and name in layer:
                 layer.freeze(name, alive)
         kept.clear()
+
+
+# ---- the callback, at its published address peft.tuners.adamss.asa_callback
+sys.modules[f"{__name__}.asa_callback"] = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> Any:
+    """AdamssAsaCallback is made on first use: it needs transformers."""
+    if name == "asa_callback":
+        return sys.modules[__name__]
+    if name != "AdamssAsaCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from transformers import TrainerCallback
+
+    class AdamssAsaCallback(TrainerCallback):
+        """Calls `update_and_allocate` after each optimizer step of transformers' Trainer."""
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            tuner = getattr(model, "base_model", None)
+            if isinstance(tuner, AdamssModel):
+                tuner.update_and_allocate(state.global_step)
+
+    AdamssAsaCallback.__qualname__ = AdamssAsaCallback.__name__
+    globals()[name] = AdamssAsaCallback
+    return AdamssAsaCallback
