@@ -153,6 +153,27 @@ def reloaded_and_merged(model: peft.PeftModel, spread: nn.Module, live: torch.Te
     assert tiny.close(tiny.logits(spread), live, 1e-6), "unmerged"
 
 
+def partitioned_base() -> None:
+    """A base that ZeRO-3 partitions from the start: initialisation reads and changes its weights, heads are copied."""
+    import deepspeed
+
+    for options in ({"init_lora_weights": "pissa"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS, **options)
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        base = tiny.llama()
+        with_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        deepspeed.zero.Init(module=base, config_dict_or_path=with_config)
+        assert base.model.layers[0].mlp.down_proj.weight.numel() == 0
+        models = []
+        for each in (tiny.llama(), base):
+            torch.manual_seed(1)
+            models.append(peft.get_peft_model(each, config))
+        train(models[0])
+        train(Engine(models[1], 3), dist.get_rank(), dist.get_world_size())
+        alone, sharded = (peft.get_peft_model_state_dict(m) for m in models)
+        assert all(tiny.close(sharded[k], v) for k, v in alone.items()), options
+
+
 # ---- two adapters
 
 
@@ -246,6 +267,54 @@ def drawn_alike(folder: Path) -> None:
     assert all(torch.equal(o, drawn) for o in others)
 
 
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def every_method() -> None:
+    """Every method for linear layers on a colwise and a rowwise layer of torch's own: outputs, gradients, merging."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    from peft import registry
+    from peft.core.tuner import TunerModel
+
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    for method in registry.methods().values():
+        kinds = {k.name for k in method.layer.kinds} if method.layer and issubclass(method.tuner, TunerModel) else ()
+        if "Linear" not in kinds or "replace" in method.layer.hooks:  # type: ignore[union-attr]
+            continue  # copies of norms replace them, and norms are not split
+        options = {**method.tuner.example, **getattr(method.tuner, "examples_by_kind", {}).get("Linear", {})}
+        if "feedforward_modules" in options:
+            options["feedforward_modules"] = ["down"]
+        models, seen = [], []
+        for plan in ({}, {"up": ColwiseParallel(), "down": RowwiseParallel()}):
+            base = parallelize_module(Pair(), mesh, plan) if plan else Pair()
+            torch.manual_seed(5)
+            config = method.config(**{"target_modules": ["up", "down"], **options})
+            model: Any = tiny.spread(peft.get_peft_model(base, config), 0.05).eval()
+            x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(3)).requires_grad_()
+            y = model(x)
+            y.pow(2).sum().backward()
+            grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+            seen.append({"y": y.detach(), "x": x.grad, **grads})
+            models.append(model)
+        assert seen[0].keys() == seen[1].keys(), method.name
+        assert all(tiny.close(seen[1][k], v, 2e-5) for k, v in seen[0].items()), method.name
+        with torch.no_grad():
+            before = models[1](x)
+            if all(layer.mergeable for layer in models[1].base_model.layers()):
+                models[1].merge_adapter()
+                assert tiny.close(models[1](x), before, 2e-5), f"{method.name} merged"
+                models[1].unmerge_adapter()
+                assert torch.equal(models[1](x), before), f"{method.name} unmerged"
+
+
 def main(mode: str, folder: Path, *cases: str) -> None:
     if mode.startswith("zero"):
         import deepspeed
@@ -262,7 +331,10 @@ def main(mode: str, folder: Path, *cases: str) -> None:
             trained_in_parts(case, folder)
         else:
             trained(mode, case, folder / case)
+    if mode == "zero3":
+        partitioned_base()
     if mode == "tp":
+        every_method()
         loaded_natively(folder)
         drawn_alike(folder)
     dist.barrier()

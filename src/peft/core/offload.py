@@ -6,13 +6,13 @@ them back.
 import contextlib
 import copy
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..storage.dtensor import is_sharded, whole
+from ..storage.dtensor import gathered, is_sharded, whole
 
 
 def _hook_types() -> tuple[Any, ...]:
@@ -135,19 +135,6 @@ def _whole_adapters(layer: Any) -> Iterator[None]:
     finally:
         for parameters, name, parameter in sharded:
             parameters[name] = parameter
-
-
-@contextlib.contextmanager
-def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Those that DeepSpeed ZeRO-3 partitions are whole inside; changes are those of the first process."""
-    parted = [p for p in parameters if hasattr(p, "ds_id")]
-    if not parted:
-        yield
-        return
-    import deepspeed  # pyright: ignore[reportMissingImports]
-
-    with deepspeed.zero.GatheredParameters(parted, modifier_rank=0):
-        yield
 
 
 @contextlib.contextmanager

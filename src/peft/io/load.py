@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..core.offload import compute_device, gathered, is_offloaded, onload_layer, unsharded
+from ..core.offload import compute_device, is_offloaded, onload_layer, unsharded
 from ..core.prompt import export_prompt_state, load_prompt_state
 from ..core.tuner import TunerModel
 from ..registry import method_of
+from ..storage.dtensor import gathered
 from ..utils.peft_types import PeftType
 from .files import Tensors
 from .keys import (

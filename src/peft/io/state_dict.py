@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..core.offload import gathered, unsharded
+from ..core.offload import unsharded
 from ..core.prompt import export_prompt_state
+from ..storage.dtensor import gathered
 from ..utils.peft_types import PeftType
 from ..utils.warning import PeftWarning
 from .base_state import get_base_model_state_dict, set_base_model_state_dict

@@ -72,13 +72,16 @@ class DenseStorage:
 
     def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
         weight = getattr(module, name)
-        if weight.numel() == 0 and hasattr(weight, "ds_shape"):
-            raise RuntimeError("The base weight is partitioned by DeepSpeed ZeRO-3; gather it before reading it.")
+        if weight.numel() == 0 and hasattr(weight, "ds_id"):
+            with dtensor.gathered([weight]):
+                return weight.detach().clone()
         return dtensor.whole(weight) if hasattr(weight, "placements") else weight
 
     @torch.no_grad()
     def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
-        dtensor.put(getattr(module, name), value)
+        weight = getattr(module, name)
+        with dtensor.gathered([weight]):
+            dtensor.put(weight, value)
         return module
 
     @torch.no_grad()

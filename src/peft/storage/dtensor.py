@@ -14,6 +14,19 @@ from typing import Any
 import torch
 
 
+@contextlib.contextmanager
+def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Those that DeepSpeed ZeRO-3 partitions are whole inside; changes are those of the first process."""
+    parted = [p for p in parameters if hasattr(p, "ds_id")]
+    if not parted:
+        yield
+        return
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters(parted, modifier_rank=0):
+        yield
+
+
 def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "placements") and any(p.is_shard() for p in tensor.placements)
 
