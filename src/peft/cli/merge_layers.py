@@ -139,8 +139,9 @@ class Merger:
         }
         with self._explained(next(iter(modules))), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = PeftModel(root, config).eval()
-            missing = load_adapter_state(model, tensors, "default").missing
+            on_meta = self.adapter.method == "lora"  # all of it is in the file: nothing has to be drawn or computed
+            model = PeftModel(root, config, low_cpu_mem_usage=on_meta).eval()
+            missing = load_adapter_state(model, tensors, "default", low_cpu_mem_usage=on_meta).missing
         shared = getattr(model.base_model, "shared_containers", dict)()
         missing = [k for k in missing if not any(f"{s}.default" in k for s in shared)]
         if missing:
@@ -190,26 +191,40 @@ class Merger:
             if factors is None:
                 yield self.whole_weight(module).to(dtype)
                 return
-            left, right = factors
-            read = row_reader(shard, entry)
-            for begin, end in spans(entry):
-                yield read(begin, end).to(left.dtype).flatten(1).addmm_(left[begin:end], right).to(dtype)
+            left, right, m = factors
+            read, blocks = row_reader(shard, entry), spans(entry)
+
+            def changed(begin: int, end: int) -> torch.Tensor:
+                return read(begin, end).to(left.dtype).flatten(1).addmm_(left[begin:end], right)
+
+            if m is None:
+                yield from (changed(*block).to(dtype) for block in blocks)
+            elif self._swapped(module):  # DoRA: m (W + s B A) / |W + s B A|, norms over the inputs
+                norms = sum(changed(*block).double().square().sum(0) for block in blocks).sqrt()  # type: ignore
+                yield from ((changed(*block) * (m / norms).to(left.dtype)).to(dtype) for block in blocks)
+            else:
+                for begin, end in blocks:
+                    rows = changed(begin, end)
+                    yield (rows * (m[begin:end] / rows.norm(dim=1))[:, None]).to(dtype)
 
         return pieces
 
     @torch.no_grad()
-    def _plain_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """L [rows, r] and R [r, columns] whose product is added to the stored weight; None where it is not that."""
+    def _plain_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """L [rows, r] and R [r, columns] whose product is added to the stored weight, and DoRA's magnitudes [out];
+        None where the change is not of that form.
+        """
         if not self.whole:
             return None
         layer = self.layer(module)
-        if "factors" not in layer.hooks or not layer.additive("default"):
+        dora = self.adapter.config.get("use_dora") and layer.kind.is_linear
+        if "factors" not in layer.hooks or not (dora or layer.additive("default")):
             return None
         bias, old = layer.delta_bias("default"), self._bias(module)
         with self._explained(module):
             layer.check_merge("default")
             layer._check_bias(layer.get_base_layer(), bias)
-        factors = layer.factors("default")
+        factors = layer.plain_factors("default") if dora else layer.factors("default")
         if factors is None:
             return None
         work = _work(self._place(module)[1])
@@ -218,7 +233,8 @@ class Merger:
             return None
         if bias is not None and old is not None:
             self.biases[module] = old + bias
-        return (A.T, B.T) if layer.kind.transposed or self._swapped(module) else (B, A)
+        m = layer.lora_magnitude_vector["default"].weight.to(work).flatten() if dora else None
+        return (A.T, B.T, m) if layer.kind.transposed or self._swapped(module) else (B, A, m)
 
 
 def _work(entry: Entry) -> torch.dtype:
