@@ -17,7 +17,7 @@ import torch
 @contextlib.contextmanager
 def gathered(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
     """Those that DeepSpeed ZeRO-3 partitions are whole inside; changes are those of the first process."""
-    parted = [p for p in parameters if hasattr(p, "ds_id")]
+    parted = [p for p in parameters if hasattr(p, "ds_id") and p.numel() == 0]  # else whole already
     if not parted:
         yield
         return
