@@ -18,7 +18,7 @@ from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.slots import Aux, BufferDict, Shared, Trainable
 from ..core.tuner import TunerModel
-from ..ops.dispatch import recomputed
+from ..ops import sparse
 from ..registry import register_method
 
 
@@ -115,7 +115,7 @@ class FrodLayer(AdapterLayer):
 
     def delta_weight(self, name: str) -> torch.Tensor:
         lam, values, rows, cols, U, V = self._basis(name)
-        return recomputed(times_core, lam, values, rows, cols, U) @ V.T - self.base_weight()
+        return times_core(U, lam, values, rows, cols) @ V.T - self.base_weight()
 
     def _adapt_weight(self, names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         """Two thin products in place of the base product where that is less than making the weight: in training
@@ -125,7 +125,7 @@ class FrodLayer(AdapterLayer):
         if len(names) != 1 or 3 * count * n >= self.out_features * (count + 2 * n):
             return super()._adapt_weight(names, x)
         lam, values, rows, cols, U, V = self._basis(names[0])
-        h = x @ recomputed(times_core, lam, values, cols, rows, V)  # V coreᵀ
+        h = x @ times_core(V, lam, values, cols, rows)  # V coreᵀ
         return nn.functional.linear(h, U, self.base_bias())
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -135,9 +135,9 @@ class FrodLayer(AdapterLayer):
         return not (self.training and any(dropout_p(self.frod_dropout[n]) > 0 for n in names))
 
 
-def times_core(lam: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, U: torch.Tensor):
-    """U core [out, in]"""
-    return (U * lam).index_add(1, cols, U[:, rows] * values)
+def times_core(U: torch.Tensor, lam: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor):
+    """U core [out, in], of which only U and the parameters are kept."""
+    return torch.addcmul(sparse.multiply(U, values, cols, rows, U.shape[1]), U, lam)
 
 
 def category(key: str) -> str:
