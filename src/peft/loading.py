@@ -173,7 +173,7 @@ def _strip(model: nn.Module, adapter_name: str) -> None:
     nn.Module.__init__(shell)
     shell.model, shell.peft_config, shell.switch = model, configs, parts[0].switch
     shell.forget_layers()
-    shell._unload(False)
+    shell._unload_and_optionally_merge(False)
 
 
 def _check_offload(options: dict[str, Any]) -> None:
