@@ -229,12 +229,14 @@ def load_adapter(
     if not is_new:
         model._cast_adapter(adapter_name, autocast_adapter_dtype)
     if not is_trainable:
-        _to_eval(model, adapter_name)
+        _to_eval(model, None if is_new else adapter_name)
     return result
 
 
-def _to_eval(model: nn.Module, name: str) -> None:
-    """`model.eval()`, except that of the adapters of a layer in evaluation mode only the new one is looked at."""
+def _to_eval(model: nn.Module, name: str | None) -> None:
+    """`model.eval()`, except that of the adapters of a layer in evaluation mode only `name` is looked at (new ones are
+    made in the mode of their layer).
+    """
     from .core.layer import AdapterLayer
 
     stack: list[Any] = [model]
@@ -245,8 +247,10 @@ def _to_eval(model: nn.Module, name: str) -> None:
         if module.training:
             module.eval()
         elif isinstance(module, AdapterLayer):
-            containers = (c for c in module._modules.values() if isinstance(c, nn.ModuleDict) and name in c)
-            stack += [module.base_layer, *(c[name] for c in containers)]
+            stack.append(module._modules["base_layer"])
+            if name is not None:
+                containers = (c for c in module._modules.values() if isinstance(c, nn.ModuleDict) and name in c)
+                stack += [c[name] for c in containers]
         else:
             stack += module._modules.values()
 

@@ -113,11 +113,12 @@ def name_warning(adapter_name: str, prefix: str) -> str:
 def _note_base_model(model: nn.Module, config: PeftConfig, revision: str | None) -> None:
     """Write name and revision of the base model to the configuration, and say what is surprising about the model."""
     from .core.layer import AdapterLayer
+    from .core.modules import tree
 
     # Only what the model itself was given: class attributes and attributes forwarded to inner modules do not name it.
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     config.base_model_name_or_path = new
-    if any(isinstance(module, AdapterLayer) for module in model.modules()):
+    if any(isinstance(module, AdapterLayer) for module in tree(model)):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
             "different config, make sure "
@@ -149,7 +150,9 @@ def unchanged_on_error(model: nn.Module | None, config: PeftConfig | None) -> It
         if config is None
         else {k: copy.copy(v) if isinstance(v, (list, dict, set)) else v for k, v in vars(config).items()}
     )
-    trainable = [] if model is None else [(p, p.requires_grad) for p in model.parameters()]
+    from .core.modules import parameters
+
+    trainable = [] if model is None else [(p, p.requires_grad) for p in parameters(model)]
     attributes = {} if model is None else model.__dict__
     had_configs = attributes.get("peft_config")
     try:

@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..storage.base import resolve
-from .modules import blank_state
+from .modules import blank_state, making_on_meta
 
 Shape = tuple[int, ...]
 
 
 def linear(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
     """nn.Linear; on the meta device without the (useless, slow) initialisation."""
-    weight = torch.empty(n_out, n_in)
-    if weight.device.type != "meta":
+    if not making_on_meta():
         return nn.Linear(n_in, n_out, bias=bias)
     made = nn.Linear.__new__(nn.Linear)
     state = blank_state()
     state["in_features"], state["out_features"] = n_in, n_out
     parameters = state["_parameters"]
-    parameters["weight"] = nn.Parameter(weight)
-    parameters["bias"] = nn.Parameter(torch.empty(n_out)) if bias else None
+    with torch._C.DisableTorchFunction():  # past that context, which would look at every call
+        parameters["weight"] = nn.Parameter(torch.empty(n_out, n_in, device="meta"))
+        parameters["bias"] = nn.Parameter(torch.empty(n_out, device="meta")) if bias else None
     object.__setattr__(made, "__dict__", state)
     return made
 

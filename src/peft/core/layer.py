@@ -22,7 +22,7 @@ from .context import Switch
 from .forward import ForwardPaths
 from .kinds import LayerKind
 from .merge import Mergeable
-from .modules import blank, blank_state, tree
+from .modules import blank, blank_state, to_eval, tree
 from .modules import dropout as dropout  # methods take both from here
 from .modules import dropout_p as dropout_p
 from .placement import Placement
@@ -325,10 +325,11 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
     def settle_adapter(self, name: str, config: Any) -> None:
         """Second half of `update_layer`: mode, device, dtype, gradients."""
         if not self.training:  # new modules come in training mode: dropout would be on in a model that evaluates
-            for slot in self.slots.values():
-                container = self._modules.get(slot.name)
-                if isinstance(container, nn.ModuleDict) and name in container and slot.role != "shared":
-                    container[name].eval()
+            for slot_name in self.module_slots:
+                container = self._modules.get(slot_name)
+                held = None if container is None or slot_name in self.shared_slots else container._modules.get(name)
+                if held is not None:
+                    to_eval(held)
         self.move_adapter(name)
         self.set_requires_grad(name, name in self._key[0] and not config.inference_mode)
         self.__dict__["_seen"] = None

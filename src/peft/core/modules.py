@@ -8,7 +8,9 @@ import functools
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.utils._device import DeviceContext
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,6 +41,12 @@ def blank(cls: type[M]) -> M:
     return made
 
 
+def making_on_meta() -> bool:
+    """Whether new tensors go to meta, because of a `with torch.device("meta")` around the call."""
+    mode = torch.overrides._get_current_function_mode()
+    return type(mode) is DeviceContext and mode.device.type == "meta"
+
+
 def dropout(p: float) -> nn.Module:
     """The published container for a dropout probability: Identity when it is 0."""
     return nn.Dropout(p) if p > 0 else blank(nn.Identity)
@@ -63,3 +71,11 @@ def parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """Every parameter below `module`, each once."""
     found = {id(p): p for m in tree(module) for p in m._parameters.values() if p is not None}
     return iter(found.values())
+
+
+def to_eval(module: nn.Module) -> None:
+    """`module.eval()`."""
+    if module._modules or type(module).train is not nn.Module.train:
+        module.eval()
+    else:
+        module.__dict__["training"] = False

@@ -21,6 +21,7 @@ from . import kinds, match, tied, trainable
 from .context import Switch
 from .inject import Injection, InjectionReport
 from .layer import AdapterLayer
+from .modules import tree
 from .patch_points import PatchPoints
 from .slots import BufferDict
 from .targets import target_table
@@ -229,7 +230,7 @@ class TunerModel(PatchPoints, WholeModelMerge, nn.Module):
 
     @staticmethod
     def _found_switch(model: nn.Module) -> Switch:
-        found = next((m.switch for m in model.modules() if isinstance(m, AdapterLayer)), None)
+        found = next((m.switch for m in tree(model) if isinstance(m, AdapterLayer)), None)
         return found or Switch()
 
     @property

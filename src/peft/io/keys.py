@@ -106,7 +106,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(id(module))
         yield path, module
         if isinstance(module, AdapterLayer):
-            stack.append((_join(path, "base_layer"), module.base_layer))
+            stack.append((_join(path, "base_layer"), module._modules["base_layer"]))  # type: ignore[arg-type]
         elif isinstance(module, TunerModel):
             stack.append((_join(path, "model"), module.model))
         elif module._modules and not isinstance(module, AuxiliaryTrainingWrapper):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..core.layer import AdapterLayer
 from ..core.offload import compute_device, is_offloaded, onload_layer, unsharded
 from ..core.prompt import export_prompt_state, load_prompt_state
 from ..core.tuner import TunerModel
@@ -119,7 +120,7 @@ def load_adapter_state(
     config = model.peft_config[adapter_name]
     method = _method(config)
     state = _checked(state_dict, source)
-    not_finite = [k for k, v in state.items() if _has_nan(v)]
+    not_finite = _with_nan(state)
     if not_finite and refuse_nan:
         raise ValueError(
             f"The adapter weights{_from(source)} hold NaN in {len(not_finite)} of {len(state)} tensors: "
@@ -152,16 +153,32 @@ def _checked(state_dict: Mapping[str, torch.Tensor], source: str) -> Tensors:
     return Tensors({clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}, metadata)
 
 
-def _has_nan(tensor: torch.Tensor) -> bool:
-    """One cheap pass: only a sum that is not finite is looked at closely."""
-    if (
-        not (tensor.is_floating_point() or tensor.is_complex())
-        or tensor.device.type == "meta"
-        or tensor.dtype.itemsize == 1
-    ):
-        return False
-    total = tensor.detach().sum()
-    return not bool(torch.isfinite(total)) and bool(torch.isnan(tensor).any())
+_SUMMED = 64  # tensors at a time that are looked at for NaN
+
+
+def _with_nan(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Keys of tensors that hold NaN. Small tensors are summed up many at a time; only when a sum is not finite are
+    they looked at one by one.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, torch.Tensor]]] = {}
+    found: set[str] = set()
+
+    def look(held: list[tuple[str, torch.Tensor]]) -> None:
+        flat = [tensor.detach().reshape(-1) for _, tensor in held]
+        if not torch.isfinite((flat[0] if len(flat) == 1 else torch.cat(flat)).sum()):
+            found.update(key for key, tensor in held if torch.isnan(tensor).any())
+
+    for key, tensor in state.items():
+        dtype = tensor.dtype
+        if tensor.is_meta or dtype.itemsize == 1 or not (dtype.is_floating_point or dtype.is_complex):
+            continue
+        group = groups.setdefault((dtype, tensor.device), [])
+        group.append((key, tensor))
+        if len(group) == _SUMMED or tensor.numel() > 1_000_000:
+            look(groups.pop((dtype, tensor.device)))
+    for group in groups.values():
+        look(group)
+    return [key for key in state if key in found]
 
 
 def _converted(
@@ -206,8 +223,9 @@ def _make_plan(
         if entry is None:
             report.unexpected.append(key)
             continue
-        want = tuple(getattr(entry.tensor, "ds_shape", entry.tensor.shape))
-        if want == tuple(value.shape) or (ignore and _same_packed(value.shape, want)):
+        held = entry.tensor
+        want = held.shape if held.shape == value.shape else tuple(getattr(held, "ds_shape", held.shape))
+        if want == value.shape or (ignore and _same_packed(value.shape, want)):
             plan.copies.append((entry, value))
             report.loaded.append(key)
             report.touched.add(entry.memory)
@@ -328,7 +346,7 @@ def _hints(unexpected: list[str], entries: list[Entry], limit: int = 3) -> dict[
 @torch.no_grad()
 def _assign(copies: list[tuple[Entry, torch.Tensor]], name: str, low_cpu: bool) -> None:
     replaced: dict[int, torch.Tensor] = {}
-    stale: set[int] = set()
+    homes: dict[int, torch.device | None] = {}  # by layer
     lost: list[str] = []
     for entry, value in copies:
         tensor = entry.owner._parameters.get(entry.attr)
@@ -341,14 +359,15 @@ def _assign(copies: list[tuple[Entry, torch.Tensor]], name: str, low_cpu: bool) 
             with onload_layer(entry.owner):
                 _copy(entry.owner.get_parameter(entry.attr), value)
         elif low_cpu:
+            layer = entry.layer
+            if layer is not None and id(layer) not in homes:
+                homes[id(layer)] = _home(layer)
+                layer.__dict__["_seen"] = None  # its plan may depend on devices and dtypes
             new = replaced.get(id(tensor))
             if new is None:
-                new = replaced[id(tensor)] = _materialise(tensor, value, entry)
-            home = entry.owner._parameters if entry.attr in entry.owner._parameters else entry.owner._buffers
-            home[entry.attr] = new  # type: ignore[assignment]
-            if entry.layer is not None and id(entry.layer) not in stale:
-                stale.add(id(entry.layer))
-                entry.layer._seen = None  # its plan may depend on devices and dtypes
+                new = replaced[id(tensor)] = _materialise(tensor, value, homes.get(id(layer)))
+            held = entry.owner._parameters if entry.attr in entry.owner._parameters else entry.owner._buffers
+            held[entry.attr] = new  # type: ignore[assignment]
         else:
             lost.append(entry.memory)
     if lost:
@@ -372,18 +391,19 @@ def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
     tensor.copy_(value)
 
 
-def _materialise(tensor: torch.Tensor, value: torch.Tensor, entry: Entry) -> torch.Tensor:
-    """A real tensor in place of one on meta: on the device of the base layer, in the dtype the parameter was made
-    with.
-    """
-    device = value.device
-    if entry.layer is not None:
-        base = entry.layer.get_base_layer()
-        weight = entry.layer._reference_tensor(base)
-        home = None if weight is None else compute_device(base, weight)
-        if home is not None and home.type != "meta":
-            device = home
-    new = value.detach().to(device, tensor.dtype)
+def _home(layer: AdapterLayer) -> torch.device | None:
+    """Where the adapters of a layer live, None while its base is on meta."""
+    base = layer.get_base_layer()
+    weight = layer._reference_tensor(base)
+    home = None if weight is None else compute_device(base, weight)
+    return None if home is None or home.type == "meta" else home
+
+
+def _materialise(tensor: torch.Tensor, value: torch.Tensor, home: torch.device | None) -> torch.Tensor:
+    """A real tensor in place of one on meta, in the dtype the parameter was made with."""
+    new = value.detach()
+    if tensor.dtype != new.dtype or home is not None and home != new.device:
+        new = new.to(home or new.device, tensor.dtype)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(new, requires_grad=tensor.requires_grad)
     return new
