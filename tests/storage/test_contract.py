@@ -188,3 +188,21 @@ def test_two_adapters_and_files(method: str, name: str, tmp_path: Any) -> None:
     assert apart(again(x), second) < close
     again.delete_adapter("default")
     assert apart(again(x), second) < close
+
+
+def outcome(method: str, name: str) -> str:
+    """The cell of docs/methods.md, found by trying: "merge", "train" (merging is refused) or "no" (adapting is)."""
+    try:
+        model = adapt(method, base(name))
+    except TypeError:
+        return "no"
+    model.train()(inputs()).square().mean().backward()
+    first = model.base_model.layers()[0]
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in first.parameters() if p.requires_grad)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.eval().merge_adapter()
+    except TypeError:
+        return "train"
+    return "merge"
