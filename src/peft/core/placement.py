@@ -89,4 +89,4 @@ def replace_tensor(owner: Any, attr: str, old: torch.Tensor, new: torch.Tensor) 
     elif isinstance(owner, nn.Module) and attr in owner._buffers:
         owner._buffers[attr] = new
     else:
-        owner[attr] = new
+        owner[attr] = new  # type: ignore[index]

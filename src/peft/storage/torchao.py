@@ -33,7 +33,7 @@ def _inferred(weight: Any) -> Any:
 
 
 class TorchaoStorage(QuantisedStorage):
-    label = "torchao"
+    label: str | None = "torchao"
 
     def __init__(self, config: Any = None):
         self.config = config

@@ -136,7 +136,8 @@ def replace_lora_weights_loftq(
 
     if not is_bnb_4bit_available():
         raise ValueError(
-            "bitsandbytes must be installed (pip install 'peft[quantization]') and the model must be quantized in 4bits."
+            "bitsandbytes must be installed (pip install 'peft[quantization]') and the model must be quantized in "
+            "4bits."
         )
     layers = _layers_4bit(peft_model, adapter_name)
     if not layers:
