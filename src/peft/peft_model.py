@@ -16,6 +16,7 @@ from . import loading, status
 from .adapter_call import SPECIAL_ARGUMENTS, adapter_call
 from .config import PeftConfig, nearest
 from .core import prompt
+from .core.modules import without_collector
 from .core.tuner import TunerModel
 from .core.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
 from .mapping import name_warning, unchanged_on_error
@@ -395,18 +396,10 @@ class PeftModel(nn.Module):
         Returns what torch's `load_state_dict` does, with the missing keys of this adapter alone. A failing call changes
         nothing.
         """
-        return loading.load_adapter(
-            self,
-            model_id,
-            adapter_name,
-            is_trainable,
-            torch_device,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            key_mapping=key_mapping,
-            **kwargs,
-        )
+        given = {"autocast_adapter_dtype": autocast_adapter_dtype, "ephemeral_gpu_offload": ephemeral_gpu_offload}
+        given |= {"low_cpu_mem_usage": low_cpu_mem_usage, "key_mapping": key_mapping, **kwargs}
+        with without_collector():
+            return loading.load_adapter(self, model_id, adapter_name, is_trainable, torch_device, **given)  # type: ignore[arg-type]
 
     @classmethod
     def _split_kwargs(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,6 @@ raises.
 """
 
 import contextlib
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from ..storage.base import resolve
 from ..utils.error import NoMatchingPeftModuleError
 from . import kinds, match
 from .layer import AdapterLayer
+from .modules import without_collector
 from .wrappers import AuxiliaryTrainingWrapper
 
 if TYPE_CHECKING:
@@ -74,24 +74,6 @@ def walk(model: nn.Module) -> Iterator[Node]:
         stack += [(f"{key}.{name}", c, module, name) for name, c in reversed(module._modules.items()) if c is not None]
 
 
-@contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Tens of thousands of new objects that all stay would make the garbage collector walk them again and again: it
-    waits, and then counts them among the old ones.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        if gc.get_freeze_count() == 0:  # freezing and thawing moves everything to the oldest generation, unwalked
-            gc.freeze()
-            gc.unfreeze()
-        gc.enable()
-
-
 class Injection:
     """One run of injecting adapter `name` of configuration `cfg` into the model of `tuner`."""
 
@@ -104,6 +86,7 @@ class Injection:
         self.report = InjectionReport()
         self.layers: dict[str, AdapterLayer] = {}
         self.device = torch.device("meta") if low_cpu else contextlib.nullcontext()
+        self.half: list[AdapterLayer] = []  # whose adapters may be in half precision
         self.undo: list[Callable[[], Any]] = []
 
     def run(self) -> dict[str, AdapterLayer]:
@@ -375,7 +358,8 @@ class Injection:
         tuner.link_shared(layer)
         with self.device:
             layer.make_adapter(name, cfg)
-        layer.settle_adapter(name, cfg)
+        if layer.settle_adapter(name, cfg):
+            self.half.append(layer)
         self.layers[target.key] = layer
         (self.report.modules if parameter is None else self.report.parameters).append(target.key)
 

@@ -322,17 +322,20 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
         self._names[name] = None
         self._holders.pop(name, None)
 
-    def settle_adapter(self, name: str, config: Any) -> None:
-        """Second half of `update_layer`: mode, device, dtype, gradients."""
+    def settle_adapter(self, name: str, config: Any) -> bool:
+        """Second half of `update_layer`: mode, device, dtype, gradients. Returns whether `cast_adapter` may find
+        something.
+        """
         if not self.training:  # new modules come in training mode: dropout would be on in a model that evaluates
             for slot_name in self.module_slots:
                 container = self._modules.get(slot_name)
                 held = None if container is None or slot_name in self.shared_slots else container._modules.get(name)
                 if held is not None:
                     to_eval(held)
-        self.move_adapter(name)
+        half = self.move_adapter(name)
         self.set_requires_grad(name, name in self._key[0] and not config.inference_mode)
         self.__dict__["_seen"] = None
+        return half
 
     def drop(self, name: str) -> None:
         """Remove adapter `name` from every slot; the switch is not touched."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..storage.dtensor import gathered, is_sharded, whole
+from .modules import tree
 
 
 def _hook_types() -> tuple[Any, ...]:
@@ -142,8 +143,11 @@ def unsharded(model: nn.Module, write: bool = False) -> Iterator[bool]:
     """Parameters that FSDP1 shards are whole inside, for reading, or also for writing the same on all processes; yields
     whether they are so only inside. All processes must come here together.
     """
-    sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    units: list[Any] = [m for m in model.modules() if isinstance(m, sharded)]
+    sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    if sharded is None or not torch.distributed.is_initialized():  # nothing is sharded: no walk
+        yield False
+        return
+    units: list[Any] = [m for m in tree(model) if isinstance(m, sharded)]
     with contextlib.ExitStack() as stack:
         if units and all(u.training_state.name == "IDLE" for u in units):  # else the caller has made them whole
             if units[0] is not model and units[0]._is_root is None:

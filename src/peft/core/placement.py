@@ -42,26 +42,28 @@ class Placement:
                 found.append((container, name, container[name]))
         return found
 
-    def move_adapter(self: Any, name: str) -> None:
+    def move_adapter(self: Any, name: str) -> bool:
         """Move adapter `name` to the device and (floating) dtype of the base weight; meta tensors and integers keep
-        what they are.
+        what they are. Returns whether some are in half precision, or may be.
         """
         base = self.get_base_layer()
         weight = base.out_proj.weight if self.kind is kinds.MultiheadAttention else self._reference_tensor(base)
         if weight is None:
-            return
+            return True
         dtype = getattr(base, "compute_dtype", None) or weight.dtype
         dtype = dtype if dtype.is_floating_point or dtype.is_complex else None
-        home = compute_device(base, weight)
+        home, half = compute_device(base, weight), dtype in UPCAST
         for owner, attr, tensor in self._own_tensors(name):
             there = tensor.is_meta or tensor.device == home
             if there and tensor.dtype == dtype:
                 continue
             floating = tensor.is_floating_point() or tensor.is_complex()
             want = dtype if floating and dtype is not None else tensor.dtype
+            half = half or want in UPCAST
             if not there or tensor.dtype != want:
                 device = tensor.device if tensor.is_meta else home
                 replace_tensor(owner, attr, tensor, tensor.data.to(device, want))
+        return half
 
     def _reference_tensor(self: Any, base: nn.Module) -> torch.Tensor | None:
         packed = () if self.storage is DENSE else ("qweight", "W_q")

@@ -8,7 +8,7 @@ Also exported as `tuners_utils.BaseTuner`. Methods set `layer_cls` and override 
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from .layer import AdapterLayer
 from .modules import tree
 from .patch_points import PatchPoints
 from .slots import BufferDict
+from .switching import WholeModelSwitch, find_parts
 from .targets import target_table
 from .unload import WholeModelMerge
 from .wrappers import AuxiliaryTrainingWrapper, set_additional_trainable_modules
@@ -31,7 +32,7 @@ from .wrappers import AuxiliaryTrainingWrapper, set_additional_trainable_modules
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
-class TunerModel(PatchPoints, WholeModelMerge, nn.Module):
+class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
     """A base model with the adapters of one method; `tuner.model` is the user's model, changed in place."""
 
     prefix: str
@@ -93,6 +94,7 @@ class TunerModel(PatchPoints, WholeModelMerge, nn.Module):
         self._layers: list[AdapterLayer] | None = None
         self._wrappers: list[AuxiliaryTrainingWrapper] | None = None
         self._was_trainable: list[nn.Parameter] = []
+        self._to_cast: dict[str, list[AdapterLayer]] = {}  # by new adapter: layers that may hold half precision
         self.switch = switch or self._found_switch(model)
         # Adapters whose parameters may require grad: switching looks at no others.
         self._may_train: set[str] = {n for layer in self.layers() for n in layer.adapter_names}
@@ -298,6 +300,7 @@ class TunerModel(PatchPoints, WholeModelMerge, nn.Module):
         trainable.mark_trainable(model, self, adapter_name, cfg, first)
         self._activate(adapter_name, cfg, layers)
         self.reports[adapter_name] = injection.report
+        self._to_cast[adapter_name] = injection.half
         self._note(self.targeted_module_names, injection.report.modules)
         self._note(self.targeted_parameter_names, injection.report.parameters)
         self._check_patterns(cfg, layers)
@@ -370,74 +373,6 @@ class TunerModel(PatchPoints, WholeModelMerge, nn.Module):
         slots = self.layer_cls.slots.values() if hasattr(type(self), "layer_cls") else ()
         return {s.name: getattr(self, s.name) for s in slots if s.role == "shared"}
 
-    # ---- switching -----------------------------------------------------------------------------------------
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate one or several adapters: they become trainable (unless `inference_mode`), all others frozen."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for wrapper in self.wrappers():
-            wrapper.check_set_adapter(names)
-        if any(layer.merged_adapters for layer in self.layers()):
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
-            self.unmerge_adapter()
-        others = [n for n in self._may_train if n not in names]
-        self._may_train = set() if inference_mode else set(names)
-        for layer in self.layers():
-            layer._local = None
-            layer.set_requires_grad(others, False)
-            layer.set_requires_grad(names, not inference_mode)
-        self.switch.set_active(names)
-        self.active_adapter = adapter_name if isinstance(adapter_name, str) else names
-        for wrapper in self.wrappers():
-            wrapper.follow_switch(names, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if requires_grad:
-            self._may_train |= set(names) & set(self.peft_config)
-        for part in [*self.layers(), *self.wrappers()]:
-            part.set_requires_grad(names, requires_grad)
-
-    def disable_adapter_layers(self) -> None:
-        """Turn all adapters off, until `enable_adapter_layers`. Their parameters are frozen meanwhile."""
-        if any(
-            getattr(self.peft_config[n], "bias", "none") != "none"
-            for n in self.active_adapters
-            if n in self.peft_config
-        ):
-            warnings.warn(
-                "Careful, disabling adapter layers with bias configured does not produce the same output as the "
-                "base model would without "
-                "adaption.",
-                stacklevel=2,
-            )
-        self._set_enabled(False)
-
-    def enable_adapter_layers(self) -> None:
-        """Turn the active adapters on again; parameters get back the requires_grad that they had when they were
-        turned off.
-        """
-        self._set_enabled(True)
-
-    def _set_enabled(self, enabled: bool) -> None:
-        if enabled == (not self.switch.disabled) and not any(layer._local for layer in self.layers()):
-            return
-        if enabled:
-            for parameter in self._was_trainable:
-                parameter.requires_grad_(True)
-            self._was_trainable = []
-        else:
-            names = list({**dict.fromkeys(self.active_adapters), **dict.fromkeys(self._may_train)})
-            self._was_trainable = [p for layer in self.layers() for p in layer.trained_now(names)]
-            for wrapper in self.wrappers():
-                self._was_trainable += [
-                    p for n in wrapper.adapter_names for p in wrapper.parameters_of(n) if p.requires_grad and p.is_leaf
-                ]
-            for parameter in self._was_trainable:
-                parameter.requires_grad_(False)
-        for layer in self.layers():
-            layer._local = None
-        self.switch.set_disabled(not enabled)
-
     # ---- the rest ------------------------------------------------------------------------------------------
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter everywhere. If it was active: the other active ones stay, else the first remaining one
@@ -472,28 +407,7 @@ class TunerModel(PatchPoints, WholeModelMerge, nn.Module):
         return bool(layers) and all(layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        if autocast_adapter_dtype:
-            for layer in self.layers():
-                if adapter_name in layer:
-                    layer.cast_adapter(adapter_name)
-
-
-def find_parts(model: nn.Module) -> tuple[list[AdapterLayer], list[AuxiliaryTrainingWrapper]]:
-    """Adapter layers and auxiliary wrappers in the order of the modules. What adapters own is not searched."""
-    layers, wrappers, seen = [], [], set()
-    stack: list[Any] = [model]
-    while stack:
-        module = stack.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, AdapterLayer):
-            layers.append(module)
-            stack.append(module.base_layer)
-            continue
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            wrappers.append(module)
-            stack += [m for n, m in reversed(module._modules.items()) if n != "modules_to_save"]
-        elif module._modules:
-            stack += reversed(module._modules.values())
-    return layers, wrappers
+        new = self._to_cast.pop(adapter_name, None)
+        for layer in (self.layers() if new is None else new) if autocast_adapter_dtype else ():
+            if adapter_name in layer:
+                layer.cast_adapter(adapter_name)

@@ -14,9 +14,7 @@ and the auxiliary wrappers, and every container of theirs that holds the adapter
 The name of the adapter is no part of the file, so it can be loaded under any name.
 """
 
-import contextlib
 import functools
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,20 +60,6 @@ def tensor_of(owner: nn.Module, attr: str) -> torch.Tensor:
             if weights is not None and attr in weights:
                 return weights[attr]
     return tensor
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Put garbage collection off. The objects made while a big model is walked are all kept, so that collections find
-    nothing, and each looks at every module of the model: seconds for tens of thousands of layers.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def clean(key: str) -> str:

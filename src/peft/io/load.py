@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..core.layer import AdapterLayer
+from ..core.modules import without_collector
 from ..core.offload import compute_device, is_offloaded, onload_layer, unsharded
 from ..core.prompt import export_prompt_state, load_prompt_state
 from ..core.tuner import TunerModel
@@ -26,7 +27,6 @@ from .keys import (
     adapter_entries,
     clean,
     find_tuner,
-    no_collection,
     resolve,
     state_keys,
 )
@@ -101,7 +101,7 @@ class _Plan:
     errors: list[str] = field(default_factory=list)
 
 
-@no_collection()
+@without_collector()
 def load_adapter_state(
     model: Any,
     state_dict: Mapping[str, torch.Tensor],

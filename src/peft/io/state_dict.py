@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..core.modules import without_collector
 from ..core.offload import unsharded
 from ..core.prompt import export_prompt_state
 from ..storage.dtensor import gathered
@@ -20,7 +21,7 @@ from ..utils.warning import PeftWarning
 from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .embeddings import embedding_entries
 from .hotswap import trim_padding
-from .keys import COMPILE_INFIX, Entry, adapter_entries, clean, no_collection
+from .keys import COMPILE_INFIX, Entry, adapter_entries, clean
 from .load import LoadReport, _method, _peft_model, _some, load_adapter_state, tuner_of
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
 # ---- out of the model
 
 
-@no_collection()
+@without_collector()
 def get_peft_model_state_dict(
     model: Any,
     state_dict: Mapping[str, torch.Tensor] | None = None,
@@ -131,7 +132,7 @@ def _check_gathered(config: Any, state: dict[str, torch.Tensor]) -> None:
 # ---- into the model
 
 
-@no_collection()
+@without_collector()
 def set_peft_model_state_dict(
     model: Any,
     peft_model_state_dict: Mapping[str, torch.Tensor],

@@ -147,12 +147,13 @@ class PsoftLayer(AdapterLayer):
             return Vh.contiguous(), (U * S).contiguous()
         return S.sqrt()[:, None] * Vh, U * S.sqrt()
 
-    def move_adapter(self, name: str) -> None:
+    def move_adapter(self, name: str) -> bool:
         """The caches stay in float32, unrounded."""
         caches = {c: c[name] for c in (self._psoft_A_cache, self._psoft_B_cache)}
-        super().move_adapter(name)
+        half = super().move_adapter(name)
         for cache, value in caches.items():
             cache[name] = value.to(cache[name].device)
+        return half
 
     def landmarks(self, name: str) -> list[int]:
         """For each row of A the place (from 1) of its largest entry, with its sign."""
