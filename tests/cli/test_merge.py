@@ -236,6 +236,21 @@ def test_whole_modules_biases_and_token_rows(model_folder, write_adapter, tmp_pa
     assert "score.weight" in index["weight_map"]
 
 
+def test_tensors_of_any_type_are_added_to_a_model_of_one_file(write_adapter, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    weight = torch.randn(3, 5)
+    save_file({"norm.weight": weight, "other": weight.clone()}, base / "model.safetensors")
+    tensors = {"norm.weight": weight + 1, "score.weight": weight + 2, "score.calls": torch.tensor(7)}
+    assert merge(write_adapter({"modules_to_save": ["norm", "score"]}, tensors), base, tmp_path / "out") == 0
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {"other", *tensors}
+    assert index["metadata"]["total_size"] == 3 * weight.nbytes + 8
+    for name, value in {"other": weight, **tensors}.items():
+        assert torch.equal(load_file(tmp_path / "out" / index["weight_map"][name])[name], value)
+    assert not (tmp_path / "out" / "model.safetensors").exists()  # it would be read instead of the index
+
+
 BAD = [
     ({"peft_type": "LILY"}, {}, "this adapter is lily"),
     ({"peft_type": "FROD"}, {}, "this adapter is frod"),

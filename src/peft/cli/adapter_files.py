@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from peft.core.match import pattern_value
+
 from .errors import CliError
 
 PREFIX = "base_model.model."
@@ -78,13 +80,6 @@ def read_adapter(name: str) -> Adapter:
     if config.peft_type is None:
         raise CliError(f"{folder / 'adapter_config.json'}: not an adapter config, it has no 'peft_type'")
     return Adapter(folder, config, tensors)
-
-
-def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that fits the end of a module's name."""
-    from peft.utils.other import get_pattern_key
-
-    return (patterns or {}).get(get_pattern_key(patterns or {}, module), default)
 
 
 def strengths(adapter: Adapter) -> list[LayerStrength]:

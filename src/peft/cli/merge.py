@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     base = open_base(folder)
     start = time.perf_counter()
     with tqdm(total=len(base.places), desc="merging", unit="tensor", leave=False) as bar:
-        plan = merge_into_folder(adapter, base, args.out, lambda name: bar.update())
+        plan = merge_into_folder(adapter, base, args.out, bar.update)
     text = f"{len(plan.merged)} weights merged"
     for what, count in (
         ("biases changed", len(plan.biases)),

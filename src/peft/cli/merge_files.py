@@ -11,18 +11,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from .adapter_files import PREFIX, Adapter, pattern_value
+from peft.core.layer import WEIGHT_HOOKS
+from peft.core.match import pattern_value
+from peft.io.files import split_shared
+
+from .adapter_files import PREFIX, Adapter
 from .errors import CliError, nearest
-from .merge_layers import ADVICE, Merger, Plan, is_embedding, spans
-from .tensor_files import DTYPES, INDEX, SINGLE, Base, Entry, Output, Pieces, Shard, row_reader, write_shard
+from .merge_layers import ADVICE, Merger, Plan, is_embedding
+from .tensor_files import INDEX, SINGLE, Base, Entry, Pieces, rewrite
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_ADDED = "model-added.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 
 
@@ -31,8 +36,7 @@ def check_mergeable(adapter: Adapter) -> None:
     from peft.tuners.lora.init import changes_base
 
     config, record = adapter.config, adapter.record
-    hooks = getattr(record.layer, "hooks", frozenset())
-    if not hooks & {"delta_weight", "factors", "delta_bias", "map_weight", "map_bias", "replace"}:
+    if WEIGHT_HOOKS.isdisjoint(getattr(record.layer, "hooks", ())):
         raise CliError(f"{adapter.folder}: this adapter is {adapter.method}, which has no weight form; {ADVICE}")
     if adapter.method == "frod":
         raise CliError(f"{adapter.folder}: this adapter is frod, whose base comes from all weights together; {ADVICE}")
@@ -88,7 +92,7 @@ def _owner(name: str, base: Base, adapter: Adapter) -> str:
 
 
 def _check_weight(name: str, module: str, base: Base, adapter: Adapter) -> None:
-    entry = base.places[name][1]
+    entry = base.places[name]
     if entry.dtype is None:
         raise CliError(f"{base.folder}: {name} is stored as {entry.code}, quantised weights cannot be merged by file")
     if is_embedding(module, adapter) and base.tied and not adapter.config.get("ensure_weight_tying"):
@@ -117,7 +121,7 @@ def _plan_rest(name: str, tensor: torch.Tensor, plan: Plan, base: Base, adapter:
             plan.added[plain] = tensor
             return True
         return False
-    entry = base.places[known][1]
+    entry = base.places[known]
     if tuple(tensor.shape) != entry.shape:
         raise CliError(
             f"{known}: the adapter brings shape {list(tensor.shape)}, the base has {list(entry.shape)}; "
@@ -141,11 +145,27 @@ def _token_indices(adapter: Adapter, module: str, rows: torch.Tensor) -> list[in
 # ---- writing
 
 
-def _token_pieces(place: tuple[Shard, Entry], indices: list[int], rows: torch.Tensor) -> Pieces:
+def _changed(plan: Plan, base: Base, merger: Merger) -> dict[str, Pieces]:
+    """What is written for the tensors that do not stay as they are."""
+
+    def bias(name: str, module: str) -> Pieces:
+        return lambda: [merger.new_bias(module).to(base.places[name].dtype)]
+
+    def replaced(name: str, value: torch.Tensor) -> Pieces:
+        return lambda: [value.to(base.places[name].dtype)]
+
+    return (
+        {name: _token_pieces(base.places[name], *rows) for name, rows in plan.token_rows.items()}
+        | {name: replaced(name, value) for name, value in plan.replaced.items()}
+        | {name: bias(name, module) for name, module in plan.biases.items()}
+        | {name: merger.pieces(module) for name, module in plan.merged.items()}
+    )
+
+
+def _token_pieces(entry: Entry, indices: list[int], rows: torch.Tensor) -> Pieces:
     def pieces() -> Iterable[torch.Tensor]:
-        read, entry = row_reader(*place), place[1]
-        for begin, end in spans(entry):
-            block = read(begin, end)
+        for begin, end in entry.spans():
+            block = entry.rows(begin, end)
             for position, index in enumerate(indices):
                 if begin <= index < end:
                     block[index - begin] = rows[position].to(block.dtype)
@@ -154,24 +174,7 @@ def _token_pieces(place: tuple[Shard, Entry], indices: list[int], rows: torch.Te
     return pieces
 
 
-def _outputs(shard: Shard, plan: Plan, merger: Merger) -> list[Output]:
-    outputs = []
-    for entry in shard.entries:
-        pieces: Pieces | None = None
-        name, dtype = entry.name, entry.dtype
-        if name in plan.merged:
-            pieces = merger.pieces(plan.merged[name])
-        elif name in plan.biases:
-            pieces = lambda module=plan.biases[name], dtype=dtype: [merger.new_bias(module).to(dtype)]  # noqa: E731
-        elif name in plan.replaced:
-            pieces = lambda value=plan.replaced[name], dtype=dtype: [value.to(dtype)]  # noqa: E731
-        elif name in plan.token_rows:
-            pieces = _token_pieces((shard, entry), *plan.token_rows[name])
-        outputs.append(Output(name, entry.code, entry.shape, (shard, entry), pieces))
-    return outputs
-
-
-def merge_into_folder(adapter: Adapter, base: Base, out: Path, report: Callable[[str], object]) -> Plan:
+def merge_into_folder(adapter: Adapter, base: Base, out: Path, report: Callable[[], object]) -> Plan:
     """Write the merged model to `out`, which appears only when it is complete."""
     plan = make_plan(adapter, base)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -179,12 +182,10 @@ def merge_into_folder(adapter: Adapter, base: Base, out: Path, report: Callable[
     if out.resolve().is_relative_to(base.folder.resolve()):
         raise CliError(f"--out {out}: must not be inside the base folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    room = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    room.mkdir()
     try:
-        _write_all(room, plan, base, Merger(adapter, base, plan), report)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(room, 0o777 & ~umask)
+        _write_all(room, plan, base, _changed(plan, base, Merger(adapter, base, plan)), report)
         os.replace(room, out)
     except BaseException:
         shutil.rmtree(room, ignore_errors=True)
@@ -192,18 +193,19 @@ def merge_into_folder(adapter: Adapter, base: Base, out: Path, report: Callable[
     return plan
 
 
-def _write_all(room: Path, plan: Plan, base: Base, merger: Merger, report: Callable[[str], object]) -> None:
-    total, weight_map = 0, {}
+def _write_all(room: Path, plan: Plan, base: Base, changed: dict[str, Pieces], report: Callable[[], object]) -> None:
+    weight_map = {}
     for shard in base.shards:
-        outputs = _outputs(shard, plan, merger)
-        if shard is base.shards[-1]:
-            outputs += [
-                Output(name, _CODES.get(tensor.dtype, "F32"), tuple(tensor.shape), None, lambda value=tensor: [value])
-                for name, tensor in plan.added.items()
-            ]
-        total += write_shard(room / shard.path.name, outputs, shard.metadata, report)
-        weight_map |= {output.name: shard.path.name for output in outputs}
-    if [shard.path.name for shard in base.shards] != [SINGLE]:
+        # a file of the usual name would hide the index, which tells of the added tensors
+        name = "model-base.safetensors" if plan.added and shard.path.name == SINGLE else shard.path.name
+        rewrite(shard, room / name, changed, report)
+        weight_map |= dict.fromkeys(shard.entries, name)
+    if plan.added:
+        save_file(split_shared(plan.added), room / _ADDED, {"format": "pt"})
+        weight_map |= dict.fromkeys(plan.added, _ADDED)
+    if set(weight_map.values()) != {SINGLE}:
+        total = sum(entry.end - entry.begin for entry in base.places.values())
+        total += sum(tensor.nbytes for tensor in plan.added.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (room / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy_other_files(base.folder, room)

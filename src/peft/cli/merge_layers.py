@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
+import functools
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,9 +17,8 @@ from torch import nn
 
 from .adapter_files import PREFIX, Adapter
 from .errors import CliError
-from .tensor_files import Base, Entry, Pieces, Shard, row_reader
+from .tensor_files import Base, Pieces
 
-_BLOCK_ELEMENTS = 1 << 20  # of a row block; with float32 copies a few times 4 MiB
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 ADVICE = "load the model and use `merge_and_unload`, if the method merges at all"
 # Options of the adapter that are settled by its file, or handled here.
@@ -47,62 +46,58 @@ def is_embedding(module: str, adapter: Adapter) -> bool:
     return named or bool(re.search(r"(embed\w*|wte|wpe|shared)$", module))
 
 
-def _is_transposed(entry: Entry, module: str, base: Base, adapter: Adapter) -> bool:
-    """Weights stored [in, out] (Conv1D): LoRA's shapes say so, else the configurations."""
-    A, B = (adapter.tensors.get(f"{PREFIX}{module}.lora_{x}.weight") for x in "AB")
-    if A is not None and B is not None and (B.shape[0], A.shape[-1]) != entry.shape:
-        return (A.shape[-1], B.shape[0]) == entry.shape
-    return bool(adapter.config.get("fan_in_fan_out")) or base.config.get("model_type") in _CONV1D_MODELS
-
-
 class Merger:
     """The adapter's layers on modules made from the shapes of the base's weights."""
 
     def __init__(self, adapter: Adapter, base: Base, plan: Plan):
         self.adapter, self.base, self.plan = adapter, base, plan
+        self.entries = {module: base.places[weight] for weight, module in plan.merged.items()}
         self.biases: dict[str, torch.Tensor] = {}
         record = adapter.record
         # These read no base weight when they are made: one skeleton of weights without memory serves all modules.
         self.whole = record.name == "lora" or record.tuner.uses_shared_state or bool(record.layer.shared_slots)
-        self._skeleton: Any = None
+
+    @functools.cached_property
+    def _skeleton(self) -> nn.Module:
+        return self._load({module: self._bare(module) for module in self.entries})
 
     def layer(self, module: str) -> Any:
-        if not self.whole:
-            return self._load({module: self._bare(module, self._read(module))}).get_submodule(module)
-        if self._skeleton is None:
-            self._skeleton = self._load({m: self._bare(m, None) for m in self.plan.merged.values()})
-        return self._skeleton.get_submodule(module)
+        root = self._skeleton if self.whole else self._load({module: self._bare(module, self._read(module))})
+        return root.get_submodule(module)
 
     def _read(self, module: str) -> torch.Tensor:
         """The weight, canonical [out, in] for linear layers, in the type that merging computes in."""
-        place = self._place(module)
-        value = row_reader(*place)(0, place[1].shape[0]).to(_work(place[1]))
-        return value.T if self._swapped(module) else value
+        entry = self.entries[module]
+        value = entry.tensor().to(entry.work_dtype)
+        return value.T if self._transposed(module) else value
 
-    def _place(self, module: str) -> tuple[Shard, Entry]:
-        return self.base.places[self.base.find(module + ".weight") or ""]
+    def _transposed(self, module: str) -> bool:
+        """Linear weights stored [in, out] (Conv1D): LoRA's shapes say so, else the configurations."""
+        shape, adapter = self.entries[module].shape, self.adapter
+        if len(shape) != 2 or is_embedding(module, adapter):
+            return False
+        A, B = (adapter.tensors.get(f"{PREFIX}{module}.lora_{x}.weight") for x in "AB")
+        if A is not None and B is not None and (B.shape[0], A.shape[-1]) != shape:
+            return (A.shape[-1], B.shape[0]) == shape
+        return bool(adapter.config.get("fan_in_fan_out")) or self.base.config.get("model_type") in _CONV1D_MODELS
 
-    def _swapped(self, module: str) -> bool:
-        entry = self._place(module)[1]
-        linear = len(entry.shape) == 2 and not is_embedding(module, self.adapter)
-        return linear and _is_transposed(entry, module, self.base, self.adapter)
-
-    def _bare(self, module: str, weight: torch.Tensor | None) -> nn.Module:
-        entry = self._place(module)[1]
-        shape: Any = entry.shape[::-1] if self._swapped(module) else entry.shape
+    def _bare(self, module: str, weight: torch.Tensor | None = None) -> nn.Module:
+        entry = self.entries[module]
         if weight is None:
-            weight = torch.zeros((), dtype=_work(entry)).expand(shape)
-        bias = self._bias(module)
+            shape = entry.shape[::-1] if self._transposed(module) else entry.shape
+            weight = torch.zeros((), dtype=entry.work_dtype).expand(shape)
+        bias, (out, *rest) = self._bias(module), weight.shape
+        has_bias = bias is not None
         with torch.device("meta"):
-            if len(shape) == 1:
-                made: nn.Module = nn.LayerNorm(shape[0], bias=bias is not None)
-            elif len(shape) > 2:
-                conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3]
-                made = conv(shape[1], shape[0], shape[2:], bias=bias is not None)  # type: ignore[arg-type]
+            if not rest:
+                made: nn.Module = nn.LayerNorm(out, bias=has_bias)
+            elif len(rest) > 1:
+                conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(rest) - 2]
+                made = conv(rest[0], out, tuple(rest[1:]), bias=has_bias)  # type: ignore[arg-type]
             elif is_embedding(module, self.adapter):
-                made = nn.Embedding(*shape)
+                made = nn.Embedding(out, rest[0])
             else:
-                made = nn.Linear(shape[1], shape[0], bias=bias is not None)
+                made = nn.Linear(rest[0], out, bias=has_bias)
         made.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             made.bias = nn.Parameter(bias, requires_grad=False)
@@ -112,9 +107,8 @@ class Merger:
         name = self.base.find(module + ".bias")
         if name is None:
             return None
-        place = self.base.places[name]
         value = self.plan.replaced.get(name)
-        return (row_reader(*place)(0, place[1].shape[0]) if value is None else value).to(_work(self._place(module)[1]))
+        return (self.base.places[name].tensor() if value is None else value).to(self.entries[module].work_dtype)
 
     def _load(self, modules: dict[str, nn.Module]) -> nn.Module:
         from peft import PeftModel
@@ -122,11 +116,10 @@ class Merger:
 
         root = nn.Module()
         for name, module in modules.items():
-            parent, (*path, leaf) = root, name.split(".")
+            parent: Any = root
+            *path, leaf = name.split(".")
             for part in path:
-                if part not in parent._modules:
-                    parent.add_module(part, nn.Module())
-                parent = parent.get_submodule(part)
+                parent = parent._modules.setdefault(part, nn.Module())
             parent.add_module(leaf, module)
         config = copy.copy(self.adapter.peft_config)
         for option, value in (_SETTLED | {"target_modules": set(modules)}).items():
@@ -173,7 +166,7 @@ class Merger:
             self.biases[module] = bias.detach().clone()
         if self.whole:  # back to a stand-in
             merged.weight.data = weight.new_zeros(()).expand(weight.shape)
-        return weight.T if self._swapped(module) else weight
+        return weight.T if self._transposed(module) else weight
 
     def new_bias(self, module: str) -> torch.Tensor:
         if module not in self.biases:
@@ -182,9 +175,8 @@ class Merger:
 
     def pieces(self, module: str) -> Pieces:
         """The merged weight as row blocks."""
-        shard, entry = self._place(module)
-        assert entry.dtype is not None
-        dtype = entry.dtype
+        entry = self.entries[module]
+        dtype, blocks = entry.dtype, entry.spans()
 
         def pieces() -> Iterable[torch.Tensor]:
             factors = self._plain_factors(module)
@@ -192,14 +184,13 @@ class Merger:
                 yield self.whole_weight(module).to(dtype)
                 return
             left, right, m = factors
-            read, blocks = row_reader(shard, entry), spans(entry)
 
             def changed(begin: int, end: int) -> torch.Tensor:
-                return read(begin, end).to(left.dtype).flatten(1).addmm_(left[begin:end], right)
+                return entry.rows(begin, end).to(left.dtype).flatten(1).addmm_(left[begin:end], right)
 
             if m is None:
                 yield from (changed(*block).to(dtype) for block in blocks)
-            elif self._swapped(module):  # DoRA: m (W + s B A) / |W + s B A|, norms over the inputs
+            elif self._transposed(module):  # DoRA: m (W + s B A) / |W + s B A|, norms over the inputs
                 norms = sum(changed(*block).double().square().sum(0) for block in blocks).sqrt()  # type: ignore
                 yield from ((changed(*block) * (m / norms).to(left.dtype)).to(dtype) for block in blocks)
             else:
@@ -227,20 +218,11 @@ class Merger:
         factors = layer.plain_factors("default") if dora else layer.factors("default")
         if factors is None:
             return None
-        work = _work(self._place(module)[1])
+        work = self.entries[module].work_dtype
         A, B = factors.A.to(work).flatten(1), factors.B.to(work).flatten(1) * factors.scale
         if B.shape[1] != A.shape[0]:
             return None
         if bias is not None and old is not None:
             self.biases[module] = old + bias
         m = layer.lora_magnitude_vector["default"].weight.to(work).flatten() if dora else None
-        return (A.T, B.T, m) if layer.kind.transposed or self._swapped(module) else (B, A, m)
-
-
-def _work(entry: Entry) -> torch.dtype:
-    return torch.float64 if entry.dtype == torch.float64 else torch.float32
-
-
-def spans(entry: Entry) -> list[tuple[int, int]]:
-    step = max(1, _BLOCK_ELEMENTS // max(1, math.prod(entry.shape[1:])))
-    return [(begin, min(begin + step, entry.shape[0])) for begin in range(0, entry.shape[0], step)]
+        return (A.T, B.T, m) if layer.kind.transposed or self._transposed(module) else (B, A, m)

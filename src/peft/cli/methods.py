@@ -35,8 +35,9 @@ def _kind(record: Any) -> str:
 
 
 def _merges(record: Any) -> str:
-    hooks = set(getattr(record.layer, "hooks", ()))
-    return "yes" if hooks & {"delta_weight", "factors", "delta_bias", "map_weight", "map_bias", "replace"} else "no"
+    from peft.core.layer import WEIGHT_HOOKS
+
+    return "no" if WEIGHT_HOOKS.isdisjoint(getattr(record.layer, "hooks", ())) else "yes"
 
 
 def _title(record: Any) -> str:

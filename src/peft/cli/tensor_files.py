@@ -1,33 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model folders of safetensors files, read and written tensor by tensor.
 
-The stock writer takes a whole shard as a dictionary of tensors. Here the header is written first, which only needs
-names, types and shapes, and then each tensor as it becomes known, so that memory does not depend on the shard size.
+The stock reader maps a whole file and the stock writer takes a whole dictionary. Here a file is rewritten under its own
+header, one tensor after the other, so that memory does not depend on the file's size.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from .errors import CliError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COPY_BYTES = 8 << 20
+_BLOCK_ELEMENTS = 1 << 20  # of a row block; with float32 copies a few times 4 MiB
+
+# What is written for a tensor: pieces, each a part of its bytes in order.
+Pieces = Callable[[], Iterable[torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: type code, shape and its bytes' place after the header."""
+    """A tensor in a file: type code, shape, and the place of its bytes in the file."""
 
-    name: str
+    path: Path
     code: str
     shape: tuple[int, ...]
     begin: int
@@ -36,15 +41,35 @@ class Entry:
     @property
     def dtype(self) -> torch.dtype | None:
         """None for integer and 8-bit types."""
-        return DTYPES.get(self.code)
+        return _DTYPES.get(self.code)
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """The type that changes of this tensor are computed in."""
+        return torch.float64 if self.code == "F64" else torch.float32
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows [begin, end) of the tensor; nothing else is read."""
+        step = (self.end - self.begin) // self.shape[0]
+        with self.path.open("rb") as file:
+            file.seek(self.begin + begin * step)
+            block = bytearray(file.read((end - begin) * step))
+        return torch.frombuffer(block, dtype=_DTYPES[self.code]).view(end - begin, *self.shape[1:])
+
+    def tensor(self) -> torch.Tensor:
+        return self.rows(0, self.shape[0])
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Row blocks of the tensor, small enough to compute with copies of one."""
+        step = max(1, _BLOCK_ELEMENTS // math.prod(self.shape[1:]))
+        return [(begin, min(begin + step, self.shape[0])) for begin in range(0, self.shape[0], step)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shard:
     path: Path
-    entries: list[Entry]
-    metadata: dict[str, str]
     data_start: int
+    entries: dict[str, Entry]  # in the order of their bytes
 
 
 def read_header(path: Path) -> Shard:
@@ -52,131 +77,48 @@ def read_header(path: Path) -> Shard:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
+        start = 8 + struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
+        if start > size:
             raise CliError(f"{path}: damaged or cut off: its header does not fit in the file")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(start - 8))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise CliError(f"{path}: damaged: its header is not valid JSON") from error
-    metadata = header.pop("__metadata__", {})
-    entries = [Entry(k, v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in header.items()]
-    entries.sort(key=lambda entry: entry.begin)
-    if entries and 8 + length + entries[-1].end > size:
-        raise CliError(f"{path}: cut off: {8 + length + entries[-1].end:,} bytes expected, {size:,} found")
-    return Shard(path, entries, metadata, 8 + length)
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = (start + offset for offset in value["data_offsets"])
+        if end > size:
+            raise CliError(f"{path}: cut off: {name} ends at byte {end:,}, the file at {size:,}")
+        entries[name] = Entry(path, value["dtype"], tuple(value["shape"]), begin, end)
+    return Shard(path, start, entries)
 
 
-def model_shards(folder: Path) -> list[Shard]:
-    """The weight files of a model folder, in order."""
-    if not folder.is_dir():
-        raise CliError(f"{folder}: no such folder")
-    if (folder / SINGLE).is_file():
-        return [read_header(folder / SINGLE)]
-    if not (folder / INDEX).is_file():
-        old = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".gguf"))
-        hint = f"; {old[0]} has to be converted first (load it with transformers and save it again)" if old else ""
-        raise CliError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
-    names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise CliError(f"{folder / name}: named in {INDEX}, but not there")
-    return [read_header(folder / name) for name in names]
-
-
-# What is written for a tensor: pieces, each a part of its bytes in order.
-Pieces = Callable[[], Iterable[torch.Tensor]]
-
-
-@dataclass
-class Output:
-    """One tensor of the new file; without `pieces` it is copied from `source`."""
-
-    name: str
-    code: str
-    shape: tuple[int, ...]
-    source: tuple[Shard, Entry] | None = None
-    pieces: Pieces | None = None
-
-    @property
-    def nbytes(self) -> int:
-        if self.source is not None:
-            return self.source[1].end - self.source[1].begin
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * DTYPES[self.code].itemsize
-
-
-def write_shard(path: Path, outputs: list[Output], metadata: dict[str, str], report: Callable[[str], object]) -> int:
-    """Write a safetensors file; returns the bytes of tensor data."""
-    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
-    place = 0
-    for output in outputs:
-        header[output.name] = {
-            "dtype": output.code,
-            "shape": list(output.shape),
-            "data_offsets": [place, place + output.nbytes],
-        }
-        place += output.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for output in outputs:
-            before = file.tell()
-            if output.pieces is None:
-                _copy(output, file)
-            else:
-                for piece in output.pieces():
+def rewrite(shard: Shard, target: Path, changed: Mapping[str, Pieces], report: Callable[[], object]) -> None:
+    """Copy a file, with other values for the tensors in `changed`."""
+    with shard.path.open("rb") as source, target.open("xb") as file:
+        file.write(source.read(shard.data_start))
+        for name, entry in shard.entries.items():
+            if name in changed:
+                for piece in changed[name]():
                     file.write(piece.contiguous().view(torch.uint8).reshape(-1).numpy().data)
-            if file.tell() - before != output.nbytes:
-                raise CliError(
-                    f"{path.name}: {output.name}: {file.tell() - before} bytes written, {output.nbytes} meant"
-                )
-            report(output.name)
-    return place
+            else:
+                source.seek(entry.begin)
+                for begin in range(entry.begin, entry.end, _COPY_BYTES):
+                    file.write(source.read(min(_COPY_BYTES, entry.end - begin)))
+            if file.tell() != entry.end:
+                raise CliError(f"{target.name}: {name} ends at byte {file.tell():,}, {entry.end:,} was meant")
+            report()
 
 
-def _copy(output: Output, file: BinaryIO) -> None:
-    assert output.source is not None
-    shard, entry = output.source
-    left = entry.end - entry.begin
-    with shard.path.open("rb") as source:
-        source.seek(shard.data_start + entry.begin)
-        while left:
-            block = source.read(min(left, _COPY_BYTES))
-            if not block:
-                raise CliError(f"{shard.path}: ended inside {entry.name}")
-            file.write(block)
-            left -= len(block)
-
-
-def row_reader(shard: Shard, entry: Entry) -> Callable[[int, int], torch.Tensor]:
-    """Function that reads rows `[begin, end)` of a tensor and nothing else."""
-    assert entry.dtype is not None
-    dtype, width = entry.dtype, 1
-    for size in entry.shape[1:]:
-        width *= size
-
-    def rows(begin: int, end: int) -> torch.Tensor:
-        step = width * dtype.itemsize
-        with shard.path.open("rb") as file:
-            file.seek(shard.data_start + entry.begin + begin * step)
-            block = bytearray(file.read((end - begin) * step))
-        return torch.frombuffer(block, dtype=dtype).view(end - begin, *entry.shape[1:])
-
-    return rows
-
-
-@dataclass
+@dataclass(frozen=True)
 class Base:
     """A model folder: its configuration, and where each tensor is."""
 
     folder: Path
     config: dict[str, Any]
     shards: list[Shard]
-    places: dict[str, tuple[Shard, Entry]]
+    places: dict[str, Entry]
 
     @property
     def tied(self) -> bool:
@@ -192,8 +134,24 @@ class Base:
 
 
 def open_base(folder: Path) -> Base:
-    shards = model_shards(folder)
+    shards = [read_header(path) for path in _weight_files(folder)]
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    places = {entry.name: (shard, entry) for shard in shards for entry in shard.entries}
-    return Base(folder, config, shards, places)
+    return Base(folder, config, shards, {name: entry for shard in shards for name, entry in shard.entries.items()})
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CliError(f"{folder}: no such folder")
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        old = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".gguf"))
+        hint = f"; {old[0]} has to be converted first (load it with transformers and save it again)" if old else ""
+        raise CliError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
+    weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise CliError(f"{path}: named in {INDEX}, but not there")
+    return paths

@@ -32,6 +32,8 @@ HOOKS = (
     "factors", "delta", "delta_weight", "delta_bias", "map_input", "map_output", "map_weight", "map_bias",
     "unmap_weight", "unmap_bias", "replace",
 )  # fmt: skip
+# A layer with one of these can be merged.
+WEIGHT_HOOKS = frozenset({"delta_weight", "factors", "delta_bias", "map_weight", "map_bias", "replace"})
 
 
 class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
@@ -294,8 +296,7 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
 
     @property
     def mergeable(self) -> bool:
-        weight_hooks = {"delta_weight", "factors", "delta_bias", "map_weight", "map_bias", "replace"}
-        return bool(self.hooks & weight_hooks) and (self.storage.writable or "replace" in self.hooks)
+        return bool(self.hooks & WEIGHT_HOOKS) and (self.storage.writable or "replace" in self.hooks)
 
     @property
     def factored(self) -> bool:
