@@ -345,7 +345,7 @@ class PeftModel(nn.Module):
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The prompt as it is stored in the file."""
-        return prompt.get_prompt_embedding_to_save(self, adapter_name)
+        return self.prompt_encoder[adapter_name].export()[prompt.PROMPT_KEY]  # type: ignore[union-attr]
 
     # ---- files
     @classmethod

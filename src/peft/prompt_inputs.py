@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .core.prompt import BasePromptEncoder, active_encoder, find_word_embeddings
+from .core.prompt import BasePromptEncoder, active_encoder, find_word_embeddings, is_checkpointing
 from .prompt_cache import cache_length, new_cache, with_room, write_prefix
 from .utils.peft_types import PeftType
 
@@ -114,17 +114,10 @@ def _extend_mask(call: Call, name: str, n: int, embeds: bool) -> None:
         call[name] = _extend(mask, n, 1 if mask.dtype == torch.bool else 0)
 
 
-def _drop_token_types(call: Call) -> None:
-    if call.pop("token_type_ids", None) is not None:
+def _drop(call: Call, name: str, label: str) -> None:
+    if call.pop(name, None) is not None:
         warnings.warn(
-            "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids.", stacklevel=4
-        )
-
-
-def _drop_positions(call: Call) -> None:
-    if call.pop("position_ids", None) is not None:
-        warnings.warn(
-            "Position ids are not supported for parameter efficient tuning. Ignoring position ids.", stacklevel=4
+            f"{label} are not supported for parameter efficient tuning. Ignoring {label.lower()}.", stacklevel=4
         )
 
 
@@ -138,10 +131,6 @@ def _join(prompt: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
     return torch.cat([prompt.to(device=embeds.device, dtype=embeds.dtype), embeds], dim=1)
 
 
-def _is_continued(call: Call) -> bool:
-    return cache_length(call.get("past_key_values")) > 0
-
-
 # ---- forward
 
 
@@ -151,7 +140,7 @@ def prepare_forward(peft_model: Any, rule: InputRule, call: Call) -> Call:
     call = dict(call)
     task_ids = call.pop("task_ids", None)
     if rule.encoder_decoder or not rule.token_types:
-        _drop_token_types(call)
+        _drop(call, "token_type_ids", "Token type ids")
     if encoder.produces == "kv":
         return _kv_inputs(peft_model, encoder, rule, call)
     if rule.encoder_decoder:
@@ -159,16 +148,9 @@ def prepare_forward(peft_model: Any, rule: InputRule, call: Call) -> Call:
     return _embed_inputs(peft_model, encoder, rule, call, task_ids)
 
 
-def _is_checkpointing(base: Any) -> bool:
-    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # the newer name first
-        if hasattr(base, name):
-            return bool(getattr(base, name))
-    return False
-
-
 def _kv_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, call: Call) -> Call:
     base, nv = peft_model.base_model, _config(peft_model).num_virtual_tokens
-    if peft_model.training and _is_checkpointing(base):
+    if peft_model.training and is_checkpointing(base):
         raise RuntimeError(
             "Gradient checkpointing is enabled, which drops the cache that holds the prefix: disable it."
         )
@@ -176,8 +158,8 @@ def _kv_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, cal
     _extend_mask(call, "decoder_attention_mask" if rule.encoder_decoder else "attention_mask", nv, embeds=False)
     if call.get("position_ids") is not None:
         call["position_ids"] = call["position_ids"] + nv
-    if not _is_continued(call):  # a cache with content comes from an earlier call and holds the prefix
-        cache = call.get("past_key_values")
+    cache = call.get("past_key_values")
+    if cache_length(cache) == 0:  # a cache with content comes from an earlier call and holds the prefix
         cache = new_cache(base, _config(peft_model)) if cache is None else cache
         call["past_key_values"] = _fill(peft_model, encoder, cache, batch)
     return call
@@ -186,8 +168,8 @@ def _kv_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, cal
 def _embed_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, call: Call, task_ids: Any) -> Call:
     nv, batch = _config(peft_model).num_virtual_tokens, _batch_size(call)
     _extend_mask(call, "attention_mask", nv, embeds=True)
-    _drop_positions(call)
-    if _is_continued(call):
+    _drop(call, "position_ids", "Position ids")
+    if cache_length(call.get("past_key_values")) > 0:
         return call
     if rule.token_labels and call.get("labels") is not None:
         call["labels"] = _extend(call["labels"], nv, -100)
@@ -203,7 +185,7 @@ def _seq2seq_embeds(peft_model: Any, encoder: BasePromptEncoder, call: Call, tas
     nv, batch = config.num_virtual_tokens, _batch_size(call)
     prompt = _embeds(peft_model, encoder, batch, task_ids)
     _extend_mask(call, "attention_mask", nv, embeds=True)
-    _drop_positions(call)
+    _drop(call, "position_ids", "Position ids")
     call["inputs_embeds"] = _join(prompt[:, :nv], _input_embeds(peft_model, call))
     if not encoder.feeds_decoder or config.num_transformer_submodules != 2:
         return call
@@ -281,16 +263,13 @@ def _cache_for_backbone(peft_model: Any, cache: Any) -> Iterator[None]:
 def shadowed(module: torch.nn.Module, name: str, value: Any) -> Iterator[None]:
     """Set an instance attribute of a module for a while."""
     own = vars(module)
-    missing = object()
-    before = own.get(name, missing)
+    before = {name: own[name]} if name in own else {}
     own[name] = value
     try:
         yield
     finally:
-        if before is missing:
-            own.pop(name, None)
-        else:
-            own[name] = before
+        own.pop(name, None)
+        own.update(before)
 
 
 # ---- generation
@@ -362,13 +341,6 @@ def _kv_step(
     return inputs
 
 
-@contextmanager
-def generation_inputs(peft_model: Any) -> Iterator[None]:
-    """Let `generate` of the base model build its inputs here; undone on success and on error."""
-    with shadowed(peft_model.base_model, "prepare_inputs_for_generation", peft_model.prepare_inputs_for_generation):
-        yield
-
-
 def prepare_seq2seq_generation(peft_model: Any, encoder: BasePromptEncoder, kwargs: Call) -> Call:
     """Arguments of `generate` of an encoder-decoder with a prompt in front of the encoder inputs."""
     kwargs = dict(kwargs)
@@ -379,8 +351,8 @@ def prepare_seq2seq_generation(peft_model: Any, encoder: BasePromptEncoder, kwar
             "`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.", stacklevel=3
         )
     _extend_mask(kwargs, "attention_mask", nv, embeds=True)
-    _drop_token_types(kwargs)
-    _drop_positions(kwargs)
+    _drop(kwargs, "token_type_ids", "Token type ids")
+    _drop(kwargs, "position_ids", "Position ids")
     prompt = _embeds(peft_model, encoder, batch, task_ids)[:, :nv]
     kwargs["inputs_embeds"] = _join(prompt, _input_embeds(peft_model, kwargs))
     return kwargs

@@ -4,6 +4,7 @@
 A head is trained in full: it enters `modules_to_save` once, before anything is injected, so it is never a target.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -12,15 +13,9 @@ import torch
 from torch import nn
 
 from .config import PeftConfig
-from .core.prompt import active_encoder
+from .core.prompt import BasePromptEncoder, active_encoder
 from .peft_model import PeftModel
-from .prompt_inputs import (
-    InputRule,
-    generation_inputs,
-    prepare_generation,
-    prepare_seq2seq_generation,
-    prompt_forward,
-)
+from .prompt_inputs import InputRule, prepare_generation, prepare_seq2seq_generation, prompt_forward, shadowed
 from .utils.peft_types import TaskType
 
 
@@ -33,8 +28,30 @@ def add_heads(config: PeftConfig, heads: tuple[str, ...]) -> None:
     vars(config)["modules_to_save"] = listed + [head for head in heads if head not in listed]
 
 
+def task_forward(*names: str) -> Callable[..., Any]:
+    """The forward of a task: these arguments besides those of every task, all optional, as its signature says."""
+    names += ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
+
+    def forward(self: "TaskModel", *args: Any, **kwargs: Any) -> Any:
+        """Forward of the base model with the active adapters; embedding prompts add their tokens to its outputs."""
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or not given.keys().isdisjoint(kwargs):
+            raise TypeError(
+                f"{type(self).__name__} takes {', '.join(names)}, each once; got {len(args)} arguments by position and "
+                f"{', '.join(kwargs) or 'none'} by name."
+            )
+        given |= kwargs
+        return self._run({name: value for name, value in given.items() if value is not None or name not in names})
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("self", kind), *(inspect.Parameter(name, kind, default=None) for name in names)]
+    parameters.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return forward
+
+
 class TaskModel(PeftModel):
-    """Shared by the task classes; a subclass declares `heads` and `rule` and gives `forward` its task's arguments."""
+    """Shared by the task classes; a subclass declares `heads`, `rule` and the arguments of its `forward`."""
 
     heads: ClassVar[tuple[str, ...]] = ()
     rule: ClassVar[InputRule] = InputRule()
@@ -52,22 +69,19 @@ class TaskModel(PeftModel):
         add_heads(peft_config, self.heads)
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
-    def _run(self, kwargs: dict[str, Any], **named: Any) -> Any:
-        """Forward with the arguments that were given: with the prompt, or through the layers of the other methods."""
-        call = {name: value for name, value in named.items() if value is not None}
-        call.update(kwargs)
+    def _run(self, call: dict[str, Any]) -> Any:
+        """Forward with the prompt, or through the layers of the other methods."""
         with self._adapter_call((), call) as (_, call):
             if active_encoder(self) is not None:
                 return prompt_forward(self, self.rule, call)
-            if self._is_prompt_learning:
-                call = _without_prompt_arguments(self, call)
-            return self.base_model(**call)
+            return self.base_model(**self._without_prompt_arguments(call))
 
-
-def _without_prompt_arguments(model: Any, call: dict[str, Any]) -> dict[str, Any]:
-    """What is left for the base model while the prompt is off."""
-    own = {"task_ids"}.union(*(encoder.loss_arguments for encoder in model.prompt_encoder.values()))
-    return {name: value for name, value in call.items() if name not in own}
+    def _without_prompt_arguments(self, call: dict[str, Any]) -> dict[str, Any]:
+        """What is left for the base model while the prompt is off."""
+        if not self._is_prompt_learning:
+            return call
+        own = {"task_ids"}.union(*(encoder.loss_arguments for encoder in self.prompt_encoder.values()))
+        return {name: value for name, value in call.items() if name not in own}
 
 
 class GeneratingModel(TaskModel):
@@ -79,11 +93,19 @@ class GeneratingModel(TaskModel):
             self.get_base_model(), "prepare_inputs_for_generation", None
         )
 
-    def _share_generation_config(self) -> None:
-        """A generation_config set on this wrapper holds for the base model."""
-        config = vars(self).get("generation_config")
-        if config is not None:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the base model with the active adapters."""
+        if (config := vars(self).get("generation_config")) is not None:  # set on this wrapper, meant for the base model
             self.get_base_model().generation_config = config
+        encoder = active_encoder(self)
+        if encoder is None:
+            return super().generate(*args, **self._without_prompt_arguments(kwargs))
+        return self._generate_with_prompt(encoder, *args, **kwargs)
+
+    def _generate_with_prompt(self, encoder: BasePromptEncoder, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate` builds the inputs of each step here."""
+        with shadowed(self.base_model, "prepare_inputs_for_generation", self.prepare_inputs_for_generation):
+            return self.base_model.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(
         self, *args: Any, task_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
@@ -98,106 +120,42 @@ class PeftModelForCausalLM(GeneratingModel):
     """Causal language models."""
 
     rule = InputRule(token_labels=True)
+    forward = task_forward("input_ids", "attention_mask", "inputs_embeds", "labels")
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Forward of the base model with the active adapters; embedding prompts add their tokens to the logits."""
-        return self._run(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            task_ids=task_ids,
-        )
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the base model with the active adapters."""
-        self._share_generation_config()
-        encoder = active_encoder(self)
-        if encoder is None:
-            if self._is_prompt_learning:
-                return self.base_model.generate(*args, **_without_prompt_arguments(self, kwargs))
-            return super().generate(*args, **kwargs)
+    def _generate_with_prompt(self, encoder: BasePromptEncoder, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("task_ids") is not None:
+            # One for each sample: `generate` repeats tensors for beams along the first dimension.
+            ids = torch.as_tensor(kwargs["task_ids"]).reshape(-1)
             names = ("inputs", "input_ids", "inputs_embeds")
             rows = args[0] if args else next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
-            kwargs["task_ids"] = _one_task_a_row(kwargs["task_ids"], rows)
-        with generation_inputs(self):
-            return self.base_model.generate(*args, **kwargs)
-
-
-def _one_task_a_row(task_ids: Any, rows: torch.Tensor | None) -> torch.Tensor:
-    """Task ids [b]: `generate` repeats tensors for beams along the first dimension."""
-    task_ids = torch.as_tensor(task_ids).reshape(-1)
-    if rows is not None and len(task_ids) == 1:
-        return task_ids.expand(rows.shape[0]).to(rows.device)
-    return task_ids
+            kwargs["task_ids"] = ids if rows is None or len(ids) != 1 else ids.expand(len(rows)).to(rows.device)
+        return super()._generate_with_prompt(encoder, *args, **kwargs)
 
 
 class PeftModelForSeq2SeqLM(GeneratingModel):
-    """Encoder-decoder language models."""
+    """Encoder-decoder language models; embedding prompts go in front of the encoder inputs."""
 
     rule = InputRule(token_labels=True, encoder_decoder=True)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Forward of the base model with the active adapters; embedding prompts go in front of the encoder inputs."""
-        return self._run(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            task_ids=task_ids,
-        )
+    forward = task_forward(
+        "input_ids",
+        "attention_mask",
+        "inputs_embeds",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+        "decoder_inputs_embeds",
+        "labels",
+    )
 
     def generate(self, **kwargs: Any) -> Any:
         """`generate` of the base model with the active adapters; keyword arguments only."""
-        self._share_generation_config()
-        encoder = active_encoder(self)
-        if encoder is None:
-            if self._is_prompt_learning:
-                return self.base_model.generate(**_without_prompt_arguments(self, kwargs))
-            return super().generate(**kwargs)
+        return super().generate(**kwargs)
+
+    def _generate_with_prompt(self, encoder: BasePromptEncoder, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
             raise ValueError("input_ids must be provided for Peft model generation.")
         if encoder.produces == "embeds":
             return self.base_model.generate(**prepare_seq2seq_generation(self, encoder, kwargs))
-        with generation_inputs(self):
-            return self.base_model.generate(**kwargs)
+        return super()._generate_with_prompt(encoder, **kwargs)
 
 
 class PeftModelForSequenceClassification(TaskModel):
@@ -205,128 +163,37 @@ class PeftModelForSequenceClassification(TaskModel):
 
     heads = ("classifier", "score")
     rule = InputRule(token_types=True, pools=True)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Forward of the base model with the active adapters."""
-        return self._run(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            task_ids=task_ids,
-        )
+    forward = task_forward("input_ids", "attention_mask", "inputs_embeds", "labels")
 
 
 class PeftModelForTokenClassification(TaskModel):
-    """Classification of tokens; embedding prompts add their tokens to the logits."""
+    """Classification of tokens."""
 
     heads = ("classifier", "score")
     rule = InputRule(token_labels=True, token_types=True)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Forward of the base model with the active adapters."""
-        return self._run(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            task_ids=task_ids,
-        )
+    forward = task_forward("input_ids", "attention_mask", "inputs_embeds", "labels")
 
 
 class PeftModelForQuestionAnswering(TaskModel):
-    """Extraction of answers. Embedding prompts add their tokens to the logits; positions given as labels count them."""
+    """Extraction of answers; positions given as labels count the tokens of embedding prompts."""
 
     heads = ("qa_outputs",)
     rule = InputRule(token_types=True)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Forward of the base model with the active adapters."""
-        return self._run(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            start_positions=start_positions,
-            end_positions=end_positions,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            task_ids=task_ids,
-        )
+    forward = task_forward(
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "position_ids",
+        "inputs_embeds",
+        "start_positions",
+        "end_positions",
+    )
 
 
 class PeftModelForFeatureExtraction(TaskModel):
-    """Hidden states; embedding prompts add their tokens to them."""
+    """Hidden states."""
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        task_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Forward of the base model with the active adapters."""
-        return self._run(
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            task_ids=task_ids,
-        )
+    forward = task_forward("input_ids", "attention_mask", "inputs_embeds")
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {

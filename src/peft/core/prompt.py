@@ -95,35 +95,6 @@ class BasePromptEncoder(nn.Module):
     def load(self, state_dict: dict[str, torch.Tensor]) -> None:
         self.embedding.load_state_dict({"weight": prompt_rows(state_dict)}, strict=True)
 
-    # Published names of the hooks that saving and loading call.
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: Any,
-        config: PromptLearningConfig,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
-        return model.prompt_encoder[adapter_name].export()
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: Any, config: PromptLearningConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        return state_dict
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return key.replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}")
-
-    def _load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        self.load(state_dict)
-
-
-# The protocol's name in the architecture; the public PromptEncoder is the encoder of p-tuning.
-PromptEncoder = BasePromptEncoder
-
 
 def prompt_rows(state_dict: dict[str, torch.Tensor]) -> torch.Tensor:
     if PROMPT_KEY not in state_dict:
@@ -153,12 +124,8 @@ def prepare_prompt_config(config: PromptLearningConfig, model_config: Any) -> Pr
     if values.get("text_config") is not None:
         values = _as_dict(values["text_config"])
     if config.num_layers is None:
-        found = getattr(model_config, "num_hidden_layers", None)
-        config.num_layers = (
-            found
-            if found is not None
-            else _first(values, "num_layers", "num_hidden_layers num_layers n_layer n_layers")
-        )
+        names = "num_hidden_layers num_layers n_layer n_layers"
+        config.num_layers = getattr(model_config, "num_hidden_layers", None) or _first(values, "num_layers", names)
     if config.token_dim is None:
         config.token_dim = _first(values, "token_dim", "hidden_size n_embd d_model dim")
     if config.num_attention_heads is None:
@@ -177,9 +144,9 @@ def prepare_prompt_config(config: PromptLearningConfig, model_config: Any) -> Pr
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
-    return (
-        config if isinstance(config, dict) else config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
-    )
+    if isinstance(config, dict):
+        return config
+    return config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
 
 
 def _first(values: dict[str, Any], field: str, names: str) -> Any:
@@ -223,10 +190,9 @@ def setup_prompt_encoder(peft_model: Any, adapter_name: str, config: PromptLearn
     base = peft_model.base_model
     prepare_prompt_config(config, base.config)
     encoder_class = _encoder_class(config)
-    if encoder_class.produces == "kv" and any(getattr(m, "gradient_checkpointing", False) for m in base.modules()):
-        raise ValueError(
-            f"{_name(config)} does not work with gradient checkpointing: it drops the cache that holds the prefix."
-        )
+    if encoder_class.produces == "kv" and is_checkpointing(base):
+        name = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{name} does not work with gradient checkpointing: it drops the cache that holds the prefix.")
     _find_backbone(peft_model)
     words: Any = find_word_embeddings(peft_model)
     encoder = encoder_class.create(config, words)
@@ -244,8 +210,8 @@ def setup_prompt_encoder(peft_model: Any, adapter_name: str, config: PromptLearn
     vars(peft_model)["word_embeddings"] = words
 
 
-def _name(config: PromptLearningConfig) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
+def is_checkpointing(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _find_backbone(peft_model: Any) -> None:
@@ -278,19 +244,6 @@ def find_word_embeddings(peft_model: Any) -> nn.Module:
         f"Found no word embeddings in {type(base).__name__}: it has neither get_input_embeddings() nor a "
         f"parameter with {vocab} rows, the vocab_size of its configuration."
     )
-
-
-def export_prompt_state(peft_model: Any, adapter_name: str) -> dict[str, torch.Tensor]:
-    return peft_model.prompt_encoder[adapter_name].export()
-
-
-def load_prompt_state(peft_model: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-    peft_model.prompt_encoder[adapter_name].load(state_dict)
-
-
-def get_prompt_embedding_to_save(peft_model: Any, adapter_name: str) -> torch.Tensor:
-    """The rows [n, d] that are stored under `prompt_embeddings`."""
-    return export_prompt_state(peft_model, adapter_name)[PROMPT_KEY]
 
 
 def delete_prompt_adapter(peft_model: Any, adapter_name: str) -> None:

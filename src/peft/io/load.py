@@ -14,7 +14,6 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..core.layer import AdapterLayer
 from ..core.modules import without_collector
 from ..core.offload import compute_device, is_offloaded, onload_layer, unsharded
-from ..core.prompt import export_prompt_state, load_prompt_state
 from ..core.tuner import TunerModel
 from ..registry import method_of
 from ..storage.dtensor import gathered
@@ -197,14 +196,14 @@ def _load_prompt(
     model: Any, config: Any, name: str, state: dict[str, torch.Tensor], ignore: bool, low_cpu: bool, source: str
 ) -> LoadReport:
     """Prompt encoders load their own keys; modules trained in full come with them."""
-    holder = _peft_model(model)
+    encoder = _peft_model(model).prompt_encoder[name]
     entries = [e for e in adapter_entries(model, name) if e.role == "wrapper"]
-    own = set(export_prompt_state(holder, name))
+    own = set(encoder.export())
     foreign = {k: v for k, v in state.items() if k not in own}
     plan = _make_plan(model, name, config, entries, foreign, ignore)
     _raise(model, plan, source)
     try:
-        load_prompt_state(holder, name, {k: v for k, v in state.items() if k in own})
+        encoder.load({k: v for k, v in state.items() if k in own})
     except KeyError as error:
         raise KeyError(f"{error.args[0]} ({source or 'the given weights'})") from error
     _assign(plan.copies, name, low_cpu)

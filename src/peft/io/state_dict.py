@@ -14,7 +14,6 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ..core.modules import without_collector
 from ..core.offload import unsharded
-from ..core.prompt import export_prompt_state
 from ..storage.dtensor import gathered
 from ..utils.peft_types import PeftType
 from ..utils.warning import PeftWarning
@@ -72,7 +71,7 @@ def _state(
         entries = [e for e in entries if e.role == "wrapper"]
         held += _peft_model(model).prompt_encoder[adapter_name].parameters()
     with gathered(() if alone else held):
-        state = export_prompt_state(_peft_model(model), adapter_name) if method.is_prompt else {}
+        state = _peft_model(model).prompt_encoder[adapter_name].export() if method.is_prompt else {}
         state.update(_pick(entries, state_dict))
         if not (alone or method.is_prompt):
             if config.peft_type == PeftType.LORA:
