@@ -35,7 +35,7 @@ def task_forward(*names: str) -> Callable[..., Any]:
     def forward(self: "TaskModel", *args: Any, **kwargs: Any) -> Any:
         """Forward of the base model with the active adapters; embedding prompts add their tokens to its outputs."""
         given = dict(zip(names, args, strict=False))
-        if len(args) > len(names) or not given.keys().isdisjoint(kwargs):
+        if len(args) > len(names) or any(name in given for name in kwargs):
             raise TypeError(
                 f"{type(self).__name__} takes {', '.join(names)}, each once; got {len(args)} arguments by position and "
                 f"{', '.join(kwargs) or 'none'} by name."

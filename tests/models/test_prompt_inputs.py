@@ -215,6 +215,17 @@ def test_feature_extraction():
     assert model(input_ids=IDS, task_ids=torch.tensor([0])).last_hidden_state.shape == (2, 3 + LENGTH, 16)
 
 
+def test_arguments_of_a_task_by_position():
+    model = adapted("llama", "prompt", "CAUSAL_LM")
+    want = model(input_ids=IDS, attention_mask=MASK, labels=IDS)
+    assert torch.equal(model(IDS, MASK, None, IDS).loss, want.loss)
+    for wrong in ({"input_ids": IDS}, {"attention_mask": MASK}):
+        with pytest.raises(TypeError, match="each once"):
+            model(IDS, MASK, **wrong)
+    with pytest.raises(TypeError, match="9 arguments by position"):
+        model(*[IDS] * 9)
+
+
 def test_heads_enter_modules_to_save_once():
     given = config("prompt", "SEQ_CLS", modules_to_save=["classifier"])
     model = peft.get_peft_model(base("bert_cls"), given)
