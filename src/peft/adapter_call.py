@@ -4,13 +4,13 @@ beam search.
 """
 
 import contextlib
-import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .config import nearest
 from .core.tuner import TunerModel
 
 # Arguments for layers; the base model never sees them.
@@ -40,7 +40,6 @@ def adapter_call(
         return
     call = tuner.switch.call
     call.clear()
-    call.generating = generate
     call.generating = generate
     with contextlib.ExitStack() as stack:
         stack.callback(_clear_if_done, call)
@@ -78,11 +77,9 @@ def check_adapter_names(peft_model: Any, names: Sequence[str]) -> tuple[str, ...
     known = set(peft_model.peft_config)
     missing = [n for n in dict.fromkeys(names) if n not in known and n != BASE]
     if missing:
-        near = [m for name in missing for m in difflib.get_close_matches(str(name), known, n=1)]
-        hint = f" Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else ""
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(map(str, missing)))}. Available: "
-            f"{', '.join(sorted(known))}, or {BASE!r} for none.{hint}"
+            f"{', '.join(sorted(known))}, or {BASE!r} for none.{''.join(nearest(n, known) for n in missing)}"
         )
     layers = tuner.layers()
     if not layers:

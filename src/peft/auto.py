@@ -3,48 +3,55 @@
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from .config import PeftConfig
 from .import_utils import require
 from .peft_model import PeftModel
+from .utils.constants import TOKENIZER_CONFIG_NAME
 
 # `parent_library` comes from the adapter's file, and importing a module runs code: only these are imported unasked.
 _IMPORTABLE = ("diffusers", "lerobot", "megatron-core", "transformers")
-_TOKENIZER_FILE = "tokenizer_config.json"
 
 
-class _TargetClass:
-    """`_target_class` as published, without importing transformers before it is used."""
+class _ClassProperty:
+    """Keeps the published class attributes without importing what they stand for before they are used."""
 
-    def __get__(self, instance: Any, owner: "type[_BaseAutoPeftModel]") -> Any:
-        if owner._target is None:
-            return None
-        require(owner.__name__, "transformers")
-        return getattr(importlib.import_module("transformers"), owner._target)
+    def __init__(self, get: Callable[[Any], Any]):
+        self.get = get
 
-
-class _TargetPeftClass:
-    def __get__(self, instance: Any, owner: "type[_BaseAutoPeftModel]") -> type[PeftModel]:
-        return owner._wrapper()
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self.get(owner)
 
 
 class _BaseAutoPeftModel:
-    """`_target_class` names the transformers class of the base model, `_target_peft_class` the wrapper."""
+    """`_target` names the transformers class of the base model, `_target_peft` the wrapper."""
 
     _target: ClassVar[str | None] = None
     _target_peft: ClassVar[str] = "PeftModel"
-    _target_class = _TargetClass()
-    _target_peft_class = _TargetPeftClass()
+
+    @_ClassProperty
+    def _target_class(cls: Any) -> Any:
+        if cls._target is None:
+            return None
+        require(cls.__name__, "transformers")
+        return getattr(importlib.import_module("transformers"), cls._target)
+
+    @_ClassProperty
+    def _target_peft_class(cls: Any) -> Any:
+        if cls._target_peft == "PeftModel":
+            return PeftModel
+        from . import task_models
+
+        return getattr(task_models, cls._target_peft)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         name = type(self).__name__
         raise OSError(
             f"{name} is designed to be instantiated using the `{name}.from_pretrained(pretrained_model_name_or_path)` "
-            "or "
-            f"`{name}.from_config(config)` methods."
+            f"or `{name}.from_config(config)` methods."
         )
 
     @classmethod
@@ -68,7 +75,7 @@ class _BaseAutoPeftModel:
         target = cls._base_class(found, import_allowlist)
         base = target.from_pretrained(found.base_model_name_or_path, revision=found.revision, **kwargs)
         _fit_vocabulary(base, pretrained_model_name_or_path, revision, kwargs)
-        return cls._wrapper().from_pretrained(
+        return cls._target_peft_class.from_pretrained(
             base,
             pretrained_model_name_or_path,
             adapter_name=adapter_name,
@@ -79,34 +86,23 @@ class _BaseAutoPeftModel:
         )
 
     @classmethod
-    def _wrapper(cls) -> type[PeftModel]:
-        if cls._target_peft == "PeftModel":
-            return PeftModel
-        from . import task_models
-
-        return getattr(task_models, cls._target_peft)
-
-    @classmethod
     def _base_class(cls, config: PeftConfig, allowed: Sequence[str] | None) -> Any:
-        task = config.task_type
-        if task is not None:
-            from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+        task = getattr(config.task_type, "value", config.task_type)
+        if task is None:
+            return _mapped_class(config, allowed)
+        from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-            expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__
-            if cls._target is None:
-                raise ValueError(
-                    f"{cls.__name__} cannot load an adapter with a task type: this one is for "
-                    f"{getattr(task, 'value', task)}, use "
-                    f"Auto{expected}."
-                )
-            if expected != cls._target_peft:
-                raise ValueError(
-                    f"Expected target PEFT class: {expected}, but you have asked for: {cls._target_peft}. Make sure "
-                    "that you are loading the "
-                    f"correct model for your task type {getattr(task, 'value', task)}: use Auto{expected}."
-                )
-            return cls._target_class
-        return _mapped_class(config, allowed)
+        expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task].__name__
+        if cls._target is None:
+            raise ValueError(
+                f"{cls.__name__} cannot load an adapter with a task type: this one is for {task}, use Auto{expected}."
+            )
+        if expected != cls._target_peft:
+            raise ValueError(
+                f"Expected target PEFT class: {expected}, but you have asked for: {cls._target_peft}. Make sure that "
+                f"you are loading the correct model for your task type {task}: use Auto{expected}."
+            )
+        return cls._target_class
 
 
 def _mapped_class(config: PeftConfig, allowed: Sequence[str] | None) -> Any:
@@ -115,16 +111,14 @@ def _mapped_class(config: PeftConfig, allowed: Sequence[str] | None) -> Any:
     if mapping is None:
         raise ValueError(
             "Cannot infer the auto class from the config, please make sure that you are loading the correct model for "
-            "your task type: the "
-            "configuration has neither task_type nor auto_mapping."
+            "your task type: the configuration has neither task_type nor auto_mapping."
         )
     library, name = mapping["parent_library"], mapping["base_model_class"]
     entries = [*_IMPORTABLE, *(allowed or ())]
     if not any(library == entry or library.startswith(entry + ".") for entry in entries):
         raise ValueError(
             f"The configuration asks to import {name} from {library!r}, which is not one of {entries}. If you trust "
-            "it, pass "
-            f"import_allowlist=[{library.split('.')[0]!r}]."
+            f"it, pass import_allowlist=[{library.split('.')[0]!r}]."
         )
     return getattr(importlib.import_module(library), name)
 
@@ -146,11 +140,11 @@ def _fit_vocabulary(base: Any, path: str | os.PathLike, revision: str | None, kw
 def _has_tokenizer(path: str | os.PathLike, revision: str | None, kwargs: dict[str, Any]) -> bool:
     folder = Path(path, kwargs.get("subfolder") or "")
     if Path(path).is_dir():
-        return (folder / _TOKENIZER_FILE).is_file()
+        return (folder / TOKENIZER_CONFIG_NAME).is_file()
     from .io.files import check_file_exists_on_hf_hub
 
     hub = {k: kwargs[k] for k in ("subfolder", "token", "repo_type") if k in kwargs}
-    return bool(check_file_exists_on_hf_hub(str(path), _TOKENIZER_FILE, revision=revision, **hub))
+    return bool(check_file_exists_on_hf_hub(str(path), TOKENIZER_CONFIG_NAME, revision=revision, **hub))
 
 
 class AutoPeftModel(_BaseAutoPeftModel):

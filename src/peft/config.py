@@ -2,15 +2,14 @@
 """Configuration classes: one dataclass a method, json <-> config, option helpers shared by all methods.
 
 A method's options are dataclass fields made with `option(default, help)`; the help text lives there and nowhere else
-(the command line
-reads it). Fields that many methods share (`targets()`, `excludes()`, `layer_range()` ...) are one-line calls so that
-every method keeps
-its published field order.
+(the command line reads it). Fields that many methods share (`targets()`, `excludes()`, `layer_range()` ...) are
+one-line calls so that every method keeps its published field order.
 """
 
 import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -69,10 +68,11 @@ def nearest(name: str, valid: Any, prefix: str = " Did you mean ") -> str:
     return prefix + " or ".join(repr(f) for f in found) + "?" if found else ""
 
 
-def _hub_parameters() -> set[str]:
+@functools.cache
+def hub_parameters() -> frozenset[str]:
     from huggingface_hub import hf_hub_download
 
-    return set(inspect.signature(hf_hub_download).parameters)
+    return frozenset(inspect.signature(hf_hub_download).parameters)
 
 
 @dataclass
@@ -148,9 +148,8 @@ class PeftConfigMixin:
         hints = "; ".join(f"{k}:{nearest(k, known)}" for k in unknown if nearest(k, known))
         warnings.warn(
             f"Unexpected keyword arguments {unknown} for class {target.__name__}, these are ignored. This probably "
-            "means that you're "
-            "loading a configuration file that was saved by a newer version of the library; upgrade it. "
-            f"{hints}".strip(),
+            "means that you're loading a configuration file that was saved by a newer version of the library; upgrade "
+            f"it. {hints}".strip(),
             stacklevel=3,
         )
         return target(**{k: v for k, v in kwargs.items() if k in known})
@@ -185,22 +184,20 @@ class PeftConfigMixin:
     @classmethod
     def _get_peft_type(cls, model_id: str, **hf_hub_download_kwargs: Any) -> str:
         subfolder = hf_hub_download_kwargs.pop("subfolder", None)
-        hub_kwargs = {k: v for k, v in hf_hub_download_kwargs.items() if k in _hub_parameters()}
+        hub_kwargs, _, _ = cls._split_kwargs(hf_hub_download_kwargs)
         return cls.from_json_file(cls._find_config(model_id, subfolder, hub_kwargs))["peft_type"]
 
     @classmethod
     def _split_kwargs(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        hub = _hub_parameters()
-        own = {
-            name
-            for c in (cls, *cls.__bases__)
-            if c is cls or c is PeftConfigMixin
-            for name in inspect.get_annotations(c)
-        }
-        hub_kwargs = {k: v for k, v in kwargs.items() if k in hub}
-        class_kwargs = {k: v for k, v in kwargs.items() if k in own and k not in hub}
-        other = {k: v for k, v in kwargs.items() if k not in hub and k not in own}
-        return hub_kwargs, class_kwargs, other
+        """(arguments for hf_hub_download, options of this class, the others)."""
+        hub, own = hub_parameters(), set(inspect.get_annotations(cls))
+        if PeftConfigMixin in cls.__bases__:
+            own |= set(inspect.get_annotations(PeftConfigMixin))
+        return (
+            {k: v for k, v in kwargs.items() if k in hub},
+            {k: v for k, v in kwargs.items() if k in own and k not in hub},
+            {k: v for k, v in kwargs.items() if k not in own and k not in hub},
+        )
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

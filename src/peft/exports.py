@@ -11,8 +11,6 @@ from pathlib import Path
 
 from .utils._lazy import lazy_attributes, owners
 
-_TUNERS = "peft.tuners"
-
 
 def words(text: str) -> list[str]:
     return text.split()
@@ -39,9 +37,8 @@ _IRREGULAR = owners(
 # Methods whose public classes are the pair <Name>Config, <Name>Model.
 _LAYER_METHODS = words(
     "AdaLora Adamss AdaptionPrompt BOFT Beft C3A Deft Delora FourierFT Frod Glora Gralora HRA Hira IA3 LNTuning Lily "
-    "LoHa LoKr Lora Miss OFT OSF "
-    "Peanut Poly Psoft Pvera RandLora Road Shadow Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera "
-    "WaveFT XLora"
+    "LoHa LoKr Lora Miss OFT OSF Peanut Poly Psoft Pvera RandLora Road Shadow Shira Supertuning TinyLora "
+    "TrainableTokens UniLora VBLoRA Vera WaveFT XLora"
 )
 _PROMPT_NAMES = words(
     "CPTConfig CPTEmbedding CartridgeConfig CartridgeEncoder MultitaskPromptTuningConfig PrefixTuningConfig "
@@ -60,8 +57,7 @@ _CORE = owners(
         "peft.helpers": "find_kappa_target_modules",
         "peft.mapping": (
             "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING "
-            "PEFT_TYPE_TO_TUNER_MAPPING "
-            "get_peft_config get_peft_model inject_adapter_in_model"
+            "PEFT_TYPE_TO_TUNER_MAPPING get_peft_config get_peft_model inject_adapter_in_model"
         ),
         "peft.mixed_model": "PeftMixedModel",
         "peft.peft_model": "PeftModel",
@@ -76,10 +72,9 @@ _CORE = owners(
         ),
         "peft.utils": (
             "NoMatchingPeftModuleError PeftError PeftType PeftWarning TaskType "
-            "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING "
-            "bloom_model_postprocess_past_key_value cast_mixed_precision_params get_base_model_state_dict "
-            "get_peft_model_state_dict "
-            "load_peft_weights prepare_model_for_kbit_training replace_lora_weights_loftq set_base_model_state_dict "
+            "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value "
+            "cast_mixed_precision_params get_base_model_state_dict get_peft_model_state_dict load_peft_weights "
+            "prepare_model_for_kbit_training replace_lora_weights_loftq set_base_model_state_dict "
             "set_peft_model_state_dict shift_tokens_right"
         ),
     }
@@ -95,25 +90,15 @@ def tuner_modules() -> dict[str, str]:
 
 def home(name: str) -> str | None:
     """The module that defines the public name `name`, None if there is no such name."""
-    if name in _CORE:
-        return _CORE[name]
-    if name in _IRREGULAR:
-        return _IRREGULAR[name]
+    if listed := _CORE.get(name) or _IRREGULAR.get(name):
+        return listed
     for kind in ("Config", "Model", "Embedding", "Encoder"):
         if name.endswith(kind):
             module = tuner_modules().get(name.removesuffix(kind).lower())
-            return f"{_TUNERS}.{module}" if module else None
+            return f"peft.tuners.{module}" if module else None
     return None
 
 
-def _present(name: str) -> bool:
-    module = home(name)
-    return module is not None and (
-        not module.startswith(_TUNERS + ".") or module.split(".")[2] in tuner_modules().values()
-    )
-
-
-TUNER_NAMES = [name for name in TUNER_NAMES if _present(name)]
 PUBLIC_NAMES = sorted({*_CORE, *TUNER_NAMES} - {"MixedModel", "MultitaskPromptEmbedding"})
 
 

@@ -1,22 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions for libraries that add adapters to their own models, without a PeftModel around them."""
 
-from typing import TYPE_CHECKING
-
-from .utils._lazy import lazy_attributes, owners
-
-if TYPE_CHECKING:
-    from .core.trainable import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
-    from .io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
-    from .mapping import inject_adapter_in_model
-
-_HOMES = owners(
-    {
-        "peft.core.trainable": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
-        "peft.io.state_dict": "get_peft_model_state_dict set_peft_model_state_dict",
-        "peft.mapping": "inject_adapter_in_model",
-    }
-)
+from .core.trainable import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
+from .io.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from .mapping import inject_adapter_in_model
 
 __all__ = [
     "cast_adapter_dtype",
@@ -27,4 +14,3 @@ __all__ = [
     "set_peft_model_state_dict",
     "set_requires_grad",
 ]
-__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

@@ -3,10 +3,12 @@
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 GPTQMODEL_MINIMUM = "7.0.0"
@@ -63,9 +65,23 @@ def require(purpose: str, *packages: str, error: type[Exception] = ImportError) 
         raise error(f"{purpose} needs {' and '.join(wrong)}: pip install {' '.join(install)}")
 
 
+def _finder(package: str) -> Callable[[], bool]:
+    return functools.lru_cache(lambda: _is_there(package))
+
+
+is_aqlm_available = _finder("aqlm")
+is_bnb_available = _finder("bitsandbytes")
+is_diffusers_available = _finder("diffusers")
+is_eetq_available = _finder("eetq")
+is_hqq_available = _finder("hqq")
+is_inc_available = _finder("neural_compressor")
+is_optimum_available = _finder("optimum")
+is_te_available = _finder("transformer_engine")
+
+
 @functools.lru_cache
-def is_bnb_available() -> bool:
-    return _is_there("bitsandbytes")
+def is_te_pytorch_available() -> bool:
+    return is_te_available() and _is_there("transformer_engine.pytorch")
 
 
 @functools.lru_cache
@@ -90,8 +106,17 @@ def is_gptqmodel_available() -> bool:
 
 
 @functools.lru_cache
-def is_optimum_available() -> bool:
-    return _is_there("optimum")
+def is_torchao_available() -> bool:
+    """Whether torchao can be used; ImportError if it is too old."""
+    if not _is_there("torchao"):
+        return False
+    _require("torchao", TORCHAO_MINIMUM)
+    return True
+
+
+@functools.lru_cache
+def is_torchao_ge_v0_18_0() -> bool:
+    return _is_there("torchao") and _version("torchao") >= Version("0.18.0")
 
 
 @functools.lru_cache
@@ -111,40 +136,6 @@ def is_torch_tpu_available(check_device: bool = True) -> bool:
 
 
 @functools.lru_cache
-def is_aqlm_available() -> bool:
-    return _is_there("aqlm")
-
-
-@functools.lru_cache
-def is_eetq_available() -> bool:
-    return _is_there("eetq")
-
-
-@functools.lru_cache
-def is_hqq_available() -> bool:
-    return _is_there("hqq")
-
-
-@functools.lru_cache
-def is_inc_available() -> bool:
-    return _is_there("neural_compressor")
-
-
-@functools.lru_cache
-def is_torchao_available() -> bool:
-    """Whether torchao can be used; ImportError if it is too old."""
-    if not _is_there("torchao"):
-        return False
-    _require("torchao", TORCHAO_MINIMUM)
-    return True
-
-
-@functools.lru_cache
-def is_torchao_ge_v0_18_0() -> bool:
-    return _is_there("torchao") and _version("torchao") >= Version("0.18.0")
-
-
-@functools.lru_cache
 def is_xpu_available(check_device: bool = False) -> bool:
     """Whether torch can use an Intel GPU; with `check_device`, whether a tensor can be put on one."""
     if not torch.xpu.is_available():
@@ -157,47 +148,30 @@ def is_xpu_available(check_device: bool = False) -> bool:
     return True
 
 
-@functools.lru_cache
-def is_diffusers_available() -> bool:
-    return _is_there("diffusers")
-
-
-@functools.lru_cache
-def is_te_available() -> bool:
-    return _is_there("transformer_engine")
-
-
-@functools.lru_cache
-def is_te_pytorch_available() -> bool:
-    return is_te_available() and _is_there("transformer_engine.pytorch")
-
-
 # ---- transformers, by the version of the installed distribution
 
-_TRANSFORMERS_FROM = {
-    "is_transformers_ge_v5": "5.0.0.dev0",
-    "is_transformers_ge_v5_1_0": "5.1.0.dev0",
-    "is_transformers_ge_v5_4_0": "5.4.0.dev0",
-    "is_transformers_ge_v5_6_0": "5.6.0.dev0",
-    "is_transformers_ge_v5_13_0": "5.13.0.dev0",
-    "is_transformers_ge_v5_17_0": "5.17.0.dev0",
-    "is_transformers_dtensor_tp": "5.17.0.dev0",
+_TRANSFORMERS = {
+    "is_transformers_le_4_53": "<4.54.0.dev0",
+    "is_transformers_ge_v5": ">=5.0.0.dev0",
+    "is_transformers_ge_v5_1_0": ">=5.1.0.dev0",
+    "is_transformers_ge_v5_4_0": ">=5.4.0.dev0",
+    "is_transformers_ge_v5_6_0": ">=5.6.0.dev0",
+    "is_transformers_ge_v5_13_0": ">=5.13.0.dev0",
+    "is_transformers_ge_v5_17_0": ">=5.17.0.dev0",
+    "is_transformers_dtensor_tp": ">=5.17.0.dev0",
 }
-_LE_4_53 = "is_transformers_le_4_53"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TRANSFORMERS_FROM and name != _LE_4_53:
+    if name not in _TRANSFORMERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        version = _version("transformers")
+        value = SpecifierSet(_TRANSFORMERS[name]).contains(_version("transformers"), prereleases=True)
     except metadata.PackageNotFoundError:
         value = False
-    else:
-        value = version < Version("4.54.0.dev0") if name == _LE_4_53 else version >= Version(_TRANSFORMERS_FROM[name])
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_TRANSFORMERS_FROM, _LE_4_53})
+    return sorted({*globals(), *_TRANSFORMERS})

@@ -5,17 +5,15 @@ fails.
 
 import contextlib
 import copy
-import inspect
 import os
 import warnings
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .config import PeftConfig, nearest
+from .config import PeftConfig, hub_parameters, nearest
 from .mapping import name_warning, peft_model_class, unchanged_on_error
 from .registry import method_of
 
@@ -27,16 +25,9 @@ if TYPE_CHECKING:
 _CHANGES_BASE = ("pissa", "corda", "olora")
 
 
-@cache
-def _hub_parameters() -> frozenset[str]:
-    from huggingface_hub import hf_hub_download
-
-    return frozenset(inspect.signature(hf_hub_download).parameters) | {"use_auth_token"}
-
-
 def split_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arguments for hf_hub_download, the others)."""
-    hub = {k: v for k, v in kwargs.items() if k in _hub_parameters()}
+    hub = {k: v for k, v in kwargs.items() if k in hub_parameters() or k == "use_auth_token"}
     return hub, {k: v for k, v in kwargs.items() if k not in hub}
 
 

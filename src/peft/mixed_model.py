@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """PeftMixedModel: a base model with adapters of several methods, of which several can be active together."""
 
-import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import loading, status
-from .adapter_call import adapter_call
 from .config import PeftConfig, nearest
+from .core.aux_modules import as_names
 from .core.layer import AdapterLayer
 from .mapping import name_warning, unchanged_on_error
 from .peft_model import PeftModel, is_checkpointing
 from .registry import method_of
 from .tuners.mixed import MixedModel, check_mixable
+
+_Single: Any = PeftModel
 
 
 class PeftMixedModel(nn.Module):
@@ -46,7 +47,7 @@ class PeftMixedModel(nn.Module):
         self.set_modules_to_save(peft_config, adapter_name)
         self.config = getattr(model, "config", {"model_type": "custom"})
         if is_checkpointing(model):
-            PeftModel.prepare_model_for_gradient_checkpointing(self, model)  # type: ignore[arg-type]
+            _Single.prepare_model_for_gradient_checkpointing(self, model)
         if hasattr(self.config, "pretraining_tp"):
             self.config.pretraining_tp = 1  # type: ignore[union-attr]
 
@@ -57,6 +58,17 @@ class PeftMixedModel(nn.Module):
             if name in ("base_model", "get_base_model"):  # the latter tells a PeftModel apart
                 raise
             return getattr(self.base_model, name)
+
+    # ---- as in PeftModel, which this class does not derive from: other code tells the two apart by type
+    _is_prompt_learning = False
+    print_trainable_parameters = _Single.print_trainable_parameters
+    get_layer_status = _Single.get_layer_status
+    get_model_status = _Single.get_model_status
+    disable_adapter = _Single.disable_adapter  # within it the model computes what the base model computes
+    load_adapter = _Single.load_adapter
+    _cast_adapter = _Single._cast_adapter
+    _layers_off = _Single._layers_off
+    _adapter_call = _Single._adapter_call
 
     # ---- what there is
     @property
@@ -75,15 +87,6 @@ class PeftMixedModel(nn.Module):
         """(trainable parameters, all parameters)."""
         return status.count_parameters(self, packed=False)
 
-    def print_trainable_parameters(self) -> None:
-        print(status.trainable_line(self.get_nb_trainable_parameters()))
-
-    def get_layer_status(self) -> Any:
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> Any:
-        return status.get_model_status(self)
-
     # ---- adapters
     def add_adapter(
         self,
@@ -94,23 +97,12 @@ class PeftMixedModel(nn.Module):
     ) -> None:
         """Add an adapter of any layer method, frozen and not active. A failing call changes nothing."""
         check_mixable(peft_config)
-        if adapter_name in self.peft_config:
-            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         if adapter_name in (prefix := method_of(peft_config).prefix):
             warnings.warn(name_warning(adapter_name, prefix), stacklevel=2)
         with unchanged_on_error(None, peft_config):
-            self.peft_config[adapter_name] = peft_config
-            try:
-                model = self.base_model.model
-                self.base_model.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-            except BaseException:
-                self.peft_config.pop(adapter_name, None)
-                raise
+            self.base_model.add(adapter_name, peft_config, low_cpu_mem_usage)
         self._cast_adapter(adapter_name, autocast_adapter_dtype)
         self.set_modules_to_save(peft_config, adapter_name)
-
-    def _cast_adapter(self, name: str, autocast: bool) -> None:
-        self.base_model._cast_adapter_dtype(name, autocast)
 
     def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
         """Note the modules that the adapter trains in full."""
@@ -119,8 +111,7 @@ class PeftMixedModel(nn.Module):
             self.modules_to_save = (self.modules_to_save or set()) | set(names)
 
     def _known(self, names: str | list[str]) -> list[str]:
-        names = [names] if isinstance(names, str) else list(names)
-        known = sorted(self.peft_config)
+        names, known = as_names(names), sorted(self.peft_config)
         if missing := sorted(set(names) - set(known)):
             raise ValueError(
                 f"Adapter(s) {missing} not found, available adapters: "
@@ -137,19 +128,7 @@ class PeftMixedModel(nn.Module):
         for name in self._known(adapter_name):
             self.base_model.delete_adapter(name)
 
-    def disable_adapter(self) -> Any:
-        """Context manager within which the model computes what the base model computes."""
-        return PeftModel.disable_adapter(self)  # type: ignore[arg-type]
-
-    _is_prompt_learning = False
-    _layers_off = PeftModel._layers_off  # type: ignore[assignment]
-
     # ---- calls
-    @contextlib.contextmanager
-    def _adapter_call(self, args: tuple, kwargs: dict[str, Any], generate: bool = False) -> Iterator[Any]:
-        with adapter_call(self, args, kwargs, generate) as call:
-            yield call
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the base model with the active adapters, or with `adapter_names`: a name for each sample."""
         with self._adapter_call(args, kwargs) as (args, kwargs):
@@ -176,10 +155,6 @@ class PeftMixedModel(nn.Module):
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:
         check_mixable(peft_config)
         loading.check_new_adapter_config(self, peft_config, is_trainable)  # type: ignore[arg-type]
-
-    def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Load a further adapter, not activated; see `PeftModel.load_adapter`."""
-        return PeftModel.load_adapter(self, model_id, adapter_name, *args, **kwargs)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(

@@ -2,8 +2,7 @@
 """The registry of methods: one record a method, filled by `@register_method`; everything else is looked up here.
 
 Method modules are imported on first use of the registry as a whole (`methods()`), or one by one through
-`method(peft_type)`, so that
-`import peft` stays cheap.
+`method(peft_type)`, so that `import peft` stays cheap.
 """
 
 import functools
@@ -57,8 +56,7 @@ def register_method(
     """Class decorator for the tuner (or prompt encoder) of a method; `name.upper()` must be a PeftType.
 
     `prefix` starts the names of the method's parameters (default `name + "_"`). `mixed`: listed in the published
-    mapping of methods for
-    mixed models.
+    mapping of methods for mixed models.
     """
 
     def register(tuner: C) -> C:
@@ -92,10 +90,9 @@ def add_record(
     config._method = peft_type
     _name_unknown_options(config)
     layer = getattr(tuner, "layer_cls", None)
-    if layer is not None and "prefix" not in vars(layer):
-        layer.prefix = prefix
-        layer.method_name = name
     if layer is not None:
+        if "prefix" not in vars(layer):
+            layer.prefix, layer.method_name = prefix, name
         tuner.tuner_layer_cls = layer
         if not hasattr(tuner, "target_module_mapping"):
             tuner.target_module_mapping = target_table(table) if (table := table_of_method(name)) else {}
@@ -193,14 +190,14 @@ class RecordView(dict):
 
     def __init__(self, value: Callable[[Method], Any], keep: Callable[[Method], bool] = lambda m: True):
         super().__init__()
-        self._value, self._keep, self._filled = value, keep, False
+        self._value, self._keep, self._count = value, keep, -1
 
     def _fill(self) -> None:
-        if len(_records) != getattr(self, "_count", -1) or not self._filled:
+        if len(_records) != self._count:
             for peft_type, record in methods().items():
                 if self._keep(record):
                     super().setdefault(peft_type, self._value(record))
-            self._filled, self._count = True, len(_records)
+            self._count = len(_records)
 
 
 def _filled(name: str) -> Callable[..., Any]:
@@ -215,15 +212,6 @@ def _filled(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "__getitem__",
-    "__contains__",
-    "__iter__",
-    "__len__",
-    "get",
-    "items",
-    "keys",
-    "values",
-    "__repr__",
-    "__eq__",
-):
+    "__getitem__", "__contains__", "__iter__", "__len__", "__repr__", "__eq__", "get", "items", "keys", "values",
+):  # fmt: skip
     setattr(RecordView, _name, _filled(_name))

@@ -8,12 +8,13 @@ Everything here works on tensors; which layers and adapters they come from is th
 drawn from the default generator, one Bernoulli draw per tensor in list order: seeded results are the published ones.
 """
 
-import difflib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+
+from ..config import nearest
 
 SignMethod = Literal["total", "frequency"]
 Factors = tuple[torch.Tensor, torch.Tensor, float]  # A [r, in, *kernel], B [out, r, *1], scaling
@@ -139,8 +140,7 @@ def resolve_combination(kind: str, ranks: Sequence[int], svd_rank: int | None = 
     if not ranks:
         raise ValueError("There is nothing to combine: the list of adapters is empty.")
     if kind not in COMBINATION_TYPES:
-        near = difflib.get_close_matches(kind, COMBINATION_TYPES, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = nearest(kind, COMBINATION_TYPES)
         raise ValueError(f"Invalid combination_type: {kind}.{hint} Use one of {', '.join(COMBINATION_TYPES)}.")
     if svd_rank is not None and kind not in _BY_SVD:
         warnings.warn(f"svd_rank has no effect with combination_type={kind!r}.", stacklevel=3)
@@ -207,7 +207,7 @@ def combine_factors(
         A, B = truncated_factors(factors, weights, rank or max(ranks))
     else:
         if deltas is None:
-            deltas, transposed = [s * (_matrix_b(b) @ _matrix_a(a)) for a, b, s in factors], False
+            deltas, transposed = [s * (_matrix(b) @ _matrix(a)) for a, b, s in factors], False
         delta = combine_tensors(kind, deltas, weights, **options).flatten(start_dim=1)
         A, B = svd_factors(delta.T if transposed else delta, rank or max(ranks), clamp=clamp, driver=driver)
     like_a, like_b, _ = factors[0]
@@ -226,12 +226,8 @@ def _combine_separately(
     return A, combine_tensors(kind, [b for _, b, _ in factors], root, **options)
 
 
-def _matrix_a(a: torch.Tensor) -> torch.Tensor:
-    return a.detach().float().flatten(start_dim=1)  # [r, in * kernel]
-
-
-def _matrix_b(b: torch.Tensor) -> torch.Tensor:
-    return b.detach().float().flatten(start_dim=1)  # [out, r]; the second kernel of a conv has size 1
+def _matrix(factor: torch.Tensor) -> torch.Tensor:
+    return factor.detach().float().flatten(start_dim=1)  # A: [r, in * kernel], B: [out, r], its kernel has size 1
 
 
 def low_rank_svd(
@@ -241,8 +237,8 @@ def low_rank_svd(
 
     With R the sum of ranks: QR of the stacked factors, SVD of an R x R core; O((out + in) R^2), not O(out in min).
     """
-    B = torch.cat([_matrix_b(b) * (w * s) for w, (_, b, s) in zip(weights, factors, strict=True)], dim=1)
-    A = torch.cat([_matrix_a(a) for a, _, _ in factors], dim=0)
+    B = torch.cat([_matrix(b) * (w * s) for w, (_, b, s) in zip(weights, factors, strict=True)], dim=1)
+    A = torch.cat([_matrix(a) for a, _, _ in factors], dim=0)
     Q_out, R_out = torch.linalg.qr(B)
     Q_in, R_in = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all layers of one model share: which adapters are on (`Switch`), and the data of the current call.
 
-Layers read the switch, so turning adapters on and off is one assignment for the whole model. A layer can be switched
-on its own too
-(`layer.set_adapter`); such an override holds until the next switch of the model.
+Layers read the switch, so turning adapters on and off is one assignment for the whole model. A layer can be switched on
+its own too (`layer.set_adapter`); such an override holds until the next switch of the model.
 """
 
 import contextlib

@@ -206,9 +206,7 @@ class ForwardPaths:
         return type(self.kind.parameter(base)) in (nn.Parameter, torch.Tensor)
 
     def _weight_path_pays(self: Any, names: tuple[str, ...]) -> bool:
-        """Rounding W + delta to half precision would lose small deltas, so only full precision takes the weight
-        path.
-        """
+        """Only in full precision: rounding W + delta to half precision would lose small deltas."""
         base = self.base_layer
         full = self._base_is_plain(base) and self.kind.parameter(base).dtype in (torch.float32, torch.float64)
         return (
@@ -242,8 +240,7 @@ class ForwardPaths:
         if len(call.adapter_names or ()) != len(x):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(call.adapter_names or ())} and {len(x)} "
-                "respectively."
+                f"{len(call.adapter_names or ())} and {len(x)} respectively."
             )
         rows = {n: i for n, i in call.row_index(x.device).items() if n in self._names}
         if not rows:

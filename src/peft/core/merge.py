@@ -2,8 +2,7 @@
 """Merging of adapters into base weights and back, for one layer.
 
 The first merge keeps a copy of the base tensors on the CPU, and unmerging puts it back: bit by bit the same, whatever
-the dtype and however
-often. `merge_and_unload` never unmerges and keeps nothing.
+the dtype and however often. `merge_and_unload` never unmerges and keeps nothing.
 """
 
 import warnings
@@ -50,8 +49,7 @@ class Mergeable:
         """Write the adapters into the base layer.
 
         `safe_merge` refuses results that are not finite, before anything is written. `keep=False` saves the memory of
-        the copy that
-        `unmerge` needs.
+        the copy that `unmerge` needs.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self]
         forget = not keep and len(names) > 1  # later adapters may need the pristine weight

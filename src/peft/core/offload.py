@@ -36,9 +36,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def compute_device(module: nn.Module, weight: torch.Tensor) -> torch.device:
-    """Where a module computes: that of its weight, unless accelerate keeps the weight elsewhere (then it is on
-    meta).
-    """
+    """Where a module computes: where its weight is, unless accelerate keeps that elsewhere (it is on meta then)."""
     hook = _offloading(module) if weight.device.type == "meta" else None
     if hook is None or hook.execution_device is None:
         return weight.device

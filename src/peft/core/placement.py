@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tensors of an adapter are and in which dtype: they follow the base layer, half precision may become
-float32.
-"""
+"""Device and dtype of the tensors of an adapter: they follow the base layer, half precision may become float32."""
 
 from typing import Any
 
@@ -9,16 +7,13 @@ import torch
 from torch import nn
 
 from ..storage.base import DENSE
+from ..utils.constants import UPCAST_DTYPES
 from . import kinds
 from .modules import tree
 from .offload import compute_device
 
 # Adapter dtypes that `cast_adapter` turns into float32.
-UPCAST = {torch.float16, torch.bfloat16} | {
-    getattr(torch, n)
-    for n in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-    if hasattr(torch, n)
-}
+UPCAST = {torch.float16, torch.bfloat16, *(getattr(torch, n) for n in UPCAST_DTYPES if hasattr(torch, n))}
 Held = tuple[Any, str, torch.Tensor]
 
 

@@ -48,9 +48,8 @@ class WholeModelSwitch:
             if n in self.peft_config
         ):
             warnings.warn(
-                "Careful, disabling adapter layers with bias configured does not produce the same output as the "
-                "base model would without "
-                "adaption.",
+                "Careful, disabling adapter layers with bias configured does not produce the same output as the base "
+                "model would without adaption.",
                 stacklevel=2,
             )
         self._set_enabled(False)

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..utils.constants import EMBEDDING_LAYER_NAMES
 from .layer import AdapterLayer
 
 if TYPE_CHECKING:
     from .tuner import TunerModel
 
-# Last parts of names that mean an input or output embedding.
-EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 _UNTIE = (
     "untie the weights before adapting the model: load it with `tie_word_embeddings=False` in its configuration and "
     "give the output embedding its own copy, `head.weight = torch.nn.Parameter(head.weight.detach().clone())`"

@@ -5,19 +5,19 @@ from typing import Any
 
 import torch
 
+from ..config import CONFIG_NAME as CONFIG_NAME
+from ..core import match
 from ..core.targets import published_names, target_table
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.bin"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
-# target_modules="all-linear": every linear layer. DUMMY_TARGET_MODULES: match nothing and raise no error.
-INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
-DUMMY_TARGET_MODULES = "dummy-target-modules"
-# From this many entries on, a list of targets is condensed to the suffixes that tell them apart.
-MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
+INCLUDE_LINEAR_LAYERS_SHORTHAND = match.ALL_LINEAR
+DUMMY_TARGET_MODULES = match.DUMMY_TARGET_MODULES
+MIN_TARGET_MODULES_FOR_OPTIMIZATION = match.MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
+# Last parts of names: of input and output embeddings, of the heads of classifiers.
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}

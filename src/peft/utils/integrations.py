@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Glue to DeepSpeed, accelerate-style device maps, bitsandbytes, tensor parallelism, and initialisation on meta."""
 
-import functools
 import importlib
 import re
 import sys
@@ -97,9 +96,7 @@ def get_layer_device_map(model: Any) -> dict[int, int | str]:
     other device of the map."""
     device_map = model.hf_device_map
     offload = ("cpu", "disk")
-    main = next((d for d in device_map.values() if d not in offload), None)
-    if main is None:
-        main = "cpu"  # everything is offloaded
+    main = next((d for d in device_map.values() if d not in offload), "cpu")  # cpu: everything is offloaded
     computed_on = {name: main if d in offload else d for name, d in device_map.items()}
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     if list(computed_on) == [""]:
@@ -135,23 +132,16 @@ def map_cache_to_layer_device_map(model: Any, cache: Any) -> None:
 @contextmanager
 def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     """Inside, parameters of new modules are on the meta device; `include_buffers` also buffers and new tensors."""
-    with _init_on_device(torch.device("meta"), include_buffers=include_buffers):
-        yield
-
-
-@contextmanager
-def _init_on_device(device: torch.device, include_buffers: bool | None = None) -> Iterator[None]:
     if include_buffers:
-        with device:  # torch's own mode: every factory function
+        with torch.device("meta"):  # torch's own mode: every factory function
             yield
         return
     plain = nn.Module.register_parameter
 
     def register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         plain(module, name, param)
-        if param is not None and param.device != device:
-            moved = type(param)(param.to(device), requires_grad=param.requires_grad)
-            module._parameters[name] = moved
+        if param is not None and not param.is_meta:
+            module._parameters[name] = type(param)(param.to("meta"), requires_grad=param.requires_grad)
 
     try:
         nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
@@ -175,13 +165,7 @@ def _skip_init_on_device() -> Iterator[None]:
 
 def skip_init_on_device(func: Callable) -> Callable:
     """Decorator: the function ignores a surrounding `init_empty_weights`."""
-
-    @functools.wraps(func)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with _skip_init_on_device():
-            return func(*args, **kwargs)
-
-    return wrapper
+    return _skip_init_on_device()(func)
 
 
 # ---- tensor parallelism

@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.targets import published_names
 from ._lazy import lazy_attributes, owners
-from .constants import (
-    CONFIG_NAME,
-    EMBEDDING_LAYER_NAMES,
-    INCLUDE_LINEAR_LAYERS_SHORTHAND,
-    SAFETENSORS_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    bloom_model_postprocess_past_key_value,
-    starcoder_model_postprocess_past_key_value,
-)
 
 # ---- modules and their names
 
@@ -44,11 +36,9 @@ def _get_submodules_with_grandparent(model: nn.Module, key: str) -> tuple[nn.Mod
 
 def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
     """Dotted name of the input embedding, `default` where the model does not say which one it is."""
-    getter = getattr(model, "get_input_embeddings", None)
-    if getter is None:
-        return default
-    embedding = getter()
-    return next((name for name, module in model.named_modules() if module is embedding), default)
+    from ..core.tied import embedding_name
+
+    return embedding_name(model, default)
 
 
 def _get_no_split_modules(model: nn.Module) -> set[str]:
@@ -195,10 +185,6 @@ def _quantization_method(model: Any) -> str | None:
     return getattr(method, "value", method)
 
 
-def _is_packed(model: Any) -> bool:
-    return _quantization_method(model) in _PACKED or bool(getattr(model, "hqq_quantized", False))
-
-
 def prepare_model_for_kbit_training(
     model: Any,
     use_gradient_checkpointing: bool = True,
@@ -209,7 +195,7 @@ def prepare_model_for_kbit_training(
 
     A model that is not quantised is frozen and cast, without checkpointing. Returns the model, changed in place.
     """
-    packed = _is_packed(model)
+    packed = _quantization_method(model) in _PACKED or getattr(model, "hqq_quantized", False)
     for parameter in model.parameters():
         parameter.requires_grad = False
     if "bitsandbytes" in sys.modules:
@@ -222,18 +208,13 @@ def prepare_model_for_kbit_training(
             if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
                 parameter.data = parameter.data.to(torch.float32)
         if auto_clear_cache:
-            _empty_caches()
+            for backend in (torch.cuda, torch.xpu):
+                if backend.is_available():
+                    backend.empty_cache()
     quantized = packed or getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     if quantized and use_gradient_checkpointing:
         _enable_checkpointing(model, gradient_checkpointing_kwargs)
     return model
-
-
-def _empty_caches() -> None:
-    for name in ("cuda", "xpu"):
-        backend = getattr(torch, name, None)
-        if backend is not None and backend.is_available():
-            backend.empty_cache()
 
 
 def _enable_checkpointing(model: Any, kwargs: dict[str, Any] | None) -> None:
@@ -362,16 +343,9 @@ def get_gptqmodel_quant_linear(gptq_quantization_config: Any, device_map: Any = 
 
     config = gptq_quantization_config
     read = config.get if isinstance(config, dict) else lambda name, default: getattr(config, name, default)
-    arguments = {
-        "bits": read("bits", 4),
-        "group_size": read("group_size", 128),
-        "desc_act": read("desc_act", False),
-        "sym": read("sym", True),
-        "checkpoint_format": read("checkpoint_format", "gptq"),
-        "meta": read("meta", None),
-        "device_map": device_map,
-        "backend": read("backend", "auto"),
-    }
+    defaults = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    defaults |= {"checkpoint_format": "gptq", "meta": None, "backend": "auto"}
+    arguments = {name: read(name, default) for name, default in defaults.items()} | {"device_map": device_map}
     known = inspect.signature(hf_select_quant_linear).parameters
     return hf_select_quant_linear(**{name: value for name, value in arguments.items() if name in known})
 
@@ -386,24 +360,12 @@ _HOMES = owners(
         "peft.core.prompt:prepare_prompt_config": "_prepare_prompt_learning_config",
         "peft.io.files": "check_file_exists_on_hf_hub",
         "peft.core.tied": "_get_module_names_tied_with_embedding",
+        "peft.utils.constants": [
+            *("CONFIG_NAME", "EMBEDDING_LAYER_NAMES", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "SAFETENSORS_WEIGHTS_NAME"),
+            *("WEIGHTS_NAME", "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"),
+            *("bloom_model_postprocess_past_key_value", "starcoder_model_postprocess_past_key_value"),
+            *published_names(),
+        ],
     }
 )
-
-__all__ = [
-    "CONFIG_NAME",
-    "EMBEDDING_LAYER_NAMES",
-    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
-    "SAFETENSORS_WEIGHTS_NAME",
-    "WEIGHTS_NAME",
-    "bloom_model_postprocess_past_key_value",
-    "starcoder_model_postprocess_past_key_value",
-]
-_lookup, __dir__ = lazy_attributes(__name__, _HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("TRANSFORMERS_MODELS_TO_"):
-        from . import constants
-
-        return getattr(constants, name)
-    return _lookup(name)
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
