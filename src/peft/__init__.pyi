@@ -93,7 +93,7 @@ from .tuners.lora.config import LoraRuntimeConfig as LoraRuntimeConfig
 from .tuners.lora.config import MontecloraConfig as MontecloraConfig
 from .tuners.lora.config import VeloraConfig as VeloraConfig
 from .tuners.lora.eva import get_eva_state_dict as get_eva_state_dict
-from .tuners.lora.eva_load import initialize_lora_eva_weights as initialize_lora_eva_weights
+from .tuners.lora.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from .tuners.lora.loraga import preprocess_loraga as preprocess_loraga
 from .tuners.lora.model import LoraModel as LoraModel
 from .tuners.miss import MissConfig as MissConfig

@@ -177,6 +177,8 @@ def test_eva_errors():
         initialize_lora_eva_weights(model)
     with pytest.raises(ValueError, match="empty"):
         get_eva_state_dict(model, [], **EVA)
+    with pytest.raises(ValueError, match="an iterator does not do"):
+        get_eva_state_dict(model, iter(batches(2)), **EVA)
     with pytest.raises(ValueError, match="peft_config"):
         get_eva_state_dict(mlp(), batches(), **EVA)
     with pytest.raises(ValueError, match="no target module"):

@@ -54,6 +54,25 @@ def test_old_address_is_the_same_object(module, name, home, owned):
     assert there is getattr(importlib.import_module(home), owned or name)
 
 
+def test_addresses_of_lora_over_quantised_layers():
+    code = (
+        "import peft.tuners.lora.bnb as bnb, peft.tuners.lora.conversion\n"
+        "from peft.tuners.lora.tp_layer import LoraParallelLinear\n"
+        "from peft.tuners.lora import GPTQLoraLinear, aqlm\n"
+        "print(bnb.Linear4bit.__name__, aqlm.AqlmLoraLinear.__name__, GPTQLoraLinear is aqlm.GPTQLoraLinear)"
+    )
+    assert run(code) == "Linear4bit AqlmLoraLinear True"
+    from peft.tuners import lora
+
+    layer = lora.bnb.Linear8bitLt(nn.Linear(4, 4), "default", LoraConfig(r=2))
+    assert type(layer) is lora.Linear and not isinstance(layer, lora.bnb.Linear8bitLt)
+    layer.storage = type("Storage", (), {"label": "gptq"})()
+    assert isinstance(layer, lora.GPTQLoraLinear) and not isinstance(layer, lora.tp_layer.LoraParallelLinear)
+    layer._modules["base_layer"] = type("RowParallelLinear", (nn.Linear,), {})(4, 4)
+    assert isinstance(layer, lora.tp_layer.LoraParallelLinear)
+    assert lora.conversion.convert_to_lora is peft.convert_to_lora
+
+
 def test_errors_and_warnings():
     assert issubclass(peft.NoMatchingPeftModuleError, (peft.PeftError, ValueError))
     assert issubclass(peft.PeftWarning, UserWarning)

@@ -6,19 +6,22 @@ largest ("ipm") or the smallest ("kpm"); see `init.corda`. `preprocess_corda` le
 `eigens`.
 """
 
-import os
+import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ...core import kinds
 from ...core.match import pattern_value
 from . import data_init
 from .config import LoraConfig
 
+_PARTS = ("S_WC", "U_WC", "V_WC")  # fields of CordaEigens, in order
 _CONDITION = 0.05  # largest ‖C C⁻¹ - I‖ of an inverse that is good enough
 
 
@@ -55,71 +58,51 @@ def preprocess_corda(
         raise ValueError(f"Invalid corda_method found: {options.corda_method!r}, it should be 'ipm' or 'kpm'.")
     layers = data_init.target_layers(model, lora_config)
     data_init.refuse_quantised(layers, "CorDA")
-    cache = options.cache_file
-    if cache and os.path.exists(cache) and os.path.getsize(cache):
-        stored = data_init.load(cache)
+    cache = data_init.cached(options.cache_file, [f"{n}.eigens.{part}" for n in layers for part in _PARTS])
+    if cache is not None:
         for name, layer in layers.items():
-            layer.eigens = _eigens(stored, name)  # type: ignore[assignment]
+            layer.eigens = CordaEigens(*(cache[f"{name}.eigens.{part}"] for part in _PARTS))  # type: ignore[assignment]
         return
-    covariances = _covariances(layers, hooked_model or model, lora_config, run_model)
-    for name, layer in data_init.progress(layers.items(), "CorDA decomposition", options.verbose):
+    covariances = data_init.cached(options.covariance_file, layers)
+    if covariances is None:
+        covariances = _covariances(layers, hooked_model or model, options, run_model)
+        data_init.save(options.covariance_file, covariances)
+    for name, layer in tqdm(layers.items(), "CorDA decomposition", disable=not options.verbose):
         rank = pattern_value(lora_config.rank_pattern, name, lora_config.r)
-        layer.eigens = decompose(layer, covariances[name].to(_weight(layer).device), rank, options.corda_method, name)
+        layer.eigens = decompose(layer, covariances[name].to(layer.weight.device), rank, options.corda_method, name)  # type: ignore
         if not options.prune_temporary_fields:
             layer.covariance_matrix = covariances[name]
-    if cache:
-        parts = ("S_WC", "U_WC", "V_WC")
-        data_init.save(cache, {f"{n}.eigens.{p}": getattr(m.eigens, p).cpu() for n, m in layers.items() for p in parts})
-
-
-def _eigens(stored: dict[str, torch.Tensor], name: str) -> CordaEigens:
-    keys = [f"{name}.eigens.{part}" for part in ("S_WC", "U_WC", "V_WC")]
-    if missing := [k for k in keys if k not in stored]:
-        raise ValueError(
-            f"The CorDA cache file lacks {missing[0]!r}: it was made for other layers. Delete it to compute it again."
-        )
-    return CordaEigens(*(stored[k] for k in keys))
+    found = {f"{n}.eigens.{part}": getattr(m.eigens, part) for n, m in layers.items() for part in _PARTS}
+    data_init.save(options.cache_file, found)
 
 
 def _covariances(
-    layers: dict[str, nn.Module], hooked: nn.Module, cfg: Any, run_model: Callable[[], None] | None
+    layers: dict[str, nn.Module], hooked: nn.Module, options: Any, run_model: Callable[[], None] | None
 ) -> dict[str, torch.Tensor]:
     """Mean of xᵀ x over the calls of each layer, [in, in]."""
-    options: Any = cfg.corda_config
-    path = options.covariance_file
-    if path and os.path.exists(path) and os.path.getsize(path):
-        stored = data_init.load(path)
-        if missing := [n for n in layers if n not in stored]:
-            raise ValueError(f"The CorDA covariance file lacks {missing[0]!r}: it was made for other layers.")
-        return stored
     if run_model is None:
         raise ValueError("`run_model` must be specified when there is no covariance file: CorDA needs sample data.")
     dtype = torch.float16 if options.use_float16_for_covariance else torch.float32
     sums: dict[str, torch.Tensor] = {}
     counts = dict.fromkeys(layers, 0)
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            added = _outer(args[0].detach(), dtype, name)
-            sums[name] = sums[name] + added if name in sums else added
-            counts[name] += 1
-
-        return hook
+    def add(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        added = _outer(args[0].detach(), dtype, name)
+        sums[name] = sums[name] + added if name in sums else added
+        counts[name] += 1
 
     measured = dict(hooked.named_modules())
-    handles = [measured[n].register_forward_hook(watch(n)) for n in layers]
-    with data_init.hooks(handles), data_init.mode(hooked, False):
+    with contextlib.ExitStack() as hooks, data_init.mode(hooked, False):
+        for name in layers:
+            hooks.enter_context(measured[name].register_forward_hook(functools.partial(add, name)))
         run_model()
     if unused := [n for n, c in counts.items() if c == 0]:
         raise ValueError(f"`run_model` never called {unused[0]!r}: CorDA needs data for every target module.")
     result = {n: sums[n] / counts[n] for n in layers}
-    for name, C in result.items():
-        if not torch.isfinite(C).all():
-            raise ValueError(
-                f"Invalid value found in covariance matrix of {name!r} (NaN or infinity). Check the sample data."
-            )
-    if path:
-        data_init.save(path, {n: C.cpu() for n, C in result.items()})
+    if broken := [n for n, C in result.items() if not torch.isfinite(C).all()]:
+        raise ValueError(
+            f"Invalid value found in covariance matrix of {broken[0]!r} (NaN or infinity). Check the sample data."
+        )
     return result
 
 
@@ -134,14 +117,10 @@ def _outer(x: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return x.T @ x
 
 
-def _weight(layer: nn.Module) -> torch.Tensor:
-    kind: Any = kinds.kind_of(layer)
-    return kind.canonical(kind.parameter(layer))
-
-
 def decompose(layer: nn.Module, C: torch.Tensor, rank: int, method: str, name: str = "") -> CordaEigens:
     """The first or last `rank` components of the weight in the context of the covariance C [in, in]."""
-    W = _weight(layer).float()
+    kind: Any = kinds.kind_of(layer)
+    W = kind.canonical(layer.weight).float()
     if rank > min(W.shape):
         raise ValueError(f"r={rank} is larger than the smallest dimension of {name!r}, {min(W.shape)}.")
     C, inverse = _inverted(C.float(), name)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the initialisations from data share: finding the target layers before injection, progress bars, cache files."""
+"""What the initialisations from data share: the target layers before injection, cache files, eval mode."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,34 +48,25 @@ def refuse_quantised(layers: dict[str, nn.Module], what: str) -> None:
             raise ValueError(f"{what} needs float weights, {name!r} is quantised. Load the base model unquantised.")
 
 
-def progress(items: Any, text: str, show: bool = True, total: int | None = None) -> Any:
-    """The items with a progress bar on the terminal."""
-    if not show:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc=text, total=total)
-
-
-def save(path: str, value: Any) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    partial = f"{path}.{os.getpid()}.part"
-    torch.save(value, partial)
-    os.replace(partial, path)
+def cached(path: str | None, names: Iterable[str]) -> dict[str, torch.Tensor] | None:
+    """What the file at `path` holds for `names`; None if there is no such file yet, or an empty one."""
+    if not (path and os.path.exists(path) and os.path.getsize(path)):
+        return None
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    if missing := [n for n in names if n not in stored]:
+        raise ValueError(
+            f"The file {path} lacks {missing[0]!r}: it was made for other layers. Delete it to compute it again."
+        )
+    return stored
 
 
-def load(path: str) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-@contextlib.contextmanager
-def hooks(handles: list[Any]) -> Iterator[None]:
-    """Remove hooks after the block, whatever happens in it."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def save(path: str | None, value: dict[str, torch.Tensor]) -> None:
+    """Write what `cached` reads, if there is a path."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        partial = f"{path}.{os.getpid()}.part"
+        torch.save({name: tensor.cpu() for name, tensor in value.items()}, partial)
+        os.replace(partial, path)
 
 
 @contextlib.contextmanager

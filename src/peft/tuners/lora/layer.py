@@ -21,7 +21,7 @@ from ...ops.low_rank import Factors
 from ...utils.warning import PeftWarning
 from . import init
 from .init import ALLOWED_COMPUTE_DTYPES as ALLOWED_COMPUTE_DTYPES
-from .variants import LoraVariant, make_variant
+from .variants import PLAIN, LoraVariant, variant_class
 
 
 class LoraLayer(Rescaling, AdapterLayer):
@@ -54,12 +54,12 @@ class LoraLayer(Rescaling, AdapterLayer):
         d = self.__dict__
         d["r"][name], d["lora_alpha"][name] = r, cfg.lora_alpha
         d["use_rslora"][name], d["lora_bias"][name], d["use_dora"][name] = cfg.use_rslora, cfg.lora_bias, cfg.use_dora
-        d["scaling"][name] = cfg.lora_alpha / (math.sqrt(r) if cfg.use_rslora else r)
+        d["scaling"][name] = self._initial_scaling(name)
         self._modules["lora_dropout"]._modules[name] = dropout(cfg.lora_dropout)  # type: ignore[union-attr]
-        variant = make_variant(cfg, self)
-        if variant is not None:
-            self.add_slots(variant.slots)
-            d["lora_variant"][name] = variant
+        made = variant_class(cfg, self.storage.label == "gptq")
+        if made is not None:
+            self.add_slots(made.slots)
+            d["lora_variant"][name] = made(cfg)
         self.allocate(name, cfg)
         if cfg.lora_bias and self.kind.bias(self.get_base_layer()) is None:
             warnings.warn(
@@ -70,18 +70,14 @@ class LoraLayer(Rescaling, AdapterLayer):
                 stacklevel=4,
             )
         init.initialise(self, name, cfg)
-        if variant is not None:
+        if made is not None:
             with torch.no_grad():
-                variant.create(self, name, cfg)
-            for slot_name in variant.frozen:
-                for parameter in self._parameters_in(slot_name, name):
-                    parameter.requires_grad_(False)
+                self.variant_of(name).create(self, name, cfg)
+            for parameter in self.parameters_of(name):
+                parameter.requires_grad_(self._may_train(name, parameter))
 
-    def _parameters_in(self, slot_name: str, name: str) -> list[nn.Parameter]:
-        container = self._held_in(slot_name)
-        if name not in container:
-            return []
-        return list(container[name].parameters()) if isinstance(container, nn.ModuleDict) else [container[name]]
+    def variant_of(self, name: str) -> LoraVariant:
+        return self.lora_variant.get(name, PLAIN)
 
     def allocate(self, name: str, cfg: Any) -> None:
         """Make the factors by torch's own initialisation: A, then B."""
@@ -99,10 +95,8 @@ class LoraLayer(Rescaling, AdapterLayer):
                     self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, slot.name)
 
     def trainable_slots(self, name: str) -> tuple[str, ...]:
-        variant = self.lora_variant.get(name)
-        if variant is None or not variant.frozen:
-            return self.adapter_layer_names
-        return tuple(s for s in self.adapter_layer_names if s not in variant.frozen)
+        frozen = self.variant_of(name).frozen
+        return tuple(s for s in self.adapter_layer_names if s not in frozen) if frozen else self.adapter_layer_names
 
     # ---- factors
     def factor_tensors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -126,13 +120,11 @@ class LoraLayer(Rescaling, AdapterLayer):
         )
 
     def factors(self, name: str) -> Factors:
-        variant = self.lora_variant.get(name)
-        return self.plain_factors(name) if variant is None else variant.factors(self, name)
+        return self.variant_of(name).factors(self, name)
 
     def static_factors(self, name: str) -> Factors:
         """Factors without what training adds at random."""
-        variant = self.lora_variant.get(name)
-        return self.plain_factors(name) if variant is None else variant.static_factors(self, name)
+        return self.variant_of(name).static_factors(self, name)
 
     def product(self, f: Factors) -> torch.Tensor:
         """s·B A as a canonical weight; half precision on the CPU is multiplied in float32."""
@@ -147,7 +139,7 @@ class LoraLayer(Rescaling, AdapterLayer):
     def _choose_path(self, names: tuple[str, ...]) -> str:
         if self.kind.substituted:
             return "substitution"
-        if len(names) == 1 and (variant := self.lora_variant.get(names[0])) is not None and variant.fuses(self):
+        if len(names) == 1 and self.variant_of(names[0]).fuses(self):
             return "fused"
         return "factored" if all(self._is_factored(n) for n in names) else "activation"
 
@@ -155,12 +147,10 @@ class LoraLayer(Rescaling, AdapterLayer):
         """Whether only the factors matter: no bias, no variant that needs activations, A and B plain modules
         without hooks.
         """
-        variant = self.lora_variant.get(name)
-        if not self.kind.is_linear or self.lora_bias[name] or not (variant is None or variant.factored):
+        variant = self.variant_of(name)
+        if not self.kind.is_linear or self.lora_bias[name] or not variant.factored:
             return False
-        if variant is not None and variant.replaces_factors:
-            return True
-        return all(
+        return variant.replaces_factors or all(
             type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks
             for m in (self.lora_A[name], self.lora_B[name])
         )
@@ -173,8 +163,7 @@ class LoraLayer(Rescaling, AdapterLayer):
         return self.lora_variant[names[0]].fused(self, names[0], x)
 
     def advance(self, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        variant = self.lora_variant.get(name)
-        return y + self.delta(name, x, base) if variant is None else variant.advance(self, name, x, y, base)
+        return self.variant_of(name).advance(self, name, x, y, base)
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self._is_factored(name):
@@ -183,15 +172,13 @@ class LoraLayer(Rescaling, AdapterLayer):
 
     # ---- weights
     def delta_weight(self, name: str) -> torch.Tensor:
-        variant = self.lora_variant.get(name)
-        return self.product(self.plain_factors(name)) if variant is None else variant.delta_weight(self, name)
+        return self.variant_of(name).delta_weight(self, name)
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
         return self.lora_B[name].bias * self.scaling[name] if self.lora_bias[name] else None  # type: ignore[operator]
 
     def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        variant = self.lora_variant.get(name)
-        return w if variant is None else variant.map_weight(self, name, w)
+        return self.variant_of(name).map_weight(self, name, w)
 
     def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
         if not self.additive(name):
@@ -199,14 +186,11 @@ class LoraLayer(Rescaling, AdapterLayer):
         return w
 
     def additive(self, name: str) -> bool:
-        variant = self.lora_variant.get(name)
-        return variant is None or variant.additive
+        return self.variant_of(name).additive
 
     def check_merge(self, name: str) -> None:
         super().check_merge(name)
-        variant = self.lora_variant.get(name)
-        if variant is not None:
-            variant.check_merge(self, name)
+        self.variant_of(name).check_merge(self, name)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -217,8 +201,7 @@ class LoraLayer(Rescaling, AdapterLayer):
         return self._to_storage(self._applied(adapter, weight, None)[0] - weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        variant: LoraVariant | None = self.lora_variant.get(adapter_name)
-        return self.kind.is_linear and (variant is None or variant.standalone) and self.storage.label is None
+        return self.kind.is_linear and self.variant_of(adapter_name).standalone and self.storage.label is None
 
     # ---- scaling
     def _initial_scaling(self, name: str) -> float:
@@ -233,9 +216,6 @@ class LoraLayer(Rescaling, AdapterLayer):
 
 class _Conv(LoraLayer, _of_kind=True):
     """A is a convolution like the base, with r output channels; B a pointwise one, in the groups of the base."""
-
-    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
 
     def allocate(self, name: str, cfg: Any) -> None:
         groups = self.get_base_layer().groups

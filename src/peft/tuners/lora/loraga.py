@@ -5,14 +5,13 @@
 it.
 """
 
-import os
+import contextlib
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
-from ...core import kinds
 from . import data_init
 from .config import LoraConfig
 
@@ -37,53 +36,43 @@ def preprocess_loraga(
         raise ValueError(
             "LoRA-GA found no supported target layer (nn.Linear or Conv1D) in the model; check `target_modules`."
         )
-    if cache_file and os.path.exists(cache_file) and os.path.getsize(cache_file):
-        stored = data_init.load(cache_file)
-        if missing := [n for n in layers if n + _SUFFIX not in stored]:
-            raise ValueError(f"The LoRA-GA cache file lacks {missing[0]!r}: it was made for other layers.")
-        found = {n: stored[n + _SUFFIX] for n in layers}
-    else:
-        found = _measure(model, layers, train_step)
-        if cache_file:
-            data_init.save(cache_file, {n + _SUFFIX: g.cpu() for n, g in found.items()})
+    found = data_init.cached(cache_file, [n + _SUFFIX for n in layers])
+    if found is None:
+        found = _measure(model, {n + _SUFFIX: layer.weight for n, layer in layers.items()}, train_step)  # type: ignore
+        data_init.save(cache_file, found)
     for name, layer in layers.items():
-        layer._peft_loraga_grad = found[name].to(_weight(layer).device)  # type: ignore[assignment]
+        layer._peft_loraga_grad = found[name + _SUFFIX].to(layer.weight.device)  # type: ignore
 
 
-def _weight(layer: nn.Module) -> Any:
-    kind: Any = kinds.kind_of(layer)
-    return kind.parameter(layer)
-
-
-def _measure(model: nn.Module, layers: dict[str, nn.Module], train_step: Callable[[], None]) -> dict[str, torch.Tensor]:
+def _measure(
+    model: nn.Module, weights: dict[str, nn.Parameter], train_step: Callable[[], None]
+) -> dict[str, torch.Tensor]:
     """Mean over the backward passes of the gradient of each weight. Gradients and flags of the model are put back."""
-    weights = {name: _weight(layer) for name, layer in layers.items()}
     sums: dict[str, torch.Tensor] = {}
     counts = dict.fromkeys(weights, 0)
 
-    def collect(name: str) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            sums[name] = parameter.grad if name not in sums else sums[name] + parameter.grad
-            counts[name] += 1
-            parameter.grad = None  # only one layer's gradient lives at a time beside the sums
-
-        return hook
+    def collect(name: str, weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        sums[name] = weight.grad if name not in sums else sums[name] + weight.grad
+        counts[name] += 1
+        weight.grad = None  # only one layer's gradient lives at a time beside the sums
 
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     for p, _, _ in before:
         p.requires_grad_(False)
         p.grad = None
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    handles = [w.register_post_accumulate_grad_hook(collect(n)) for n, w in weights.items()]
     try:
-        with data_init.hooks(handles), data_init.mode(model, True):
+        with contextlib.ExitStack() as hooks, data_init.mode(model, True):
+            for name, weight in weights.items():
+                weight.requires_grad_(True)
+                hooks.enter_context(weight.register_post_accumulate_grad_hook(functools.partial(collect, name)))
             train_step()
     finally:
         for p, flag, grad in before:
             p.requires_grad_(flag)
             p.grad = grad
     if unused := [n for n, c in counts.items() if c == 0]:
-        raise ValueError(f"`train_step` gave no gradient for {unused[0]!r}; does it call backward()?")
+        raise ValueError(
+            f"`train_step` gave no gradient for {unused[0].removesuffix(_SUFFIX)!r}; does it call backward()?"
+        )
     return {n: sums[n] / counts[n] for n in weights}

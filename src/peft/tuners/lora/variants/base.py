@@ -88,3 +88,6 @@ class LoraVariant:
     def check_merge(self, layer: "LoraLayer", name: str) -> None:
         if self.why_not_mergeable:
             raise NotImplementedError(f"{self.name} adapters cannot be merged: {self.why_not_mergeable}")
+
+
+PLAIN = LoraVariant(None)

@@ -13,7 +13,6 @@ from torch import nn
 
 from ....core import kinds
 from ....ops import dora as ops
-from ....ops.low_rank import Factors
 from .base import LoraVariant
 
 
@@ -106,18 +105,11 @@ class Dora(LoraVariant):
         if kind is kinds.Embedding:
             return self._gain(layer, name) * (y + layer.delta(name, x, base))
         if kind.is_linear:
-            m, f = layer.lora_magnitude_vector[name].weight, layer.plain_factors(name)
-            bias = layer.base_bias()
+            f, m = layer.plain_factors(name), layer.lora_magnitude_vector[name].weight
             return ops.dora_accumulate(
-                y,
-                x,
-                bias,
-                f,
-                m,
-                self.norm(layer, name),
-                layer.training,
+                y, x, layer.base_bias(), f, m, self.norm(layer, name), layer.training,
                 product=lambda h: F.linear(h, layer.base_weight().to(h.dtype)),
-            )
+            )  # fmt: skip
         return self._advance_conv(layer, name, x, y)
 
     def _advance_conv(self, layer: Any, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -131,12 +123,5 @@ class Dora(LoraVariant):
         delta = layer.lora_B[name](layer.lora_A[name](x)) * layer.scaling[name]
         return y + (g - 1) * inner + g * delta
 
-    # ---- weights
-    def delta_weight(self, layer: Any, name: str) -> torch.Tensor:
-        return layer.product(layer.plain_factors(name))
-
     def map_weight(self, layer: Any, name: str, w: torch.Tensor) -> torch.Tensor:
         return self._gain(layer, name).view(-1, *(1,) * (w.dim() - 1)) * w
-
-    def factors(self, layer: Any, name: str) -> Factors:
-        return layer.plain_factors(name)
