@@ -49,7 +49,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
         self._names: dict[str, None] = {}
         self._known: set[str] = set()  # adapters of the model, those without a copy here included
         self._local: Key | None = None
-        self._seen: Key | None = None
         self.init_modules(module_to_save)
         self.check_module()
         self.update(adapter_name, **kwargs)
@@ -57,9 +56,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
     # ---- for subclasses
     def init_modules(self, module: nn.Module) -> None:
         raise NotImplementedError(f"{type(self).__name__} does not implement init_modules")
-
-    def _error_message_name(self) -> str:
-        return self.option
 
     def update(self, adapter_name: str, inference_mode: bool = False, **kwargs: Any) -> None:
         """Add (or make again) the part of one adapter."""
@@ -71,9 +67,11 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def parameters_of(self, name: str, trainable: bool = False) -> Iterator[nn.Parameter]:
         raise NotImplementedError(f"{type(self).__name__} does not implement parameters_of")
 
-    def unload(self, merge: bool = False, names: list[str] | None = None, safe_merge: bool = False) -> nn.Module:
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
         """The module that takes the place of the wrapper."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement unload")
+        raise NotImplementedError(f"{type(self).__name__} does not implement unload_and_optionally_merge_module")
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """File key -> memory key of one adapter, both relative to this module; {} for adapters without a part here."""
@@ -99,7 +97,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return set(self._names)
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self._names)
+        return self._adapters
 
     @property
     def _key(self) -> Key:
@@ -165,9 +163,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
         for name in as_names(adapter_names):
             if name in self._names:
                 for parameter in self.parameters_of(name, trainable=requires_grad):
-                    if parameter.is_leaf and (
-                        not requires_grad or parameter.is_floating_point() or parameter.is_complex()
-                    ):
+                    may_train = parameter.is_floating_point() or parameter.is_complex()
+                    if parameter.is_leaf and (may_train or not requires_grad):
                         parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
@@ -186,11 +183,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """What a file holds of one adapter; keys (also those of `state_dict`) are relative to this module."""
         state = self.state_dict() if state_dict is None else state_dict
         return {key: state[source] for key, source in self.adapter_state_dict_load_map(adapter_name).items()}
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        return self.unload(merge, adapter_names, safe_merge)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -217,7 +209,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     def init_modules(self, module: nn.Module) -> None:
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
-        self._current: str | None = None
 
     def update(
         self, adapter_name: str, inference_mode: bool = False, tied_module: nn.Module | None = None, **kwargs: Any
@@ -228,19 +219,19 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             memo[id(self.original_module.weight)] = tied_module.weight
         self.modules_to_save[adapter_name] = copy_module(self.original_module, memo)
         self._names[adapter_name] = None
-        self._seen = None
         self.original_module.requires_grad_(False)
         self.set_requires_grad(adapter_name, adapter_name in self._key[0] and not inference_mode)
 
     def drop(self, name: str) -> None:
         if name in self._names:
             del self.modules_to_save[name], self._names[name]
-            self._seen = None
 
     def parameters_of(self, name: str, trainable: bool = False) -> Iterator[nn.Parameter]:
         return self.modules_to_save[name].parameters() if name in self._names else iter(())
 
-    def unload(self, merge: bool = False, names: list[str] | None = None, safe_merge: bool = False) -> nn.Module:
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
         name = self.check_set_adapter(self._key[0])
         return self.original_module if name is None else self.modules_to_save[name]
 
@@ -254,20 +245,11 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return self.original_module if name is None else self.modules_to_save[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        key = self._local or self.switch.key
-        if torch.compiler.is_compiling():  # nothing is remembered, see `AdapterLayer._planned`
-            current = None if key[1] else self.check_set_adapter(key[0])
-        else:
-            if key != self._seen:
-                self._current = None if key[1] else self.check_set_adapter(key[0])
-                self._seen = key
-            current = self._current
-        call = self.switch.call
-        if (call.adapter_names is not None or "adapter_names" in kwargs) and not key[1]:
+        (active, disabled), call = self._key, self.switch.call
+        name = None if disabled else self.check_set_adapter(active)
+        if (call.adapter_names is not None or "adapter_names" in kwargs) and not disabled:
             return self._forward_rows(kwargs.pop("adapter_names", call.adapter_names), *args, **kwargs)
-        if current is None:
-            return self.original_module(*args, **kwargs)
-        return self.modules_to_save[current](*args, **kwargs)
+        return (self.original_module if name is None else self.modules_to_save[name])(*args, **kwargs)
 
     def _forward_rows(self, names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Mixed batch: rows use the copy of their adapter; without one ("__base__") the original."""
@@ -349,18 +331,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self.check_set_adapter(adapter_names)
         self.token_adapter.set_adapter(adapter_names, inference_mode)
 
-    def follow_switch(self, names: Sequence[str], inference_mode: bool = False) -> None:
-        self.check_set_adapter(names)
-        self.token_adapter._local = None
-        self._flag(names, inference_mode)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self.token_adapter.enable_adapters(enabled)
-
-    @property
-    def _key(self) -> Key:
-        return self.token_adapter._key
-
     @property
     def _local(self) -> Key | None:
         return self.token_adapter._local
@@ -376,11 +346,13 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     def parameters_of(self, name: str, trainable: bool = False) -> Iterator[nn.Parameter]:
         return self.token_adapter.parameters_of(name, trainable)
 
-    def unload(self, merge: bool = False, names: list[str] | None = None, safe_merge: bool = False) -> nn.Module:
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
         layer = self.token_adapter
         if merge:
-            if set(names or layer.active_adapters) - set(layer.merged_adapters):
-                layer.merge(safe_merge=safe_merge, adapter_names=names, keep=False)
+            if set(adapter_names or layer.active_adapters) - set(layer.merged_adapters):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
         elif layer.merged:
             layer.unmerge()
         return layer.get_base_layer()

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .aux_modules import AuxiliaryTrainingWrapper, as_names
 from .layer import AdapterLayer
-from .wrappers import AuxiliaryTrainingWrapper
 
 
 class WholeModelSwitch:
@@ -16,7 +16,7 @@ class WholeModelSwitch:
 
     def set_adapter(self: Any, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one or several adapters: they become trainable (unless `inference_mode`), all others frozen."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = as_names(adapter_name)
         for wrapper in self.wrappers():
             wrapper.check_set_adapter(names)
         if any(layer.merged_adapters for layer in self.layers()):
@@ -34,7 +34,7 @@ class WholeModelSwitch:
             wrapper.follow_switch(names, inference_mode)
 
     def set_requires_grad(self: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = as_names(adapter_names)
         if requires_grad:
             self._may_train |= set(names) & set(self.peft_config)
         for part in [*self.layers(), *self.wrappers()]:
@@ -55,9 +55,7 @@ class WholeModelSwitch:
         self._set_enabled(False)
 
     def enable_adapter_layers(self: Any) -> None:
-        """Turn the active adapters on again; parameters get back the requires_grad that they had when they were
-        turned off.
-        """
+        """Turn the active adapters on again; parameters get back the requires_grad that turning off took away."""
         self._set_enabled(True)
 
     def _set_enabled(self: Any, enabled: bool) -> None:

@@ -30,7 +30,7 @@ def check_bias(cfg: Any) -> None:
         )
 
 
-def mark_trainable(model: nn.Module, tuner: "TunerModel", name: str, cfg: Any, first: bool | None = None) -> None:
+def mark_trainable(model: nn.Module, tuner: "TunerModel", name: str, cfg: Any, first: bool) -> None:
     """Freeze the base model and train the biases that `cfg.bias` selects.
 
     Only the `first` adapter does so: adding an adapter never changes the trainability of what was there.
@@ -38,19 +38,12 @@ def mark_trainable(model: nn.Module, tuner: "TunerModel", name: str, cfg: Any, f
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for layer in tuner.layers():
             agree(getattr(layer.get_base_layer(), "weight", None), layer.parameters_of(name))
-    if first is None:
-        first = all(n == name for layer in tuner.layers() for n in layer.adapter_names)
     if not first:
         return
     for parameter in base_parameters(model):
         parameter.requires_grad_(False)
     mode = "none" if cfg.inference_mode else getattr(cfg, "bias", "none")
     train_biases(model, mode, [m for m in tuner.layers() if isinstance(m, tuner.layer_cls)])
-
-
-def _saved_parameters(model: nn.Module) -> set[int]:
-    """Parameters under auxiliary wrappers, which set their gradients themselves."""
-    return {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
 
 
 def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -72,7 +65,7 @@ def train_biases(model: nn.Module, mode: str, layers: Iterable[AdapterLayer]) ->
     if mode == "none":
         return
     if mode == "all":
-        saved = _saved_parameters(model)
+        saved = {id(p) for m in _parts(model, AuxiliaryTrainingWrapper) for p in m.parameters()}  # set their own
         found = (p for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias" and id(p) not in saved)
     else:
         found = (getattr(layer.get_base_layer(), "bias", None) for layer in layers)
@@ -140,8 +133,7 @@ def delete_adapter(
     the only active one, the first remaining one becomes active, on all layers. `prefix` is not needed: layers are known
     by their type.
     """
-    layers = [m for m in model.modules() if isinstance(m, layer_cls) and isinstance(m, AdapterLayer)]
-    parts: list[Part] = [*layers, *(m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))]
+    parts = _parts(model, layer_cls)
     active = list(dict.fromkeys(n for part in parts for n in part._key[0]))
     for part in parts:
         part.drop(adapter_name)
@@ -160,4 +152,4 @@ def delete_adapter(
             for part in parts:
                 part.set_adapter(left)
         _settle(parts)
-    return left if layers else None
+    return left if any(isinstance(part, AdapterLayer) for part in parts) else None

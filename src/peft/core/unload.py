@@ -2,7 +2,6 @@
 """Merging the adapters of a whole model and taking the layers away again: the merging half of TunerModel."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -22,9 +21,7 @@ class WholeModelMerge:
         tied.untie_for_merge(self)
 
     def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters (default: the active ones) into the base weights, keeping the layers so that they can be
-        unmerged.
-        """
+        """Merge adapters (default: the active ones) into the base weights; the layers stay, to be unmerged."""
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
         self._check_merge_allowed()
@@ -34,9 +31,7 @@ class WholeModelMerge:
                     layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self: Any) -> None:
-        """Take merged adapters out again, in the opposite order of merging: tied weights and nested layers get back
-        what they were.
-        """
+        """Take merged adapters out again, last merged first: tied weights and nested layers become what they were."""
         with unsharded(self.model, write=True):
             for layer in self.layers():
                 with onload_layer(layer):
@@ -60,16 +55,18 @@ class WholeModelMerge:
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         """Other frameworks replace this method."""
-        names = adapter_names
-        if isinstance(names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got the str {names!r}.")
+        from tqdm import tqdm
+
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
         if merge:
             self._check_merge_allowed()
             if safe_merge:  # nothing is taken away when one layer refuses
-                self.merge_adapter(names, safe_merge=True)
+                self.merge_adapter(adapter_names, safe_merge=True)
         nodes = [n for n in walk(self.model) if isinstance(n.module, (AdapterLayer, AuxiliaryTrainingWrapper))]
-        for node in _progress(nodes, progressbar, "Unloading " + ("and merging " if merge else "") + "model"):
-            self._unload_node(node.parent, node.leaf, node.module, merge, names)
+        text = "Unloading " + ("and merging " if merge else "") + "model"
+        for node in tqdm(nodes, disable=not progressbar, desc=text):
+            self._unload_node(node.parent, node.leaf, node.module, merge, adapter_names)
         self.forget_layers()
         tied.after_unload(self.model)
         self.model.__dict__.pop("peft_config", None)
@@ -79,7 +76,7 @@ class WholeModelMerge:
         self: Any, parent: nn.Module, leaf: str, module: nn.Module, merge: bool, names: list[str] | None
     ) -> None:
         if isinstance(module, AuxiliaryTrainingWrapper):
-            setattr(parent, leaf, module.unload(merge))
+            setattr(parent, leaf, module.unload_and_optionally_merge_module(merge, False, None))
             return
         assert isinstance(module, AdapterLayer)
         chain = [module]
@@ -92,9 +89,8 @@ class WholeModelMerge:
                 if merge:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # "already merged" is what safe_merge just did
-                        layer.merge(
-                            adapter_names=names, keep=layer is not module
-                        )  # outer ones may need the pristine weight
+                        keep = layer is not module  # outer ones may need the pristine weight
+                        layer.merge(adapter_names=names, keep=keep)
                 elif layer.merged:
                     layer.unmerge()
         base = module.get_base_layer()
@@ -102,11 +98,3 @@ class WholeModelMerge:
         for name, child in list(base.named_children()):
             if isinstance(child, AdapterLayer):  # out_proj of an attention module
                 self._unload_node(base, name, child, merge, names)
-
-
-def _progress(items: list, show: bool, text: str) -> Iterator:
-    if not show:
-        return iter(items)
-    from tqdm import tqdm
-
-    return iter(tqdm(items, desc=text))

@@ -3,7 +3,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from .aux_modules import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Trainab
 from .context import Switch
 from .layer import AdapterLayer
 from .match import Names
+from .switching import find_parts
 
 __all__ = [
     "AuxiliaryTrainingWrapper",
@@ -73,36 +74,34 @@ def _switch_of(model: nn.Module, active: tuple[str, ...]) -> Switch:
 
 
 class Placing:
-    """Puts the wrappers of adapter `name` in place; `undo` takes back what was done."""
+    """Puts the wrappers of adapter `name` in place; `undo` gets the steps that take it back."""
 
-    def __init__(self, name: str, activate: bool, switch: Switch, inference_mode: bool):
+    def __init__(self, undo: contextlib.ExitStack, name: str, activate: bool, switch: Switch, inference_mode: bool):
         self.name, self.activate, self.switch, self.inference_mode = name, activate, switch, inference_mode
         self._made: dict[int, AuxiliaryTrainingWrapper] = {}
-        self._undo: list[Callable[[], Any]] = []
+        self._undo = undo
 
     def wrap(self, place: Place, cls: type[AuxiliaryTrainingWrapper], **kwargs: Any) -> AuxiliaryTrainingWrapper:
         """Add the adapter to the wrapper at `place`, or put a new one there; one for a module with several names."""
         module, name = place.module, self.name
         wrapper = self._made.get(id(module))
         if wrapper is None:
-            self._undo += [lambda p=p: p.requires_grad_(True) for p in module.parameters() if p.requires_grad]
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    self._undo.callback(parameter.requires_grad_)
             if isinstance(module, cls):
                 wrapper = module
                 wrapper.update(name, inference_mode=self.inference_mode, **kwargs)
-                self._undo.append(lambda: wrapper.drop(name))
+                self._undo.callback(wrapper.drop, name)
             else:
                 wrapper = cls(module, name, switch=self.switch, inference_mode=self.inference_mode, **kwargs)
             self._made[id(module)] = wrapper
             if self.activate and name not in wrapper._key[0]:
                 wrapper.set_adapter([name], self.inference_mode)
         if wrapper is not module:
-            self._undo.append(lambda: setattr(place.parent, place.leaf, module))
+            self._undo.callback(setattr, place.parent, place.leaf, module)
             setattr(place.parent, place.leaf, wrapper)
         return wrapper
-
-    def undo(self) -> None:
-        for step in reversed(self._undo):
-            step()
 
 
 def _set_trainable(
@@ -119,19 +118,11 @@ def _set_trainable(
     cls = wrapper_cls or ModulesToSaveWrapper
     places = _checked_places(model, as_names(module_names), cls, strict_module_check)  # type: ignore[arg-type]
     switch = _switch_of(model, (adapter_name,) if activate_adapter else ())
-    placing = Placing(adapter_name, activate_adapter, switch, inference_mode)
-    with _undone_on_error(placing):
+    with contextlib.ExitStack() as undo:
+        placing = Placing(undo, adapter_name, activate_adapter, switch, inference_mode)
         for place in places:
             placing.wrap(place, cls, **wrapper_kwargs)
-
-
-@contextlib.contextmanager
-def _undone_on_error(placing: Placing) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        placing.undo()
-        raise
+        undo.pop_all()
 
 
 def _checked_places(
@@ -178,7 +169,7 @@ class Plan:
     embedding: str | None
 
 
-def _plan(model: nn.Module, cfg: Any, model_config: Any) -> Plan:
+def _plan(model: nn.Module, cfg: Any) -> Plan:
     """Everything that can be wrong is found here, before the model is changed."""
     entries = as_names(getattr(cfg, "modules_to_save", None) or ())
     saved = _checked_places(model, entries, ModulesToSaveWrapper, strict=False) if entries else []
@@ -230,7 +221,7 @@ def _plan_tokens(plan: Plan, model: nn.Module, cfg: Any, indices: Mapping[str, l
 
 def check_additional_trainable_modules(model: nn.Module, peft_config: Any) -> None:
     """Raise for everything that `set_additional_trainable_modules` would refuse in an unchanged model."""
-    _plan(model, peft_config, None)
+    _plan(model, peft_config)
 
 
 def set_additional_trainable_modules(
@@ -243,10 +234,11 @@ def set_additional_trainable_modules(
     switch: Switch | None = None,
 ) -> None:
     """Wrap what `modules_to_save` and `trainable_token_indices` name. Modules not found in the former are ignored."""
-    plan = _plan(model, peft_config, model_config)
+    plan = _plan(model, peft_config)
     switch = switch or _switch_of(model, (adapter_name,) if activate_adapter else ())
-    placing = Placing(adapter_name, activate_adapter, switch, bool(getattr(peft_config, "inference_mode", False)))
-    with _undone_on_error(placing):
+    inference_mode = bool(getattr(peft_config, "inference_mode", False))
+    with contextlib.ExitStack() as undo:
+        placing = Placing(undo, adapter_name, activate_adapter, switch, inference_mode)
         wrappers = {place.key: placing.wrap(place, ModulesToSaveWrapper) for place in plan.saved}
         for place in plan.saved_tied:
             source = wrappers.get(str(plan.embedding))
@@ -260,12 +252,6 @@ def set_additional_trainable_modules(
         for place in plan.tokens_tied:
             source = wrappers[str(plan.embedding)]
             placing.wrap(place, TrainableTokensWrapper, token_indices=[], tied_adapter=source.token_adapter)
-    stack: list[Any] = [model]
-    while stack:
-        module = stack.pop()
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            module._known.add(adapter_name)
-        elif isinstance(module, AdapterLayer):  # what adapters own is not searched: there may be many
-            stack.append(module.base_layer)
-        elif module is not None:
-            stack += module._modules.values()
+        undo.pop_all()
+    for wrapper in find_parts(model)[1]:
+        wrapper._known.add(adapter_name)
