@@ -178,6 +178,21 @@ def test_two_parameters_nest_and_two_adapters_add():
         model.add_adapter("c", LoraConfig(target_modules=[], target_parameters=["lin0.gate"]))
 
 
+def test_mixed_batch_of_nested_parameters():
+    cfg = {"target_modules": [], "target_parameters": ["lin0.weight", "lin0.gate"]}
+    model = get_peft_model(Net(Experts()), LoraConfig(r=2, **cfg))
+    model.add_adapter("b", LoraConfig(r=3, **cfg))
+    randomise(model.eval())
+    x, expected = torch.randn(3, 6), []
+    for row, name in zip(x, ("default", "b"), strict=False):
+        model.set_adapter(name)
+        expected.append(model(row[None]))
+    with model.disable_adapter():
+        expected.append(model(x[2:]))
+    model.set_adapter("default")
+    torch.testing.assert_close(model(x, adapter_names=["default", "b", "__base__"]), torch.cat(expected))
+
+
 def test_dropout_on_a_parameter_is_one_mask_for_all_tokens_and_does_not_touch_merging():
     torch.manual_seed(0)
     model = get_peft_model(

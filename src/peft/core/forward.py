@@ -172,21 +172,12 @@ class ForwardPaths:
         return torch.func.functional_call(self.get_base_layer(), tensors, (x, *args), kwargs)
 
     def replaced_tensors(self: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Tensors (by name in the innermost base module) to call it with; nested wrappers contribute theirs."""
-        inner, found = self.base_layer, {}
-        if hasattr(inner, "replaced_tensors"):
-            found = inner.replaced_tensors(inner._planned())
-        if names:
-            weight = self._to_storage(self.substituted_weight(names))
-            found[self.kind.weight_name] = weight.to(self.kind.parameter(self.get_base_layer()).dtype)
-        return found
-
-    def substituted_weight(self: Any, names: tuple[str, ...]) -> torch.Tensor:
-        """The canonical weight of a substituted kind with adapters."""
+        """Tensors (by name in the base module) to call it with."""
         weight = self.base_weight()
         for n in names:
             weight, _ = self._applied(n, weight, None)
-        return weight
+        weight = self._to_storage(weight).to(self.kind.parameter(self.get_base_layer()).dtype)
+        return {self.kind.weight_name: weight}
 
     def fused(self: Any, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base product and adapters in one operator of the method's own, chosen by `_choose_path`."""

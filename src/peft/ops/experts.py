@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Raw parameters, above all stacks of experts [E, d1, d2], with low-rank additions W + sum_i s_i L_i R_i not formed.
+r"""Stacks of experts [E, d1, d2] with low-rank additions W + sum_i s_i L_i R_i that are not formed.
 
 `LowRankWeight` stands in for the parameter while its module runs. Indexing an expert, transposing, and the products
 that expert layers use (linear, matmul, bmm, grouped_mm) keep it factored, so the cost follows the routed tokens:
-rank-wide products instead of E weight-sized sums. Any other use turns it into the dense sum, which is always right but
-for dropout: that acts on the input of a product and has no meaning for a dense sum, so there it does not act.
+rank-wide products instead of E weight-sized sums. Any other torch function gets the dense sum. Code below torch
+functions (autograd functions, kernels that take addresses) would not see the additions: `allowed` leaves it out.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import low_rank
 from .dispatch import fusable, is_plain
-from .dropout import draw_seed, dropout, seedable
+
+# Implementations of transformers' expert modules ("eager": the forward of the class) that only use torch functions.
+FACTORED = frozenset(("eager", "batched_mm", "grouped_mm"))
 
 
 class Added(NamedTuple):
@@ -27,38 +29,30 @@ class Added(NamedTuple):
     L: Tensor
     R: Tensor
     scale: float | Tensor = 1.0
-    dropout: float = 0.0  # on the input of the product, in training; 0 otherwise
 
 
-def added(
-    A: Tensor, B: Tensor, scale: float | Tensor = 1.0, *, experts: int | None = None, transposed: bool = False,
-    dropout: float = 0.0,
-) -> Added:  # fmt: skip
-    """Factors in the layout of adapter files: A [E·r, in] (expert slowest), B [out, E·r] (expert fastest).
-
-    `experts` is None for a two-dimensional parameter [out, in]; `transposed` for one stored as [.., in, out].
+def added(A: Tensor, B: Tensor, scale: float | Tensor, experts: int, transposed: bool = False) -> Added:
+    """Factors in the layout of adapter files: A [E·r, in] (expert slowest), B [out, E·r] (expert fastest);
+    `transposed` for a stack stored as [E, in, out].
     """
-    if experts is not None:
-        A = A.view(experts, -1, A.shape[-1])
-        B = B.view(B.shape[0], -1, experts).permute(2, 0, 1)
-    L, R = (A.transpose(-2, -1), B.transpose(-2, -1)) if transposed else (B, A)
-    return Added(L, R, scale, dropout)
+    R, L = A.view(experts, -1, A.shape[-1]), B.view(B.shape[0], -1, experts).permute(2, 0, 1)
+    return Added(R.transpose(-2, -1), L.transpose(-2, -1), scale) if transposed else Added(L, R, scale)
 
 
-def delta(part: Added) -> Tensor:
-    """scale · L R, dense."""
-    return (part.L @ part.R) * part.scale
-
-
-def combine(W: Tensor, parts: Sequence[Added]) -> Tensor:
-    """What to put in the parameter's place: a `LowRankWeight`, or the dense sum for tracers, transforms and plain()."""
-    tensors = [t for part in parts for t in (part.L, part.R)]
-    if is_plain() or not fusable(W, *tensors):
-        out = W
-        for part in parts:
-            out = out + delta(part)
-        return out.to(W.dtype)
-    return LowRankWeight(W, parts)
+def allowed(module: nn.Module, W: Tensor, *factors: Tensor) -> bool:
+    """Whether `module` can compute with a `LowRankWeight` in the place of its stack W: it runs code of transformers
+    that is known to use torch functions only, and nobody has exchanged that.
+    """
+    forward, own = type(module).forward, module.__dict__
+    return (
+        W.dim() == 3
+        and getattr(getattr(module, "config", None), "_experts_implementation", None) in FACTORED
+        and getattr(forward, "__module__", "").startswith("transformers.")
+        and ("forward" not in own or "_hf_hook" in own)  # accelerate's hooks call the forward of the class
+        and not W.is_meta
+        and not is_plain()
+        and fusable(W, *factors)
+    )
 
 
 class LowRankWeight(Tensor):
@@ -75,9 +69,8 @@ class LowRankWeight(Tensor):
 
     def __init__(self, W: Tensor, parts: Sequence[Added]) -> None:
         self._W, self._experts = W, None
-        if not is_plain():  # one cast for the whole stack rather than one for each expert
-            parts = [Added(p.L.to(W.dtype), p.R.to(W.dtype), p.scale, p.dropout) for p in parts]
-        self._parts = tuple(parts)
+        # one cast for the whole stack rather than one for each expert
+        self._parts = tuple([Added(p.L.to(W.dtype), p.R.to(W.dtype), p.scale) for p in parts])
 
     def __repr__(self, **_: Any) -> str:
         return f"LowRankWeight({tuple(self.shape)}, ranks={[p.R.shape[-2] for p in self._parts]})"
@@ -86,7 +79,7 @@ class LowRankWeight(Tensor):
         """The sum itself, in W's dtype."""
         out = self._W
         for part in self._parts:
-            out = out + delta(part)
+            out = out + (part.L @ part.R) * part.scale
         return out.to(self._W.dtype)
 
     @classmethod
@@ -105,10 +98,6 @@ class LowRankWeight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return LowRankWeight(
-                args[0]._W.detach(), [Added(p.L.detach(), p.R.detach(), *p[2:]) for p in args[0]._parts]
-            )
         raise RuntimeError(f"{func} cannot take a low-rank weight; use its dense() form")
 
 
@@ -123,14 +112,14 @@ def _map_dense(value: Any) -> Any:
 
 
 def _each(w: LowRankWeight, change: Callable[[Tensor], Tensor]) -> LowRankWeight:
-    return LowRankWeight(change(w._W), [Added(change(p.L), change(p.R), p.scale, p.dropout) for p in w._parts])
+    return LowRankWeight(change(w._W), [Added(change(p.L), change(p.R), p.scale) for p in w._parts])
 
 
 def _swap(w: LowRankWeight) -> LowRankWeight:
     def turn(t: Tensor) -> Tensor:
         return t.transpose(-2, -1)
 
-    return LowRankWeight(turn(w._W), [Added(turn(p.R), turn(p.L), p.scale, p.dropout) for p in w._parts])
+    return LowRankWeight(turn(w._W), [Added(turn(p.R), turn(p.L), p.scale) for p in w._parts])
 
 
 def _transpose(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -154,16 +143,8 @@ def _index(func: Any, args: tuple, kwargs: dict) -> Any:
         w._experts = [list(t.contiguous().unbind(0)) for p in w._parts for t in (p.L, p.R)]
     i = int(key)
     factors = [t[i] for t in w._experts]
-    parts = [Added(factors[2 * k], factors[2 * k + 1], *p[2:]) for k, p in enumerate(w._parts)]
+    parts = [Added(factors[2 * k], factors[2 * k + 1], p.scale) for k, p in enumerate(w._parts)]
     return LowRankWeight(w._W[i], parts)
-
-
-def _dropped(x: Tensor, p: float) -> Tensor:
-    return dropout(x, p, draw_seed() if p > 0.0 and seedable(x) else None)
-
-
-def _factors(w: LowRankWeight) -> tuple[low_rank.Factors, ...]:
-    return tuple(low_rank.Factors(p.R, p.L, p.scale, p.dropout) for p in w._parts)
 
 
 def _linear(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -172,42 +153,27 @@ def _linear(func: Any, args: tuple, kwargs: dict) -> Any:
     b = rest[0] if rest else kwargs.get("bias")
     if not isinstance(w, LowRankWeight) or isinstance(x, LowRankWeight) or w.dim() != 2:
         return NotImplemented
-    return low_rank.linear(x, w._W, b, _factors(w), training=True)
+    return low_rank.linear(x, w._W, b, tuple([low_rank.Factors(p.R, p.L, p.scale, 0.0) for p in w._parts]))
 
 
 def _matmul(func: Any, args: tuple, kwargs: dict) -> Any:
-    """x @ w, w @ x, bmm(x, w), bmm(w, x) and, through grouped, nothing else."""
+    """x @ w or w @ x, of matrices and vectors in a batch."""
     if len(args) != 2 or kwargs:
         return NotImplemented
-    x, w = args
-    if func.__name__ == "__rmatmul__":
-        x, w = w, x
-    if isinstance(x, LowRankWeight):
-        if isinstance(w, LowRankWeight) or x.dim() != 3 or w.dim() != 3:
-            return NotImplemented
-        return _sum(
-            torch.matmul, x._W, w, [(p, lambda h, p=p: p.L.to(h.dtype) @ (p.R.to(h.dtype) @ h)) for p in x._parts]
-        )
-    if w.dim() == 2 and x.dim() > 1:
+    x, w = reversed(args) if func.__name__ == "__rmatmul__" else args
+    if isinstance(x, LowRankWeight) and isinstance(w, LowRankWeight):
+        return NotImplemented
+    right = isinstance(w, LowRankWeight)
+    if right and w.dim() == 2 and x.dim() > 1:
         return _linear(func, (x, _swap(w)), {})
     if w.dim() != 3 or x.dim() != 3:
         return NotImplemented
-    return _sum(
-        torch.matmul,
-        w._W,
-        x,
-        [(p, lambda h, p=p: (h @ p.L.to(h.dtype)) @ p.R.to(h.dtype)) for p in w._parts],
-        right=True,
-    )
-
-
-def _sum(product: Any, W: Tensor, x: Tensor, terms: list, *, right: bool = False) -> Tensor:
-    out = product(x, W) if right else product(W, x)
-    dtype = out.dtype
-    for part, apply in terms:
-        h = _dropped(x.to(part.L.dtype), part.dropout)
-        out = out + apply(h) * part.scale
-    return out.to(dtype)
+    weight, x = (w, x) if right else (x, w)
+    out = torch.bmm(x, weight._W) if right else torch.bmm(weight._W, x)
+    for L, R, scale in weight._parts:
+        h = x.to(L.dtype)
+        out = out + ((h @ L @ R if right else L @ (R @ h)) * scale).to(out.dtype)
+    return out
 
 
 def _grouped(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -217,40 +183,24 @@ def _grouped(func: Any, args: tuple, kwargs: dict) -> Any:
     if not isinstance(w, LowRankWeight) or isinstance(x, LowRankWeight) or x.dim() != 2 or w.dim() != 3 or offs is None:
         return NotImplemented
     out = func(x, w._W, *rest, **kwargs)
-    ends = offs.tolist() if x.device.type == "cpu" else None
-    for part in w._parts:
-        h = _dropped(x.to(part.L.dtype), part.dropout)
-        z = grouped_mm(h, part.L, offs, ends) * part.scale
-        out = out + grouped_mm(z, part.R, offs, ends).to(out.dtype)
+    for L, R, scale in w._parts:
+        z = _thin(func, x.to(L.dtype), L, offs) * scale
+        out = out + _thin(func, z, R, offs).to(out.dtype)
     return out
 
 
-def grouped_mm(x: Tensor, M: Tensor, offs: Tensor, ends: list[int] | None = None) -> Tensor:
-    """x [S, a] sorted by group, M [E, a, b], offs [E] ends of the groups -> [S, b]; rows behind the last group give 0.
-
-    With `ends` (offs as numbers) one product per non-empty group; else one product per row block without a host sync.
+def _thin(func: Any, x: Tensor, M: Tensor, offs: Tensor) -> Tensor:
+    """The grouped product with factors. Kernels want aligned rows of multiples of 16 bytes: thin ones are padded with
+    zeros.
     """
-    if ends is not None:
-        starts = [0, *ends[:-1]]
-        out = [x[s:e] @ m for s, e, m in zip(starts, ends, M.unbind(0), strict=True) if e > s]
-        last = ends[-1] if ends else 0
-        return torch.cat([*out, x.new_zeros(x.shape[0] - last, M.shape[-1])])
-    group = torch.searchsorted(offs, torch.arange(x.shape[0], device=x.device, dtype=offs.dtype), right=True)
-    inside = group < M.shape[0]
-    return _grouped_device(x, M, offs, inside)
-
-
-def _grouped_device(x: Tensor, M: Tensor, offs: Tensor, inside: Tensor) -> Tensor:
-    """By the device's grouped kernel, whose rows must be multiples of 16 bytes: thin factors are padded with zeros."""
-    unit = 16 // x.element_size()
-    a, b = M.shape[-2:]
-    pad_a, pad_b = -a % unit, -b % unit
-    if pad_a or pad_b:
-        x, M = F.pad(x, (0, pad_a)), F.pad(M, (0, pad_b, 0, pad_a))
-    kernel: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm  # type: ignore[attr-defined]
-    inside = inside.unsqueeze(-1)  # the kernel leaves other rows undefined, in its output and in the gradient of x
-    out = kernel(torch.where(inside, x, 0), M.contiguous(), offs=offs)[..., :b]
-    return torch.where(inside, out, 0)
+    unit, (a, b) = 16 // x.element_size(), M.shape[-2:]
+    if a % unit or b % unit:
+        x, M = F.pad(x, (0, -a % unit)), F.pad(M, (0, -b % unit, 0, -a % unit))
+    if 1 not in M.stride()[-2:]:
+        M = M.contiguous()
+    elif M.data_ptr() % 16:  # mapped from a file, perhaps
+        M = M.clone()
+    return func(x, M, offs=offs)[..., :b]
 
 
 def _same_dtype(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -276,6 +226,7 @@ _HANDLERS: dict[str, Callable[[Any, tuple, dict], Any]] = {
     "grouped_mm": _grouped, "_grouped_mm": _grouped, "grouped_mm_fallback": _grouped,
     "transpose": _transpose, "swapaxes": _transpose, "swapdims": _transpose, "t": _transpose,
     "to": _same_dtype, "contiguous": lambda f, a, k: a[0],
+    "data_ptr": lambda f, a, k: a[0]._W.data_ptr(),  # of interest for its alignment
 }  # fmt: skip
 _GETTERS: dict[Any, Callable[[Any, tuple, dict], Any]] = {
     Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]

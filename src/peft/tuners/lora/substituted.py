@@ -12,6 +12,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from ...core import kinds
 from ...core.context import Switch
 from ...core.kinds import LayerKind
+from ...ops import experts
 from ...ops.low_rank import Factors
 from .layer import LoraLayer
 
@@ -126,29 +127,57 @@ class ParamWrapper(LoraLayer, _of_kind=True):
         weight = A.transpose(1, 2) @ B.transpose(1, 2) if self.kind.swapped(self.get_base_layer()) else B @ A  # type: ignore[attr-defined]
         return weight.to(dtype)
 
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What the adapter adds to the parameter, differentiable. Forward and merging add what a replacement of this
+        method gives.
+        """
+        return self.delta_weight(adapter)
+
+    def _weight_delta(self, name: str) -> torch.Tensor:
+        return self.get_delta_weight(name)
+
     def substituted_weight(self, names: tuple[str, ...]) -> torch.Tensor:
-        weight = self.base_weight()
+        """The parameter with adapters: dense, or with low-rank additions where the module can use those."""
+        base, weight = self.get_base_layer(), self.base_weight()
         dtype = weight.dtype
-        for name in names:
-            f = self.factors(name)
-            if weight.dtype.itemsize == 1:  # float8 has no arithmetic
-                weight = weight.to(f.A.dtype)
-            if f.dropout > 0.0 and self.training:
-                f = f._replace(A=f.A * nn.functional.dropout(torch.ones_like(f.A[0]), f.dropout))
-            weight = weight + self.product(f)
+        if getattr(self.get_delta_weight, "__func__", None) is _DELTA:
+            factors = [self._masked(self.factors(n)) for n in names]
+            if factors and dtype.itemsize > 1 and experts.allowed(base, weight, *(t for f in factors for t in f[:2])):
+                E, swapped = self.num_experts, self.kind.swapped(base)  # type: ignore[attr-defined]
+                return experts.LowRankWeight(weight, [experts.added(*f[:3], E, swapped) for f in factors])
+            deltas = map(self.product, factors)
+        else:
+            deltas = map(self.get_delta_weight, names)
+        for delta in deltas:
+            weight = (weight.to(delta.dtype) if dtype.itemsize == 1 else weight) + delta  # float8 has no arithmetic
         if dtype.itemsize == 1:
             weight = weight.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
-        return weight
+        return weight.to(dtype)
+
+    def _masked(self, f: Factors) -> Factors:
+        """Dropout on the input of A, the same for all tokens."""
+        return f._replace(A=f.A * nn.functional.dropout(torch.ones_like(f.A[0]), f.dropout)) if f.dropout > 0.0 else f
+
+    def _current_weight(self) -> torch.Tensor:
+        found = self.get_param()
+        return super()._current_weight() if found is self.kind.parameter(self.get_base_layer()) else found
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
         return None
 
+    def _adapt_substituted(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with self._activate_lora(names):
+            return self.base_layer(x, *args, **kwargs)
+
     @contextlib.contextmanager
     def _activate_lora(self, active_adapters: Iterable[str]) -> Iterator[None]:
-        """The module below computes with these adapters. For forwards of other frameworks; ours swaps the tensors."""
-        weight = self._to_storage(self.substituted_weight(tuple(n for n in active_adapters if n in self.adapter_names)))
+        """The module below computes with these adapters."""
+        weight = self.substituted_weight(tuple([n for n in active_adapters if n in self._names]))
         with _reparametrize_module(self.get_base_layer(), {self.parameter_name: weight}):
             yield
+
+
+_DELTA = ParamWrapper.get_delta_weight
 
 
 class _LoraParameterProxy(nn.Module):
