@@ -252,6 +252,10 @@ class PeftConfig(PeftConfigMixin):
     # What a regex together with layers_to_transform / layers_pattern does: "error", or "warn" for methods that always
     # accepted it.
     _regex_with_layers: ClassVar[Literal["error", "warn"]] = "error"
+    # Methods that always accepted a layers_pattern without layers_to_transform.
+    _pattern_alone: ClassVar[bool] = False
+    # Options that must be above 0.
+    _positive: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -260,11 +264,16 @@ class PeftConfig(PeftConfigMixin):
         for name in self._set_fields:
             if isinstance(getattr(self, name, None), list):
                 setattr(self, name, set(getattr(self, name)))
+        for name in self._positive:
+            if (value := getattr(self, name)) <= 0:
+                raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value}")
         self._check_layer_range()
 
     def _check_layer_range(self) -> None:
         layers, pattern = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
         if pattern and layers is None:
+            if self._pattern_alone:
+                return
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if isinstance(getattr(self, "target_modules", None), str) and (layers is not None or pattern):
             given = "layers_to_transform" if layers is not None else "layers_pattern"

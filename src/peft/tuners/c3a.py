@@ -42,10 +42,7 @@ class C3AConfig(PeftConfig):
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = option(
         "xavier_uniform", "Initialisation; True starts at zero."
     )
-
-    def _check_layer_range(self) -> None:
-        if not (self.layers_pattern and self.layers_to_transform is None):  # a pattern alone was always accepted
-            super()._check_layer_range()
+    _pattern_alone = True
 
 
 class C3ALayer(AdapterLayer):

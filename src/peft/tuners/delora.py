@@ -38,11 +38,7 @@ class DeloraConfig(PeftConfig):
     rank_pattern: dict | None = option(factory=dict, help="Ranks that differ: {name or regex: rank}.")
     lambda_pattern: dict | None = option(factory=dict, help="λ that differ: {name or regex: λ}.")
     modules_to_save: list[str] | None = saves()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
+    _positive = ("r",)
 
 
 class DeloraLayer(AdapterLayer):

@@ -38,11 +38,10 @@ class GraloraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     _regex_with_layers = "warn"
+    _positive = ("gralora_k",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gralora_k <= 0:
-            raise ValueError(f"`gralora_k` should be a positive integer value but the value passed is {self.gralora_k}")
         if self.r % self.gralora_k:
             raise ValueError(f"r should be divisible by gralora_k, but got r={self.r} and gralora_k={self.gralora_k}")
 

@@ -34,10 +34,7 @@ class HiraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     rank_pattern: dict | None = option(factory=dict, help="Ranks that differ: {name or regex: rank}.")
-
-    def _check_layer_range(self) -> None:
-        if not (self.layers_pattern and self.layers_to_transform is None):  # a pattern alone was always accepted
-            super()._check_layer_range()
+    _pattern_alone = True
 
 
 class HiraLayer(AdapterLayer):

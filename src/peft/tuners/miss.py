@@ -38,10 +38,7 @@ class MissConfig(PeftConfig):
     layers_pattern: str | None = layer_names()
     bias: str = biases("miss_only")
     modules_to_save: list[str] | None = saves()
-
-    def _check_layer_range(self) -> None:
-        if not (self.layers_pattern and self.layers_to_transform is None):  # a pattern alone was always accepted
-            super()._check_layer_range()
+    _pattern_alone = True
 
 
 class MissLayer(FixedScale, AdapterLayer):
@@ -79,26 +76,15 @@ class MissLayer(FixedScale, AdapterLayer):
         if whole < x.shape[-1]:  # the last, incomplete shard
             z = z + F.pad(x[..., whole:], (0, whole + r - x.shape[-1]))
         out = z @ M
-        return (
-            out
-            if M.shape[1] == self.out_features
-            else out.repeat(*(1,) * (out.dim() - 1), self.out_features // M.shape[1])
-        )
+        return out if M.shape[1] == self.out_features else out.tile(self.out_features // M.shape[1])
 
     def delta_weight(self, name: str) -> torch.Tensor:
         M, n_in, n_out = self.miss_block[name], self.in_features, self.out_features
-        if self.variant[name] == "bat":
-            return self._bat(self.base_weight(), M)
-        repeats = (-(-n_in // M.shape[0]), n_out // M.shape[1])
-        return M.repeat(repeats)[:n_in].T
-
-    @staticmethod
-    def _bat(W: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
-        """W [out, in], M [out/r, r, r] -> block (a, c): W_{a,c} M_a + M_a."""
+        if self.variant[name] != "bat":
+            return M.repeat(-(-n_in // M.shape[0]), n_out // M.shape[1])[:n_in].T
         r = M.shape[1]
-        blocks = W.to(M.dtype).unflatten(0, (-1, r)).unflatten(-1, (-1, r)).transpose(1, 2)  # [a, c, r, r]
-        delta = blocks @ M[:, None] + M[:, None]
-        return delta.transpose(1, 2).reshape(W.shape)
+        W = self.base_weight().to(M.dtype).unflatten(0, (-1, r)).unflatten(-1, (-1, r)).transpose(1, 2)  # [a, c, r, r]
+        return (W @ M[:, None] + M[:, None]).transpose(1, 2).reshape(n_out, n_in)
 
     def lora_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(B, A) with B A = ΔW exactly: A sums the shards of the input, B is the block."""
@@ -107,9 +93,6 @@ class MissLayer(FixedScale, AdapterLayer):
         M, r = self.miss_block[name], self.miss_r[name]
         A = torch.eye(r, dtype=M.dtype, device=M.device).repeat(1, -(-self.in_features // r))[:, : self.in_features]
         return M.repeat(1, self.out_features // M.shape[1]).T, A
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
 
 
 @register_method("miss", config=MissConfig)

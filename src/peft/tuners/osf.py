@@ -16,6 +16,7 @@ from torch import nn
 from ..config import PeftConfig, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
+from ..core.modules import making_on_meta
 from ..core.slots import Aux, BufferDict, Trainable
 from ..core.targets import default_targets
 from ..core.tuner import TunerModel
@@ -61,6 +62,10 @@ class ProjectGradient(torch.autograd.Function):
         return (part if ctx.keep else g - part), None, None, None
 
 
+def _copy(part: torch.Tensor) -> torch.Tensor:
+    return part.clone(memory_format=torch.contiguous_format)
+
+
 class OSFLayer(AdapterLayer):
     """Trains the small singular triplets of the weight."""
 
@@ -82,38 +87,26 @@ class OSFLayer(AdapterLayer):
         self.effective_rank[name] = k
         with torch.no_grad():
             W = self.base_weight()
-            if W.device.type == "meta":
-                m = min(out, n_in)
-                U, S, V = (torch.empty(s, device="meta") for s in ((out, m), (m,), (m, n_in)))
-            else:
-                U, S, V = torch.linalg.svd(W.double() if W.dtype == torch.float64 else W.float(), full_matrices=False)
-        low = {"U_low": U[:, k:].contiguous(), "S_low": S[k:].contiguous(), "V_low": V[k:].contiguous()}
-        for key, container in (
-            ("U_low", self._osf_U_low_init),
-            ("S_low", self._osf_S_low_init),
-            ("V_low", self._osf_V_low_init),
-        ):
-            container[name] = low[key].clone()
+            U, S, V = torch.linalg.svd(W if W.dtype == torch.float64 else W.float(), full_matrices=False)
+        low = {"U_low": U[:, k:], "S_low": S[k:], "V_low": V[k:]}
+        for key, value in low.items():
+            getattr(self, f"_osf_{key}_init")[name] = _copy(value)
         if out > n_in:
-            self._osf_U_high[name] = U[:, :k].contiguous()
+            self._osf_U_high[name] = _copy(U[:, :k])
         elif out < n_in:
-            self._osf_V_high[name] = V[:k].contiguous()
-        if (
-            not cfg.init_weights or torch.empty(0).device.type == "meta"
-        ):  # with low_cpu_mem_usage the file has the values
-            low = {key: torch.randn(v.shape) for key, v in low.items()}
-        start = {key: v.clone() for key, v in low.items()}
-        self.osf_svd_params[name] = nn.ParameterDict({key: nn.Parameter(v) for key, v in start.items()})
+            self._osf_V_high[name] = _copy(V[:k])
+        drawn = not cfg.init_weights or making_on_meta()  # with low_cpu_mem_usage the file has the values
+        start = {key: nn.Parameter(torch.randn(v.shape) if drawn else _copy(v)) for key, v in low.items()}
+        self.osf_svd_params[name] = nn.ParameterDict(start)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         params: Any = self.osf_svd_params[name]
         U, S, V = params["U_low"], params["S_low"], params["V_low"]
         U0, S0, V0 = self._osf_U_low_init[name], self._osf_S_low_init[name], self._osf_V_low_init[name]
         if PROJECT_GRADIENTS and torch.is_grad_enabled() and U.requires_grad:
-            high = name in self._osf_U_high
-            U = ProjectGradient.apply(U, self._osf_U_high[name] if high else U0, not high, True)
-            high = name in self._osf_V_high
-            V = ProjectGradient.apply(V, self._osf_V_high[name] if high else V0, not high, False)
+            keep_u, keep_v = name not in self._osf_U_high, name not in self._osf_V_high
+            U = ProjectGradient.apply(U, U0 if keep_u else self._osf_U_high[name], keep_u, True)
+            V = ProjectGradient.apply(V, V0 if keep_v else self._osf_V_high[name], keep_v, False)
         return torch.addmm(dense.triplets(U, S, V), (U0 * S0).to(U.dtype), V0.to(V.dtype), alpha=-1)
 
 

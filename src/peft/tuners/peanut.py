@@ -39,11 +39,10 @@ class PeanutConfig(PeftConfig):
     layers_pattern: list[str] | str | None = layer_names()
     init_weights: bool = option(True, "Start at zero (B = 0).")
     _regex_with_layers = "warn"
+    _positive = ("r",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
         if self.depth < 0:
             raise ValueError(f"`depth` must not be negative, got {self.depth}.")
         activation(self.act_fn)

@@ -54,11 +54,10 @@ class PsoftConfig(PeftConfig):
     init_weights: bool = option(True, "Start at the identity.")
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
+    _positive = ("r",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
         for field, valid in (("ab_svd_init", SPLITS), ("psoft_svd", SOLVERS)):
             value = getattr(self, field)
             if value not in valid:

@@ -5,7 +5,6 @@ y = W x + b + λ_b ⊙ B h with h ~ N(μ, σ²), (μ, log σ²) = λ_d ⊙ A dro
 is used in inference.
 """
 
-import warnings
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from ..core.tuner import TunerModel
 from ..ops import low_rank, sampled
 from ..ops.low_rank import Factors
 from ..registry import register_method
-from .vera import SharedProjections
+from .vera import SharedProjections, start, warn_if_not_saved
 
 
 @dataclass
@@ -44,17 +43,11 @@ class PveraConfig(PeftConfig):
     sample_at_inference: bool = option(False, "Sample in inference too.")
     generator_seed: int | None = option(None, "Seed of a generator of its own for the noise.")
     _regex_with_layers = "warn"
+    _positive = ("r",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
-        if not self.save_projection:
-            warnings.warn(
-                "Specified to not save pvera_A and pvera_B within the state dictionary, instead they will "
-                "be restored using `projection_prng_key`.",
-                stacklevel=3,
-            )
+        warn_if_not_saved(self, "pvera_A and pvera_B")
 
 
 class PveraLayer(AdapterLayer):
@@ -75,11 +68,7 @@ class PveraLayer(AdapterLayer):
         self.sample_at_inference[name] = cfg.sample_at_inference
         seed = cfg.generator_seed
         self.generators[name] = None if seed is None else torch.Generator(device="cpu").manual_seed(seed)
-        drawn = torch.randn(2 * cfg.r)  # drawn in any case: the published library consumes it too
-        self.pvera_lambda_b[name] = nn.Parameter(
-            torch.zeros(self.out_features) if cfg.init_weights else torch.ones(self.out_features)
-        )
-        self.pvera_lambda_d[name] = nn.Parameter(torch.full((2 * cfg.r,), cfg.d_initial) if cfg.init_weights else drawn)
+        self.pvera_lambda_b[name], self.pvera_lambda_d[name] = start(cfg, self.out_features, 2 * cfg.r)
 
     def factors(self, name: str) -> Factors:
         """The mean: the log-variance half is not needed."""

@@ -5,7 +5,6 @@
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..core.slots import Aux, BufferDict, Shared, Trainable
 from ..core.tuner import TunerModel
 from ..ops.dispatch import recomputed
 from ..registry import register_method
+from .vera import warn_if_not_saved
 
 COPIES_UP_TO = 1 << 20  # bytes of repeated bases that a file may hold
 
@@ -41,17 +41,11 @@ class RandLoraConfig(PeftConfig):
     init_weights: bool = option(True, "Start at zero.")
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: str | None = layer_names()
+    _positive = ("r",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
-        if not self.save_projection:
-            warnings.warn(
-                "Specified to not save the random bases: they will be restored using "
-                "`projection_prng_key`, which depends on the system's dtypes.",
-                stacklevel=3,
-            )
+        warn_if_not_saved(self, "the random bases")
 
     def _check_layer_range(self) -> None:
         """Never checked by the published library; a pattern without layers is simply unused."""
@@ -73,11 +67,8 @@ class RandLoraLayer(AdapterLayer):
     def create(self, name: str, cfg: Any) -> None:
         r, small = cfg.r, min(self.in_features, self.out_features)
         large, bases = max(self.in_features, self.out_features), math.ceil(small / r)
-        self.r[name], self.scaling[name], self.randlora_dropout[name] = (
-            r,
-            cfg.randlora_alpha / r,
-            dropout(cfg.randlora_dropout),
-        )
+        self.r[name], self.scaling[name] = r, cfg.randlora_alpha / r
+        self.randlora_dropout[name] = dropout(cfg.randlora_dropout)
         drawn = torch.randn(r, bases)  # drawn in any case: the published library consumes it too
         start = 1 / max(bases, small) if cfg.init_weights else 1 / large
         self.randlora_lambda[name] = nn.Parameter(torch.zeros(r, bases) if cfg.init_weights else drawn)

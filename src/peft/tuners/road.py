@@ -64,17 +64,13 @@ class RoadLayer(AdapterLayer):
 
     def _coefficients(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """c and s as [groups, 2 or 1, g/2]; s carries the sign of each half."""
-        half = self.group_size[name] // 2
+        half, count = self.group_size[name] // 2, VECTORS[self.variant[name]]
         theta, alpha = self.road_theta[name], self.road_alpha[name]
-        if self.variant[name] == "road_4":
-            theta, alpha = theta.view(-1, 2, 2 * half), alpha.view(-1, 2, 2 * half)
-            c, s = (
-                (alpha[:, 0] * theta[:, 0].cos()).view(-1, 2, half),
-                (alpha[:, 1] * theta[:, 1].sin()).view(-1, 2, half),
-            )
-        else:
-            rows = 1 if self.variant[name] == "road_1" else 2
-            c, s = (alpha * theta.cos()).view(-1, rows, half), (alpha * theta.sin()).view(-1, rows, half)
+        (theta_c, theta_s), (alpha_c, alpha_s) = (theta, theta), (alpha, alpha)
+        if count == 4:  # c and s have parameters of their own
+            theta_c, theta_s = theta.view(-1, 2, 2 * half).unbind(1)
+            alpha_c, alpha_s = alpha.view(-1, 2, 2 * half).unbind(1)
+        c, s = (v.view(-1, min(count, 2), half) for v in (alpha_c * theta_c.cos(), alpha_s * theta_s.sin()))
         return c, s * torch.tensor([[-1.0], [1.0]], dtype=s.dtype, device=s.device)
 
     def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -23,18 +23,16 @@ from ..registry import register_method
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> torch.Tensor:
     """A 0/1 mask of the weight's shape with r·(in + out) ones at seeded positions."""
     kind = kinds.kind_of(base_layer)  # knows the shape of packed weights
-    shape = (
-        torch.Size(kind.shape(base_layer)[:: -1 if kind.transposed else 1])
-        if kind is not None and kind.is_linear
-        else base_layer.weight.shape
-    )
+    if kind is not None and kind.is_linear:
+        rows, cols = kind.shape(base_layer)[:: -1 if kind.transposed else 1]
+    else:
+        rows, cols = base_layer.weight.shape  # type: ignore[misc]
     generator = torch.Generator(device="cpu")
     if random_seed is not None:
         generator.manual_seed(random_seed)
-    chosen = torch.randperm(shape.numel(), generator=generator, device="cpu")[: r * (shape[0] + shape[1])]  # type: ignore
-    mask = torch.zeros(shape.numel(), device="cpu")  # type: ignore
-    mask[chosen] = 1.0
-    return mask.view(shape)  # type: ignore
+    mask = torch.zeros(rows * cols, device="cpu")
+    mask[torch.randperm(rows * cols, generator=generator, device="cpu")[: r * (rows + cols)]] = 1.0
+    return mask.view(rows, cols)
 
 
 @dataclass
@@ -75,26 +73,20 @@ class ShiraLayer(AdapterLayer):
     def create(self, name: str, cfg: Any) -> None:
         self.r[name], self.scaling[name] = cfg.r, 1.0
         n = cfg.r * (self.in_features + self.out_features)
-        mask = None
+        indices = torch.zeros(2, n, dtype=torch.int64, device="cpu")  # without a mask the file has them
         if cfg.mask_fn is not None:
             kwargs = {"random_seed": cfg.random_seed} if cfg.mask_type == "random" else {}
-            mask = self.kind.canonical(cfg.mask_fn(self.get_base_layer(), cfg.r, **kwargs))
-            if int((mask != 0).sum()) != n:
-                raise ValueError(
-                    f"The mask has {int((mask != 0).sum())} ones, but r={cfg.r} asks for {n} in this layer."
-                )
-        indices = (
-            torch.zeros(2, n, dtype=torch.int32, device="cpu") if mask is None else mask.nonzero().T.to(torch.int32)
-        )
-        self.shira_indices[name] = indices.contiguous()
+            indices = self.kind.canonical(cfg.mask_fn(self.get_base_layer(), cfg.r, **kwargs)).nonzero().T
+            if indices.shape[1] != n:
+                raise ValueError(f"The mask has {indices.shape[1]} ones, but r={cfg.r} asks for {n} in this layer.")
+        self.shira_indices[name] = indices.to(torch.int32).contiguous()
         self.shira_weight[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else torch.randn(n))
 
     def delta_weight(self, name: str) -> torch.Tensor:
         values = self.shira_weight[name]
         rows, cols = self.shira_indices[name].to(values.device, torch.int64)
-        return values.new_zeros(self.out_features, self.in_features).index_put(
-            (rows, cols), values * self.scaling[name]
-        )
+        zeros = values.new_zeros(self.out_features, self.in_features)
+        return zeros.index_put((rows, cols), values * self.scaling[name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         if adapter in self.scaling:

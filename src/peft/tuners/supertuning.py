@@ -102,20 +102,22 @@ class SupertuningLayer(AdapterLayer):
         flat = values.new_zeros(self.out_features * self.in_features).index_put((indices.to(values.device),), values)
         return flat.view(self.out_features, self.in_features)
 
+    def _scale(self, name: str) -> float:
+        """Of the LoRA; 0 if there is none."""
+        r = self.supertuning_rank[name]
+        return self.supertuning_lora_alpha[name] / r if r else 0.0
+
     def delta_weight(self, name: str) -> torch.Tensor:
-        sparse = self._sparse(name)
-        if not self.supertuning_rank[name]:
+        sparse, scale = self._sparse(name), self._scale(name)
+        if not scale:
             return sparse
-        low_rank = self.supertuning_lora_B[name].weight @ self.supertuning_lora_A[name].weight  # type: ignore
-        return sparse + low_rank * (self.supertuning_lora_alpha[name] / self.supertuning_rank[name])
+        return sparse + scale * (self.supertuning_lora_B[name].weight @ self.supertuning_lora_A[name].weight)  # type: ignore
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        out = self.kind.call(self.get_base_layer(), x, self._sparse(name))
-        if self.supertuning_rank[name]:
+        out, scale = self.kind.call(self.get_base_layer(), x, self._sparse(name)), self._scale(name)
+        if scale:
             z = self.supertuning_lora_A[name](self.supertuning_lora_dropout[name](x))
-            out = out + self.supertuning_lora_B[name](
-                z * (self.supertuning_lora_alpha[name] / self.supertuning_rank[name])
-            )
+            out = out + self.supertuning_lora_B[name](z * scale)
         return out
 
     def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
@@ -130,7 +132,5 @@ class SupertuningModel(TunerModel):
 
     def check_config(self, name: str, cfg: Any) -> None:
         super().check_config(name, cfg)
-        if any(
-            c.save_precomputed_indices != cfg.save_precomputed_indices for n, c in self.peft_config.items() if n != name
-        ):
+        if {c.save_precomputed_indices for c in self.peft_config.values()} != {cfg.save_precomputed_indices}:
             raise ValueError("`save_precomputed_indices` must be the same for all adapters of a model.")

@@ -15,6 +15,7 @@ from torch import nn
 from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
+from ..core.modules import making_on_meta
 from ..core.slots import Aux, BufferDict, PersistentBufferDict, Saved, SharedTrainable
 from ..core.tuner import TunerModel
 from ..ops.low_rank import Factors
@@ -40,14 +41,10 @@ class TinyLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     _regex_with_layers = "warn"
+    _positive = ("r", "u")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("r", "u"):
-            if getattr(self, field) <= 0:
-                raise ValueError(
-                    f"`{field}` should be a positive integer value but the value passed is {getattr(self, field)}"
-                )
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(f"`weight_tying` must be in [0, 1], got {self.weight_tying}.")
         if not self.save_projection:
@@ -77,7 +74,7 @@ class TinyLoraLayer(AdapterLayer):
         with torch.no_grad():
             W = self.base_weight()
             W = W.T if self.kind is kinds.Embedding else W  # embeddings are decomposed as [num, dim]
-            if W.device.type == "meta" or torch.empty(0).device.type == "meta":  # the file has them
+            if W.device.type == "meta" or making_on_meta():  # the file has them
                 A, B = W.new_zeros(r, W.shape[1], device="cpu"), W.new_zeros(W.shape[0], r, device="cpu")
             else:
                 U, S, V = torch.linalg.svd(W.float(), full_matrices=False)
@@ -87,19 +84,11 @@ class TinyLoraLayer(AdapterLayer):
         self.tinylora_P.persistent = cfg.save_projection
         self.tinylora_P[name] = torch.randn(cfg.u, r, r, generator=generator, device="cpu") / r**0.5
 
-    def _core(self, name: str) -> torch.Tensor:
-        """R [r, r]"""
-        v, P = self.tinylora_v[name][self.group[name]], self.tinylora_P[name]  # type: ignore[index]
-        return torch.tensordot(v.to(P.device), P.to(v.dtype), dims=1)
-
     def factors(self, name: str) -> Factors:
-        R = self._core(name)
-        return Factors(
-            R @ self.tinylora_A[name].to(R.dtype),
-            self.tinylora_B[name].to(R.dtype),
-            1.0,
-            dropout_p(self.tinylora_dropout[name]),
-        )
+        v, P = self.tinylora_v[name][self.group[name]], self.tinylora_P[name]  # type: ignore[index]
+        R = torch.tensordot(v.to(P.device), P.to(v.dtype), dims=1)  # [r, r]
+        A, B = self.tinylora_A[name].to(R.dtype), self.tinylora_B[name].to(R.dtype)
+        return Factors(R @ A, B, 1.0, dropout_p(self.tinylora_dropout[name]))
 
     def delta_weight(self, name: str) -> torch.Tensor:
         A, B = self.factors(name)[:2]
@@ -145,5 +134,5 @@ class TinyLoraModel(TunerModel):
 
     def check_config(self, name: str, cfg: Any) -> None:
         super().check_config(name, cfg)
-        if any(c.save_projection != cfg.save_projection for n, c in self.peft_config.items() if n != name):
+        if {c.save_projection for c in self.peft_config.values()} != {cfg.save_projection}:
             raise TypeError("`save_projection` must be the same for all TinyLoRA adapters of a model.")

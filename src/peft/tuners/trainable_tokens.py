@@ -14,6 +14,7 @@ from torch import nn
 from ..config import PeftConfig, option
 from ..core import kinds, tied
 from ..core.layer import AdapterLayer
+from ..core.modules import making_on_meta
 from ..core.slots import Aux, BufferDict, Trainable
 from ..core.tuner import TunerModel
 from ..ops import rows as ops
@@ -54,7 +55,7 @@ class TrainableTokensLayer(AdapterLayer):
     # ---- state
     def create(self, name: str, cfg: Any) -> None:
         rows = self._register(name, list(cfg.token_indices))
-        if torch.empty(0).device.type == "meta":  # low_cpu_mem_usage: the file brings the values
+        if making_on_meta():  # low_cpu_mem_usage: the file brings the values
             delta = torch.empty_like(rows, device="meta")
         else:
             delta = rows.clone() if cfg.init_weights else torch.randn_like(rows)

@@ -41,6 +41,7 @@ class UniLoraConfig(PeftConfig):
     )
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
+    _pattern_alone = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,10 +52,6 @@ class UniLoraConfig(PeftConfig):
             raise ValueError(f"`unilora_dropout` must be in [0, 1], got {self.unilora_dropout}.")
         if self.bias not in BIASES:
             raise ValueError(f"`bias` must be one of {BIASES}, got {self.bias!r}.{nearest(self.bias, BIASES)}")
-
-    def _check_layer_range(self) -> None:
-        if not (self.layers_pattern and self.layers_to_transform is None):  # a pattern alone was always accepted
-            super()._check_layer_range()
 
 
 class UniLoraLayer(AdapterLayer):

@@ -41,20 +41,21 @@ class VeraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     _regex_with_layers = "warn"
+    _positive = ("r",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
-        if not self.save_projection:
-            warnings.warn(
-                "Specified to not save vera_A and vera_B within the state dictionary, instead they will be restored "
-                "using the PRNG key "
-                "store in `config.projection_prng_key`. Consider setting `config.save_projection` to `True` to "
-                "guarantee restoring the "
-                "checkpoint correctly on all system configurations.",
-                stacklevel=3,
-            )
+        warn_if_not_saved(self, "vera_A and vera_B")
+
+
+def warn_if_not_saved(cfg: Any, what: str) -> None:
+    if not cfg.save_projection:
+        warnings.warn(
+            f"Specified to not save {what} within the state dictionary, instead they will be restored using the PRNG "
+            "key store in `config.projection_prng_key`. Consider setting `config.save_projection` to `True` to "
+            "guarantee restoring the checkpoint correctly on all system configurations.",
+            stacklevel=4,
+        )
 
 
 class VeraLayer(AdapterLayer):
@@ -70,17 +71,21 @@ class VeraLayer(AdapterLayer):
 
     def create(self, name: str, cfg: Any) -> None:
         self.r[name], self.vera_dropout[name] = cfg.r, dropout(cfg.vera_dropout)
-        drawn = torch.randn(cfg.r)  # drawn in any case: the published library consumes it too
-        self.vera_lambda_b[name] = nn.Parameter(
-            torch.zeros(self.out_features) if cfg.init_weights else torch.ones(self.out_features)
-        )
-        self.vera_lambda_d[name] = nn.Parameter(torch.full((cfg.r,), cfg.d_initial) if cfg.init_weights else drawn)
+        self.vera_lambda_b[name], self.vera_lambda_d[name] = start(cfg, self.out_features, cfg.r)
 
     def factors(self, name: str) -> Factors:
         d, b = self.vera_lambda_d[name], self.vera_lambda_b[name]
         A = self.vera_A[name][:, : self.in_features].to(d.device)
         B = self.vera_B[name][: self.out_features].to(b.device)
         return Factors(A, b[:, None] * B, d, dropout_p(self.vera_dropout[name]))
+
+
+def start(cfg: Any, out: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """λ_b [out] and λ_d [width]."""
+    drawn = torch.randn(width)  # in any case: the published library consumes it too
+    if cfg.init_weights:
+        return nn.Parameter(torch.zeros(out)), nn.Parameter(torch.full((width,), cfg.d_initial))
+    return nn.Parameter(torch.ones(out)), nn.Parameter(drawn)
 
 
 def _uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
@@ -113,8 +118,7 @@ class SharedProjections:
     def import_state(self: Any, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Files without projections rely on the seed; files with them are taken at their word."""
         slots, cfg = tuple(self.projections), self.peft_config[name]
-        stored = any(k.endswith(tuple("." + s for s in slots)) for k in state)
-        if cfg.save_projection and not stored:
+        if cfg.save_projection and not any(k.endswith(tuple("." + s for s in slots)) for k in state):
             raise ValueError(
                 f"Specified to load {' and '.join(slots)} from state dictionary however they were not present! "
                 "Set save_projection=False in adapter_config.json to draw them again from projection_prng_key."
@@ -122,9 +126,8 @@ class SharedProjections:
         if not cfg.save_projection:
             warnings.warn(
                 f"Specified to not load {' and '.join(slots)} from state dictionary. This means we will be relying "
-                "on PRNG initialisation "
-                "to restore these projections using `config.projection_prng_key`, which may not be accurate on all "
-                "system configurations.",
+                "on PRNG initialisation to restore these projections using `config.projection_prng_key`, which may not "
+                "be accurate on all system configurations.",
                 stacklevel=2,
             )
         return state
