@@ -3,7 +3,7 @@ import threading
 import pytest
 import torch
 
-from peft.ops import dispatch, is_plain, plain, use_plain
+from peft.ops import checks, is_plain, plain, use_plain
 
 
 def test_context_is_per_thread_and_nests():
@@ -49,15 +49,17 @@ def test_switch_is_compiled_and_guarded():
 
 def test_comparison_finds_a_wrong_value_and_a_wrong_gradient():
     x = torch.randn(3, requires_grad=True)
-    dispatch.compare(lambda x: x * 2, (x,))
+    checks.compare(lambda x: x * 2, (x,))
     with pytest.raises(AssertionError):
-        dispatch.compare(lambda x: x * (2 if is_plain() else 3), (x,))
+        checks.compare(lambda x: x * (2 if is_plain() else 3), (x,))
     with pytest.raises(AssertionError):
-        dispatch.compare(lambda x: x * 2 if is_plain() else (x * 2).detach() + 0 * x, (x,))
+        checks.compare(lambda x: x * 2 if is_plain() else (x * 2).detach() + 0 * x, (x,))
 
 
-def test_registered_ops_pass_their_self_check():
-    name = "test_op"
-    op = dispatch.register(name, torch.sin, lambda: [(torch.randn(3, requires_grad=True),)])
-    assert op in dispatch.registered()
-    dispatch.self_check([name])
+def test_every_listed_op_is_checked(monkeypatch):
+    cases = lambda: [(torch.randn(3, requires_grad=True),)]  # noqa: E731
+    monkeypatch.setitem(checks.OPS, "test_op", (torch.sin, cases))
+    assert "test_op" in checks.run()
+    monkeypatch.setitem(checks.OPS, "test_op", (lambda x: x * (2 if is_plain() else 3), cases))
+    with pytest.raises(AssertionError):
+        checks.run()

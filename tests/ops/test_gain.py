@@ -6,7 +6,7 @@ from torch import nn
 
 from peft import ops
 from peft.ops import cayley, directions, gain
-from peft.ops.dispatch import compare
+from peft.ops.checks import compare
 
 
 def make(n_in, n_out, dtype=torch.float64, blocks=False):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import peft
 from peft.ops import dense, dispatch, low_rank, sampled, wavelet
-from peft.ops.dispatch import compare
+from peft.ops.checks import compare
 
 
 def draw(*shape, seed=0, grad=True):

@@ -67,6 +67,19 @@ def test_torchao_needs_its_requantiser(monkeypatch):
         backend.get_base_weight(SimpleNamespace(weight=object()))
 
 
+def test_torchao_writes_with_the_given_requantiser():
+    quantization = pytest.importorskip("torchao.quantization")
+    layer, asked = nn.Linear(32, 32), []
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    getter = lambda: asked.append(1) or quantization.Int8WeightOnlyConfig()  # noqa: E731
+    backend = resolve_quantization_backend(layer, get_apply_tensor_subclass=getter)
+    value = torch.randn(32, 32)
+    with pytest.warns(UserWarning, match="rounds it again"):
+        backend.set_base_weight(SimpleNamespace(base_layer=layer, get_base_layer=lambda: layer), value)
+    assert asked == [1]
+    torch.testing.assert_close(backend.get_base_weight(layer), value, rtol=0, atol=0.03)
+
+
 def test_unreadable_backend(monkeypatch):
     stub_storage(monkeypatch, "aqlm", mergeable=False)
     assert resolve_quantization_backend(nn.Linear(2, 2)).backend_name == "aqlm"

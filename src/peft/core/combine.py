@@ -252,7 +252,7 @@ def truncated_factors(
 
     B carries the singular values, or each factor their square root when `balanced`.
     """
-    return _split(*low_rank_svd(factors, weights), rank, balanced=balanced)
+    return split_svd(*low_rank_svd(factors, weights), rank, balanced=balanced)
 
 
 def svd_factors(
@@ -263,17 +263,20 @@ def svd_factors(
     `clamp` q limits both to +- the q-quantile of all their entries. `driver` as in `torch.linalg.svd`.
     """
     U, S, Vh = torch.linalg.svd(delta.detach().float(), full_matrices=False, driver=driver)
-    A, B = _split(U, S, Vh, rank)
+    A, B = split_svd(U, S, Vh, rank)
     if clamp is not None:
         limit = _quantile(torch.cat([B.flatten(), A.flatten()]), clamp)
         A, B = A.clamp(-limit, limit), B.clamp(-limit, limit)
     return A, B
 
 
-def _split(
+def split_svd(
     U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, rank: int, *, balanced: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut to `rank`, or pad with zeros where the matrix has fewer singular values than that."""
+    """A [rank, in] and B [out, rank] of an SVD, cut, or padded with zeros where there are fewer singular values.
+
+    B carries the singular values, or each factor their square root when `balanced`.
+    """
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
     A, B = (S.sqrt()[:, None] * Vh, U * S.sqrt()) if balanced else (Vh, U * S)
     missing = rank - S.shape[0]

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import cayley, circulant, dora, householder, low_rank, rows, sparse, wavelet
-from .dispatch import register, registered, self_check
+from .dispatch import plain
 
 
 def _leaf(*shape: int) -> Tensor:
@@ -62,27 +62,50 @@ def _head(x: Tensor, W: Tensor, trained: Tensor) -> Tensor:
     return rows.head(x, W, None, torch.arange(trained.shape[0]) * 2, trained)
 
 
-def enter() -> None:
-    """Put the library's ops into the registry."""
-    register("low_rank.linear", _linear, _linear_cases)
-    register("low_rank.accumulate", _accumulate, lambda: [(_leaf(3, 5, 32), _leaf(4, 32), _leaf(32, 4))])
-    register("dora.dora_linear", _dora, _dora_cases)
-    register("cayley.rotate", cayley.rotate, _rotate_cases)
-    register(
-        "cayley.cayley_series", cayley.cayley_series, lambda: [(0.1 * torch.randn(3, 8, 8), t) for t in (1, 3, 5, 9)]
-    )
-    register(
-        "householder.reflect", householder.reflect, lambda: [(_leaf(5, 32), _leaf(32, 4), gs) for gs in (False, True)]
-    )
-    register("circulant.multiply", circulant.multiply, lambda: [(_leaf(5, 4 * b), _leaf(3, 4, b)) for b in (8, 16)])
-    register("sparse.multiply", _sparse, lambda: [(_leaf(5, 32), _leaf(40))])
-    register("wavelet.multiply", _wavelet, lambda: [(_leaf(5, 32), _leaf(40), name) for name in ("db1", "db3")])
-    register("rows.head", _head, lambda: [(_leaf(5, 32), torch.randn(20, 32), _leaf(3, 32))])
+# Name of an op -> (call, what yields its argument tuples; floating tensors that require it are differentiated).
+OPS: dict[str, tuple[Callable[..., Tensor], Callable[[], Iterable[tuple]]]] = {
+    "low_rank.linear": (_linear, _linear_cases),
+    "low_rank.accumulate": (_accumulate, lambda: [(_leaf(3, 5, 32), _leaf(4, 32), _leaf(32, 4))]),
+    "dora.dora_linear": (_dora, _dora_cases),
+    "cayley.rotate": (cayley.rotate, _rotate_cases),
+    "cayley.cayley_series": (cayley.cayley_series, lambda: [(0.1 * torch.randn(3, 8, 8), t) for t in (1, 3, 5, 9)]),
+    "householder.reflect": (householder.reflect, lambda: [(_leaf(5, 32), _leaf(32, 4), gs) for gs in (False, True)]),
+    "circulant.multiply": (circulant.multiply, lambda: [(_leaf(5, 4 * b), _leaf(3, 4, b)) for b in (8, 16)]),
+    "sparse.multiply": (_sparse, lambda: [(_leaf(5, 32), _leaf(40))]),
+    "wavelet.multiply": (_wavelet, lambda: [(_leaf(5, 32), _leaf(40), name) for name in ("db1", "db3")]),
+    "rows.head": (_head, lambda: [(_leaf(5, 32), torch.randn(20, 32), _leaf(3, 32))]),
+}
+
+
+def value_and_grads(call: Callable[..., Tensor], args: Sequence) -> tuple[Tensor, list[Tensor | None]]:
+    """`call(*args)` and the gradients of a fixed random projection of it to every floating tensor among `args`."""
+    leaves = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+    torch.manual_seed(0)
+    out = call(*leaves)
+    wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+    if not wanted:
+        return out.detach(), []
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(out)
+    return out.detach(), list(torch.autograd.grad(out, wanted, direction, allow_unused=True))
+
+
+def compare(call: Callable[..., Tensor], args: Sequence, *, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Raise AssertionError unless the chosen path and the plain path agree on `args` in value and gradient."""
+    value, grads = value_and_grads(call, args)
+    with plain():
+        reference, expected = value_and_grads(call, args)
+    torch.testing.assert_close(value, reference, rtol=rtol, atol=atol)
+    for got, want in zip(grads, expected, strict=True):
+        if got is None or want is None:
+            assert got is want, "one path gives no gradient where the other does"
+            continue
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
 
 
 def run(device: str | torch.device = "cpu", *, rtol: float = 1e-3, atol: float = 1e-3) -> list[str]:
     """Check every op on `device`; raises AssertionError at the first that disagrees, else returns the names checked."""
-    enter()
     with torch.device(device):
-        self_check(rtol=rtol, atol=atol)
-    return [op.name for op in registered()]
+        for call, cases in OPS.values():
+            for args in cases():
+                compare(call, args, rtol=rtol, atol=atol)
+    return list(OPS)

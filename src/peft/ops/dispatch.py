@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation of an op runs: the plain switch, the predicate for fused paths, and self-check helpers.
+"""Which implementation of an op runs: the plain switch, the predicate for fused paths, parts of autograd functions.
 
 Every op has a plain path (the textbook formula by ordinary autograd) and may have a fused one. The fused path is chosen
 by predicate (`fusable`), never by a user flag; `plain()` and `use_plain()` force the plain path, for debugging and for
@@ -9,9 +9,8 @@ the tests that compare both.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -92,6 +91,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def settled(g: Tensor) -> AbstractContextManager:
+    """For a backward that gets g: forward settled the dtypes, so autocast is off inside."""
+    return nullcontext() if autocast_dtype(g) is None else torch.autocast(g.device.type, enabled=False)
+
+
 def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """A fresh contiguous `t` in another shape, for the output of an autograd function.
 
@@ -136,57 +140,3 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any):
         return None, *derived(ctx.form, ctx.saved_tensors, ctx.needs_input_grad[1:], grads[0])
-
-
-@dataclass(frozen=True)
-class Op:
-    """A public op with the means to check it: `cases()` yields argument tuples, floating tensors are differentiated."""
-
-    name: str
-    call: Callable[..., Tensor]
-    cases: Callable[[], Iterable[tuple]]
-
-
-_registry: dict[str, Op] = {}
-
-
-def register(name: str, call: Callable[..., Tensor], cases: Callable[[], Iterable[tuple]]) -> Op:
-    """Enter an op for `self_check`; the last registration of a name wins."""
-    _registry[name] = Op(name, call, cases)
-    return _registry[name]
-
-
-def registered() -> tuple[Op, ...]:
-    return tuple(_registry.values())
-
-
-def value_and_grads(call: Callable[..., Tensor], args: Sequence) -> tuple[Tensor, list[Tensor | None]]:
-    """`call(*args)` and the gradients of a fixed random projection of it to every floating tensor among `args`."""
-    leaves = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
-    torch.manual_seed(0)
-    out = call(*leaves)
-    wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
-    if not wanted:
-        return out.detach(), []
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(out)
-    return out.detach(), list(torch.autograd.grad(out, wanted, direction, allow_unused=True))
-
-
-def compare(call: Callable[..., Tensor], args: Sequence, *, rtol: float = 1e-4, atol: float = 1e-5) -> None:
-    """Raise AssertionError unless the chosen path and the plain path agree on `args` in value and gradient."""
-    value, grads = value_and_grads(call, args)
-    with plain():
-        reference, expected = value_and_grads(call, args)
-    torch.testing.assert_close(value, reference, rtol=rtol, atol=atol)
-    for got, want in zip(grads, expected, strict=True):
-        if got is None or want is None:
-            assert got is want, "one path gives no gradient where the other does"
-            continue
-        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
-
-
-def self_check(names: Iterable[str] | None = None, **tolerance: float) -> None:
-    """Compare fused and plain paths of the registered ops (all of them by default) on their cases."""
-    for name in _registry if names is None else names:
-        for args in _registry[name].cases():
-            compare(_registry[name].call, args, **tolerance)

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import autocast_dtype, fusable, is_plain, reshaped
+from .dispatch import autocast_dtype, derived, fusable, is_plain, reshaped, settled
 from .dropout import draw_seed, dropout, keep_mask, rescale, seedable
 from .gain import TINY, keep_output, narrow, output_kept
-from .low_rank import Factors
+from .low_rank import Factors, dropped
 
 _CHUNK = 1 << 22  # elements of a half-precision weight that are widened at a time
 
@@ -178,9 +178,7 @@ class _Dora(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any):
         saved = ctx.saved_tensors
         step = _differentiable_backward if torch.is_grad_enabled() else _backward
-        if autocast_dtype(grads[0]) is None:
-            return step(ctx, grads[0], saved)
-        with torch.autocast(grads[0].device.type, enabled=False):
+        with settled(grads[0]):
             return step(ctx, grads[0], saved)
 
 
@@ -194,7 +192,7 @@ def _output(
         u.addmm_(z, B.t(), alpha=plan.scale)
         y = torch.mul(u, g, out=torch.empty_like(u) if keep_product else u)
         return y if b is None else y.add_(b), u, z
-    hd = keep_mask(plan.seed, plan.drop, h).mul_(h)
+    hd = dropped(h, plan.drop, plan.seed)
     alpha = rescale(plan.drop)
     y = torch.mm(h, W.t()) if b is None else torch.addmm(b, h, W.t())
     u = torch.addmm(B[:, 0], hd, W.t(), beta=0, alpha=alpha)  # beta = 0: the first argument only has a fitting shape
@@ -218,7 +216,7 @@ def _backward(ctx: Any, G: Tensor, saved: Any) -> tuple[Any, ...]:
     x, W, b, A, B, m, norm, Ac, Bc, z, g, u = saved
     G = G.reshape(-1, G.shape[-1])
     h = x.reshape(-1, x.shape[-1]).to(plan.dtype)
-    hd = h if plan.seed is None else keep_mask(plan.seed, plan.drop, h).mul_(h)
+    hd = dropped(h, plan.drop, plan.seed)
     alpha = plan.scale * rescale(plan.drop)
     dx = db = dA = dB = dm = None
     if needs[2]:
@@ -251,10 +249,10 @@ def _input_grad(G: Tensor, dU: Tensor, W: Tensor, p: Any, A: Tensor, plan: _Plan
 
 def _differentiable_backward(ctx: Any, G: Tensor, saved: Any) -> tuple[Any, ...]:
     """For create_graph=True: rebuild the output by ordinary ops from the inputs and differentiate that."""
-    plan, needs = ctx.plan, ctx.needs_input_grad
-    x, W, b, A, B, m, norm = inputs = saved[:7]
-    factors = Factors(A, B, plan.scale, plan.drop)
-    out = _composite(x, W, b, factors, gain(m, norm), plan.drop, plan.seed, plan.dtype)
-    wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
-    got = iter(torch.autograd.grad(out, wanted, G.reshape(out.shape), create_graph=True, allow_unused=True))
-    return tuple(next(got) if need else None for need in needs)
+    plan = ctx.plan
+
+    def output(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, m: Tensor, norm: Tensor) -> Tensor:
+        factors = Factors(A, B, plan.scale, plan.drop)
+        return _composite(x, W, b, factors, gain(m, norm), plan.drop, plan.seed, plan.dtype)
+
+    return *derived(output, saved[:7], ctx.needs_input_grad[:7], G), None

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import DENSE, autocast_dtype, fusable, is_plain, reshaped
+from .dispatch import DENSE, autocast_dtype, derived, fusable, is_plain, reshaped, settled
 from .dropout import draw_seed, dropout, keep_mask, rescale, seedable
 
 
@@ -48,10 +48,12 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, factors: tuple[Factors, ...],
         return merged(x, W, b, *wide)
     low = autocast_dtype(x)
     own_dtype = W.dtype == x.dtype if low is None else not W.requires_grad  # autocast must see the cast of a trained W
-    known = _survey(factors, training, x, W) if own_dtype and fusable(x, W, b) else None
+    known = (
+        _survey(factors, training, x, W, low or x.dtype, low is not None) if own_dtype and fusable(x, W, b) else None
+    )
     if known is None:
         return _composite(x, W, b, None, factors, _seeds(x, factors, training), None, training)
-    return _LowRank.apply(x, W, b, None, known.plan(factors, training, low or x.dtype, low is not None), *known.tensors)
+    return _LowRank.apply(x, W, b, None, *known)  # type: ignore[return-value]
 
 
 def accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: bool = False) -> Tensor:
@@ -65,11 +67,11 @@ def accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: boo
         return _infer(y, x, factors, training, own=False)
     dtype = autocast_dtype(x) or x.dtype
     same = dtype == y.dtype and y.shape[:-1] == x.shape[:-1]
-    known = _survey(factors, training, x, None) if same and fusable(x, y) else None
+    known = _survey(factors, training, x, None, dtype, False) if same and fusable(x, y) else None
     if known is None:
         return _composite(x, None, None, y, factors, _seeds(x, factors, training), None, training)
     base = None if y is x else y  # x + delta(x): one gradient for x, not two that autograd would add
-    return _LowRank.apply(x, None, None, base, known.plan(factors, training, dtype, False), *known.tensors)
+    return _LowRank.apply(x, None, None, base, *known)  # type: ignore[return-value]
 
 
 def merged(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
@@ -195,24 +197,13 @@ class _Plan(NamedTuple):
     cast: bool  # autocast is on: cast the base weight too
 
 
-class _Survey:
-    """One walk over the factors: the autograd function's tensors A, B, S, A, B, S ... and its plan."""
+def _survey(
+    factors: tuple[Factors, ...], training: bool, x: Tensor, W: Tensor | None, dtype: torch.dtype, cast: bool
+) -> tuple[Any, ...] | None:
+    """One walk over the factors: the autograd function's plan and its tensors A, B, S, A, B, S ...
 
-    __slots__ = ("tensors", "seeds")
-
-    def __init__(self, tensors: list[Tensor | None], seeds: Seeds) -> None:
-        self.tensors, self.seeds = tensors, seeds
-
-    def plan(self, factors: tuple[Factors, ...], training: bool, dtype: torch.dtype, cast: bool) -> _Plan:
-        scales = tuple([1.0 if isinstance(f.scale, Tensor) else float(f.scale) for f in factors])
-        drops = tuple([f.dropout if training else 0.0 for f in factors])
-        return _Plan(scales, drops, self.seeds, dtype, cast)
-
-
-def _survey(factors: tuple[Factors, ...], training: bool, x: Tensor, W: Tensor | None) -> _Survey | None:
-    """None where ordinary ops serve: exotic tensors, no seeded dropout, or neither W nor any A trains.
-
-    In the last case ordinary ops keep just as little (x is not kept) and stay twice differentiable.
+    None where ordinary ops serve: exotic tensors, no seeded dropout, or neither W nor any A trains. In the last case
+    ordinary ops keep just as little (x is not kept) and stay twice differentiable.
     """
     tensors: list[Tensor | None] = []
     trains, drops = W is not None and W.requires_grad, False
@@ -224,9 +215,13 @@ def _survey(factors: tuple[Factors, ...], training: bool, x: Tensor, W: Tensor |
         tensors += (A, B, s if isinstance(s, Tensor) else None)
     if not trains or not x.is_floating_point():
         return None
-    if not (drops and training):
-        return _Survey(tensors, (None,) * len(factors))
-    return _Survey(tensors, _seeds(x, factors, training)) if seedable(x) else None
+    acts = drops and training
+    if acts and not seedable(x):
+        return None
+    scales = tuple([1.0 if isinstance(f.scale, Tensor) else float(f.scale) for f in factors])
+    probabilities = tuple([f.dropout if training else 0.0 for f in factors])
+    seeds = _seeds(x, factors, training) if acts else (None,) * len(factors)
+    return _Plan(scales, probabilities, seeds, dtype, cast), *tensors
 
 
 class _LowRank(torch.autograd.Function):
@@ -261,9 +256,7 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any):
         saved = ctx.saved_tensors  # read once: checkpointing does not allow a second time
         step = _differentiable_backward if torch.is_grad_enabled() else _backward
-        if autocast_dtype(grads[0]) is None:
-            return step(ctx, grads[0], saved)
-        with torch.autocast(grads[0].device.type, enabled=False):  # the dtypes were settled in forward
+        with settled(grads[0]):
             return step(ctx, grads[0], saved)
 
 
@@ -379,16 +372,16 @@ def _differentiable_backward(ctx: Any, g: Tensor, saved: tuple[Any, ...]) -> tup
     """For create_graph=True: rebuild the output by ordinary ops from the inputs and differentiate that."""
     plan, needs = ctx.plan, ctx.needs_input_grad
     x, W, b, *kept = saved
-    groups = [kept[6 * i : 6 * i + 3] for i in range(len(plan.scales))]
-    factors = tuple(
-        Factors(A, B, s if S is None else S, p) for (A, B, S), s, p in zip(groups, plan.scales, plan.drops, strict=True)
-    )
-    base = W if W is None or not plan.cast else W.to(plan.dtype)
-    y = x.to(plan.dtype) if ctx.residual else g.new_zeros(()).expand(g.shape)
-    out = _composite(x, base, b, None if base is not None else y, factors, plan.seeds, plan.dtype)
-    inputs = [x, W, b, None, None, *(t for group in groups for t in group)]
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need and t is not None]
-    got = iter(torch.autograd.grad(out, wanted, g, create_graph=True, allow_unused=True))
-    result = [next(got) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)]
-    result[3] = g if needs[3] else None
-    return tuple(result)
+    tensors = [t for i in range(len(plan.scales)) for t in kept[6 * i : 6 * i + 3]]
+
+    def output(x: Tensor, W: Tensor | None, b: Tensor | None, *tensors: Any) -> Tensor:
+        groups = zip(tensors[::3], tensors[1::3], tensors[2::3], plan.scales, plan.drops, strict=True)
+        factors = tuple(Factors(A, B, s if S is None else S, p) for A, B, S, s, p in groups)
+        base = W if W is None or not plan.cast else W.to(plan.dtype)
+        y = None
+        if base is None:
+            y = x.to(plan.dtype) if ctx.residual else g.new_zeros(()).expand(g.shape)
+        return _composite(x, base, b, y, factors, plan.seeds, plan.dtype)
+
+    dx, dW, db, *others = derived(output, (x, W, b, *tensors), (*needs[:3], *needs[5:]), g)
+    return dx, dW, db, g if needs[3] else None, None, *others

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import autocast_dtype, fusable, is_plain, reshaped
+from .dispatch import autocast_dtype, fusable, is_plain, reshaped, settled
 
 
 def slots(indices: Tensor, vocab: int) -> Tensor:
@@ -85,10 +85,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any):
         x, W, indices, rows = ctx.saved_tensors
-        step = torch.autocast(x.device.type, enabled=False) if autocast_dtype(grads[0]) is not None else None
-        if step is None:
-            return _head_backward(ctx, grads[0], x, W, indices, rows)
-        with step:
+        with settled(grads[0]):
             return _head_backward(ctx, grads[0], x, W, indices, rows)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a base weight is held in memory: the `WeightStorage` protocol, dense storage, and `resolve()`.
+"""How a base weight is held in memory: `WeightStorage`, what quantised formats share, and `resolve()`.
 
 Only this folder writes base tensors. Tensors are in storage orientation here; `core/kinds.py` turns them into
 canonical [out, in, *kernel].
@@ -9,7 +9,7 @@ A storage is asked only for packages that the user has imported already.
 import importlib
 import sys
 import warnings
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,52 +25,20 @@ _PACKAGES: dict[str, str] = {
     "gptqmodel": "packed",
     "aqlm": "packed",
 }
-# Layers whose weights can only be used by their own kernel.
-_FORWARD_ONLY = "forward_only"
 
 
-class WeightStorage(Protocol):
-    """Access to one weight of a base module. `name` is the attribute ("weight", "in_proj_weight", ...)."""
+class WeightStorage:
+    """Access to one weight of a base module: here an ordinary floating-point parameter, formats override it.
 
-    label: str | None
-    readable: bool
-    writable: bool
-
-    def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
-        """The weight as a float tensor in storage orientation (no copy when dense)."""
-        ...
-
-    def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
-        """Store `value`; returns the base module to use from now on (mostly the same object)."""
-        ...
-
-    def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
-        """Add `delta` to the weight, in place when dense."""
-        ...
-
-    def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
-        """A copy (on the CPU) from which `restore` brings the weight back bit by bit."""
-        ...
-
-    def restore(self, module: nn.Module, saved: Any, name: str = "weight") -> nn.Module: ...
-
-    def thaw(self, saved: Any, module: nn.Module) -> torch.Tensor:
-        """The float weight that a snapshot holds, on the device of `module`."""
-        ...
-
-    def guard(self, y: torch.Tensor) -> torch.Tensor:
-        """The base output, cloned where a kernel returns a view that is unsafe to add to."""
-        ...
-
-
-class DenseStorage:
-    """An ordinary floating-point parameter."""
+    `name` is the attribute ("weight", "in_proj_weight", ...).
+    """
 
     label: str | None = None
     readable = True
     writable = True
 
     def read(self, module: nn.Module, name: str = "weight") -> torch.Tensor:
+        """The weight as a float tensor in storage orientation (no copy when dense)."""
         weight = getattr(module, name)
         if weight.numel() == 0 and hasattr(weight, "ds_id"):
             with dtensor.gathered([weight]):
@@ -79,6 +47,7 @@ class DenseStorage:
 
     @torch.no_grad()
     def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
+        """Store `value`; returns the base module to use from now on (mostly the same object)."""
         weight = getattr(module, name)
         with dtensor.gathered([weight]):
             dtensor.put(weight, value)
@@ -86,37 +55,36 @@ class DenseStorage:
 
     @torch.no_grad()
     def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
+        """Add `delta` to the weight, in place when dense."""
         weight = getattr(module, name).data
         weight, delta = dtensor.local(weight), dtensor.like(delta, weight)
         if weight.dtype.itemsize == 1:  # float8 has no arithmetic
-            weight.copy_(
-                (weight.to(delta.dtype) + delta).clamp(torch.finfo(weight.dtype).min, torch.finfo(weight.dtype).max)
-            )
+            limits = torch.finfo(weight.dtype)
+            weight.copy_((weight.to(delta.dtype) + delta).clamp(limits.min, limits.max))
         else:
             weight.add_(delta)
         return module
 
     def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
+        """A copy (on the CPU) from which `restore` brings the weight back bit by bit."""
         return getattr(module, name).detach().to("cpu", copy=True)
 
     def restore(self, module: nn.Module, saved: Any, name: str = "weight") -> nn.Module:
         return self.write(module, saved, name)
 
     def thaw(self, saved: Any, module: nn.Module) -> torch.Tensor:
+        """The float weight that a snapshot holds, on the device of `module`."""
         return dtensor.whole(saved.to(next(module.parameters()).device))
 
     def guard(self, y: torch.Tensor) -> torch.Tensor:
+        """The base output, cloned where a kernel returns a view that is unsafe to add to."""
         return y
 
 
-class QuantisedStorage:
+class QuantisedStorage(WeightStorage):
     """What formats share: writing quantises again (and so rounds), the copy that unmerging needs is the old quantised
     weight itself.
     """
-
-    label: str | None = None
-    readable = True
-    writable = True
 
     def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
         """The float weight that `weight`, an attribute of the module now or before, stands for."""
@@ -158,36 +126,29 @@ class QuantisedStorage:
         with torch.no_grad():
             return self.dequantise(module, saved)
 
-    def guard(self, y: torch.Tensor) -> torch.Tensor:
-        return y
 
-
-DENSE = DenseStorage()
-_dense_types: set[type] = {
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.MultiheadAttention,
-}
+DENSE = WeightStorage()
+_DENSE_TYPES = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.MultiheadAttention}
 
 
 def resolve(module: nn.Module) -> WeightStorage:
     """The storage of a base module's weight."""
     weight = module._parameters.get("weight")
-    if type(module) in _dense_types and (
+    if type(module) in _DENSE_TYPES and (
         weight is None or type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
     ):
         return DENSE
-    for package, home in _PACKAGES.items():
-        if package in sys.modules:
-            found = importlib.import_module(f"{__package__}.{home}").detect(module)
-            if found is not None:
-                return found
-    found = importlib.import_module(f"{__package__}.{_FORWARD_ONLY}").detect(module)
-    return found if found is not None else DENSE
+    homes = [home for package, home in _PACKAGES.items() if package in sys.modules]
+    for home in (*homes, "forward_only"):  # last: layers whose weights can only be used by their own kernel
+        found = importlib.import_module(f"{__package__}.{home}").detect(module)
+        if found is not None:
+            return found
+    return DENSE
+
+
+def classes_from(package: str, instance: Any) -> set[str]:
+    """Names of the classes of an object that come from a package."""
+    return {c.__name__ for c in type(instance).__mro__ if f"{c.__module__}.".startswith(f"{package}.")}
 
 
 def open_model(model: nn.Module) -> None:

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bitsandbytes: 8-bit (vector-wise int8) and 4-bit (NF4, FP4) linear layers.
-
-Merging dequantises, changes and quantises again, so it rounds; the copy that unmerging needs is the old quantised
-weight itself.
-"""
+"""bitsandbytes: 8-bit (vector-wise int8) and 4-bit (NF4, FP4) linear layers."""
 
 import copy
 from typing import Any
@@ -11,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import QuantisedStorage
+from .base import QuantisedStorage, classes_from
 
 
 class Int8Storage(QuantisedStorage):
@@ -58,11 +54,8 @@ class Int4Storage(QuantisedStorage):
         import bitsandbytes as bnb
 
         old = module.weight
-        kept = {
-            k: getattr(old, k)
-            for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-            if hasattr(old, k)
-        }
+        options = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        kept = {k: getattr(old, k) for k in options if hasattr(old, k)}
         fresh = bnb.nn.Params4bit(value.to("cpu"), requires_grad=False, **kept)  # type: ignore
         module.weight = fresh.to(old.device)  # type: ignore
         return module
@@ -81,9 +74,8 @@ def _plain_layout(weight: Any) -> tuple[torch.Tensor, Any]:
         return weight.data, state
     rows, columns = state.shape
     packed = weight.data.reshape(-1, 32)  # 32 rows at a time, one column in the low and one in the high halves
-    codes = (
-        torch.cat([packed & 15, packed >> 4], -1).reshape(rows // 32, columns // 2, 32, 2).transpose(1, 2).reshape(-1)
-    )
+    codes = torch.cat([packed & 15, packed >> 4], -1).reshape(rows // 32, columns // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(-1)
     plain = copy.copy(state)
     plain.absmax = state.absmax.T.reshape(-1).float()
     plain.nested, plain.dtype, plain.packing_format_for_cpu = False, state.original_dtype, False
@@ -105,7 +97,7 @@ def keep_differentiable(module: Any) -> None:
 
 def detect(module: nn.Module) -> QuantisedStorage | None:
     """By the class of the layer, not by a flag of the model, which may be missing."""
-    names = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("bitsandbytes.")}
+    names = classes_from("bitsandbytes", module)
     if "Linear8bitLt" in names and not getattr(module.weight, "has_fp16_weights", False):
         return INT8
     return INT4 if "Linear4bit" in names else None

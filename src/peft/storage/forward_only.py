@@ -5,7 +5,7 @@ import sys
 
 from torch import nn
 
-from .base import QuantisedStorage
+from .base import QuantisedStorage, classes_from
 
 # label -> (package that must be imported, class names of its linear layers). GPTQ last: AWQ layers share its base
 # class. `packed` comes first and takes the layers of these packages that keep a documented layout.
@@ -35,9 +35,7 @@ def label_of(module: nn.Module) -> str | None:
     if isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__module__.startswith("torch."):
         return None
     for label, (package, names) in DETECTORS.items():
-        if package in sys.modules and any(
-            c.__name__ in names and c.__module__.split(".")[0] == package for c in type(module).__mro__
-        ):
+        if package in sys.modules and classes_from(package, module).intersection(names):
             return label
     return None
 

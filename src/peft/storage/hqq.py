@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import QuantisedStorage
+from .base import QuantisedStorage, classes_from
 
 
 class HqqStorage(QuantisedStorage):
@@ -36,8 +36,4 @@ HQQ = HqqStorage()
 
 
 def detect(module: nn.Module) -> HqqStorage | None:
-    return (
-        HQQ
-        if any(c.__name__ == "HQQLinear" and c.__module__.startswith("hqq.") for c in type(module).__mro__)
-        else None
-    )
+    return HQQ if "HQQLinear" in classes_from("hqq", module) else None

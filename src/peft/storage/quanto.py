@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import QuantisedStorage
+from .base import QuantisedStorage, classes_from
 
 
 class QuantoStorage(QuantisedStorage):
@@ -30,5 +30,5 @@ QUANTO = QuantoStorage()
 
 
 def detect(module: nn.Module) -> QuantoStorage | None:
-    names = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("optimum.quanto.")}
-    return QUANTO if "QModuleMixin" in names and isinstance(module, nn.Linear) else None
+    ours = isinstance(module, nn.Linear) and "QModuleMixin" in classes_from("optimum.quanto", module)
+    return QUANTO if ours else None

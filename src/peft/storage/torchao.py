@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import QuantisedStorage
+from .base import QuantisedStorage, classes_from
 
 
 def _inferred(weight: Any) -> Any:
@@ -69,8 +69,7 @@ def detect(module: nn.Module) -> TorchaoStorage | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return None
-    found = any(c.__module__.startswith("torchao.") for c in (*type(weight).__mro__, *type(weight.data).__mro__))
-    return TORCHAO if found else None
+    return TORCHAO if classes_from("torchao", weight) or classes_from("torchao", weight.data) else None
 
 
 def with_config(model: nn.Module) -> TorchaoStorage:

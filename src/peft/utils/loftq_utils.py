@@ -3,6 +3,8 @@
 
 LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, arXiv 2310.08659. With the error
 E = W - dequant(quant(W)) = U S V^T: A = sqrt(S_r) V_r^T, B = U_r sqrt(S_r).
+
+`loftq_init` needs no quantisation package: it simulates NF4 in blocks of 64 (QLoRA, arXiv 2305.14314) or int8 by rows.
 """
 
 import json
@@ -14,8 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.combine import split_svd
 from .integrations import dequantize_bnb_weight, get_bnb_param_type
 
+# The 16 levels of NF4: quantiles of N(0, 1), scaled to [-1, 1] (QLoRA, appendix E).
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495,
+    0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+_BLOCK = 64
 _PREFIX = "base_model.model."
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,9 +40,30 @@ def loftq_init(
         raise ValueError(f"Only 4 and 8 bits are supported by LoftQ, got num_bits={num_bits}.")
     if num_iter <= 0:
         raise ValueError(f"The number of LoftQ iterations must be greater than 0, got {num_iter}.")
-    from ..tuners.lora.loftq import loftq_factors
+    rest = Q = A = B = weight
+    for _ in range(num_iter):
+        Q = _nf4(rest) if num_bits == 4 else _int8(rest)
+        A, B = split_svd(*torch.linalg.svd(weight - Q, full_matrices=False), reduced_rank, balanced=True)
+        rest = weight - B @ A
+    return Q, A, B
 
-    return loftq_factors(weight, reduced_rank, bits=num_bits, iterations=num_iter)
+
+def _nf4(W: torch.Tensor) -> torch.Tensor:
+    """W rounded to NF4 and back; one scale for each 64 consecutive entries."""
+    flat = W.reshape(-1)
+    missing = -len(flat) % _BLOCK
+    blocks = torch.nn.functional.pad(flat, (0, missing)).view(-1, _BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True)
+    levels = torch.tensor(_NF4, dtype=W.dtype, device=W.device)
+    edges = (levels[1:] + levels[:-1]) / 2
+    code = torch.bucketize((blocks / scale.clamp(min=torch.finfo(W.dtype).tiny)).contiguous(), edges)
+    return (levels[code] * scale).view(-1)[: len(flat)].view(W.shape)
+
+
+def _int8(W: torch.Tensor) -> torch.Tensor:
+    """W rounded to int8 and back; one scale a row."""
+    scale = W.abs().amax(1, keepdim=True).clamp(min=torch.finfo(W.dtype).tiny) / 127
+    return (W / scale).round() * scale
 
 
 def _low_rank_decomposition(weight: torch.Tensor, reduced_rank: int = 32) -> dict[str, Any]:
@@ -38,8 +71,7 @@ def _low_rank_decomposition(weight: torch.Tensor, reduced_rank: int = 32) -> dic
     if weight.dim() != 2:
         raise ValueError(f"Only support 2D matrix, but your input has {weight.dim()} dimensions.")
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    root = S[:reduced_rank].sqrt()
-    L, R = U[:, :reduced_rank] * root, root[:, None] * Vh[:reduced_rank]
+    R, L = split_svd(U, S, Vh, reduced_rank, balanced=True)
     return {"L": L, "R": R, "U": U, "S": S, "Vh": Vh, "reduced_rank": reduced_rank}
 
 

@@ -2,13 +2,14 @@
 """Published view of `peft.storage`: backend objects that read and write the base weight of a wrapped layer."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..storage.base import WeightStorage, resolve
 from ..storage.forward_only import DETECTORS
+from ..storage.torchao import TorchaoStorage
 
 LayerType = Literal["linear", "embedding", "conv2d"]
 
@@ -38,10 +39,8 @@ class _StorageBackend(QuantizationBackend):
 
     layer_type: LayerType = "linear"
     supports_merge: bool = True
-    _clones: ClassVar[bool] = False
 
-    @staticmethod
-    def _storage(base_layer: nn.Module) -> WeightStorage:
+    def _storage(self, base_layer: nn.Module) -> WeightStorage:
         return resolve(base_layer)
 
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
@@ -53,9 +52,6 @@ class _StorageBackend(QuantizationBackend):
         if written is not base_layer:
             peft_layer.base_layer = written
 
-    def maybe_clone_base_result(self, x: torch.Tensor) -> torch.Tensor:
-        return x.clone() if self._clones else x
-
 
 class Bnb8bitBackend(_StorageBackend):
     backend_name = "bnb 8bit"
@@ -63,7 +59,9 @@ class Bnb8bitBackend(_StorageBackend):
 
 class Bnb4bitBackend(_StorageBackend):
     backend_name = "bnb 4bit"
-    _clones = True
+
+    def maybe_clone_base_result(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
 
 
 class HqqBackend(_StorageBackend):
@@ -75,6 +73,9 @@ class TorchaoBackend(_StorageBackend):
 
     def __init__(self, get_apply_tensor_subclass: Callable[[], Any]):
         self.get_apply_tensor_subclass = get_apply_tensor_subclass
+
+    def _storage(self, base_layer: nn.Module) -> WeightStorage:
+        return TorchaoStorage(self.get_apply_tensor_subclass())
 
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
         weight = base_layer.weight

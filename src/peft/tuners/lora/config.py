@@ -2,9 +2,10 @@
 """Options of LoRA (arXiv 2106.09685), of its initialisations and of its variants."""
 
 import functools
+import inspect
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from ...config import (
     PeftConfig,
@@ -18,6 +19,20 @@ from ...config import (
     saves,
     targets,
 )
+
+
+def _check_positive(options: Any, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) <= 0:
+            raise ValueError(f"`{name}` must be greater than 0, got {getattr(options, name)}.")
+
+
+def _check_choice(options: Any, *names: str) -> None:
+    """The values must be among those of the fields' `Literal`."""
+    for name in names:
+        value, valid = getattr(options, name), get_args(inspect.get_annotations(type(options))[name])
+        if value not in valid:
+            raise ValueError(f"Unknown `{name}` {value!r}; use one of {', '.join(valid)}.{nearest(value, valid)}")
 
 
 @dataclass
@@ -66,6 +81,9 @@ class CordaConfig:
     use_float16_for_covariance: bool = option(False, "Accumulate covariances in float16.")
     prune_temporary_fields: bool = option(True, "Remove covariances from the modules once they are used.")
 
+    def __post_init__(self) -> None:
+        _check_choice(self, "corda_method")
+
 
 @dataclass
 class LoraGAConfig:
@@ -76,6 +94,9 @@ class LoraGAConfig:
     )
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = option("stable", "How the factors are scaled.")
     stable_gamma: int = option(16, "Divisor of the scale 'stable'.")
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "direction", "scale")
 
 
 @dataclass
@@ -89,16 +110,8 @@ class VeloraConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.num_groups <= 0:
-            raise ValueError(f"`num_groups` must be positive, got {self.num_groups}.")
-        if self.scale <= 0:
-            raise ValueError(f"`scale` must be positive, got {self.scale}.")
-        valid = ("batch_average", "batch_average_once", "random")
-        if self.init_type not in valid:
-            raise ValueError(
-                f"Unknown `init_type` {self.init_type!r}; use one of "
-                f"{', '.join(valid)}.{nearest(self.init_type, valid)}"
-            )
+        _check_positive(self, "num_groups", "scale")
+        _check_choice(self, "init_type")
 
 
 @dataclass
@@ -113,9 +126,7 @@ class MontecloraConfig:
     buffer_size: int = option(150, "Noise draws that were kept in memory; noise is drawn when needed now.")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "dirichlet_prior", "buffer_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
+        _check_positive(self, "num_samples", "dirichlet_prior", "buffer_size")
 
 
 @dataclass
@@ -147,10 +158,7 @@ class ArrowConfig:
     gks_adapter_names: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.top_k <= 0:
-            raise ValueError(f"`top_k` must be greater than 0, got {self.top_k}.")
-        if self.router_temperature <= 0:
-            raise ValueError(f"`router_temperature` must be greater than 0, got {self.router_temperature}.")
+        _check_positive(self, "top_k", "router_temperature")
 
 
 @dataclass

@@ -54,8 +54,6 @@ def preprocess_corda(
     options: Any = lora_config.corda_config
     if options is None:
         raise ValueError("`corda_config` must be given in the LoraConfig.")
-    if options.corda_method not in ("ipm", "kpm"):
-        raise ValueError(f"Invalid corda_method found: {options.corda_method!r}, it should be 'ipm' or 'kpm'.")
     layers = data_init.target_layers(model, lora_config)
     data_init.refuse_quantised(layers, "CorDA")
     cache = data_init.cached(options.cache_file, [f"{n}.eigens.{part}" for n in layers for part in _PARTS])

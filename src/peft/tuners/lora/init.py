@@ -19,6 +19,7 @@ from torch import nn
 
 from ...config import nearest
 from ...core import kinds
+from ...core.combine import split_svd
 from ...storage.base import resolve
 
 if TYPE_CHECKING:
@@ -35,25 +36,22 @@ def default(layer: "LoraLayer", name: str, cfg: Any) -> None:
     if layer.kind is kinds.Embedding:
         nn.init.zeros_(A)
         nn.init.normal_(B)
-        return
-    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    _zero_b(layer, name, B)
+    else:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        zero_b(layer, name, cfg)
 
 
 def gaussian(layer: "LoraLayer", name: str, cfg: Any) -> None:
     """A N(0, 1/r²), B zero."""
-    if layer.kind is kinds.Embedding:
-        return default(layer, name, cfg)
-    A, B = layer.factor_tensors(name)
-    nn.init.normal_(A, std=1 / layer.r[name])
-    return _zero_b(layer, name, B)
+    nn.init.normal_(layer.factor_tensors(name)[0], std=1 / layer.r[name])
+    zero_b(layer, name, cfg)
 
 
-def eva(layer: "LoraLayer", name: str, cfg: Any) -> None:
-    """B zero; A is filled by `initialize_lora_eva_weights`."""
-    if layer.kind is kinds.Embedding:
-        return default(layer, name, cfg)
-    return _zero_b(layer, name, layer.factor_tensors(name)[1])
+def zero_b(layer: "LoraLayer", name: str, cfg: Any) -> None:
+    """B zero. With "eva" that is all: `initialize_lora_eva_weights` fills A."""
+    nn.init.zeros_(layer.factor_tensors(name)[1])
+    if layer.lora_bias[name]:
+        nn.init.zeros_(layer.lora_B[name].bias)  # type: ignore[arg-type]
 
 
 def orthogonal(layer: "LoraLayer", name: str, cfg: Any) -> None:
@@ -76,8 +74,7 @@ def pissa(layer: "LoraLayer", name: str, cfg: Any) -> None:
     else:
         U, S, V = torch.svd_lowrank(W, q=r, niter=int(niter.group(1)))
         Vh = V.T
-    root = (S[:r] / s).sqrt()
-    _replace(layer, name, W, root[:, None] * Vh[:r], U[:, :r] * root)
+    _replace(layer, name, W, *split_svd(U, S / s, Vh, r, balanced=True))
 
 
 def olora(layer: "LoraLayer", name: str, cfg: Any) -> None:
@@ -118,8 +115,7 @@ def corda(layer: "LoraLayer", name: str, cfg: Any) -> None:
                 f"Size mismatch of {label}: {tuple(tensor.shape)}, expected {wanted}; was the rank the same "
                 "in `preprocess_corda`?"
             )
-    root = (S / s).sqrt()
-    _replace(layer, name, W, root[:, None] * V.T, U * root)
+    _replace(layer, name, W, *split_svd(U, S / s, V.T, r, balanced=True))
     del base.eigens
 
 
@@ -127,14 +123,15 @@ def lora_ga(layer: "LoraLayer", name: str, cfg: Any) -> None:
     """Factors along the gradient that `preprocess_loraga` left on the layer; the default where there is none."""
     base = layer.get_base_layer()
     grad: Any = getattr(base, "_peft_loraga_grad", None)
-    if grad is None or not layer.kind.is_linear:
-        if layer.kind.is_linear:
-            warnings.warn(
-                "There is no gradient of `preprocess_loraga`: LoRA-GA falls back to the default initialisation. An "
-                "adapter from a file belongs to the base weights that its gradients changed; save it with "
-                "`path_initial_model_for_weight_conversion` to use it with the unchanged ones.",
-                stacklevel=2,
-            )
+    if not layer.kind.is_linear:
+        return default(layer, name, cfg)
+    if grad is None:
+        warnings.warn(
+            "There is no gradient of `preprocess_loraga`: LoRA-GA falls back to the default initialisation. An "
+            "adapter from a file belongs to the base weights that its gradients changed; save it with "
+            "`path_initial_model_for_weight_conversion` to use it with the unchanged ones.",
+            stacklevel=2,
+        )
         return default(layer, name, cfg)
     if cfg.lora_ga_config is None:
         raise ValueError("`lora_ga_config` must be given when `init_lora_weights` is 'lora_ga'.")
@@ -155,58 +152,44 @@ def gradient_factors(
     if 2 * r > min(n_out, n_in):
         raise ValueError(f"LoRA-GA needs 2·r <= min(in, out) = {min(n_out, n_in)}, got r={r}.")
     U, S, V = torch.svd_lowrank(G, q=min(4 * r, n_out, n_in), niter=4)
-    direction, scale = options.direction, options.scale
-    if direction == "ArBr":
-        rows, columns = torch.arange(1, 2 * r, 2), torch.arange(0, 2 * r, 2)
-    elif direction == "A2rBr":
-        rows, columns = torch.arange(r, 2 * r), torch.arange(r)
-    elif direction == "ArB2r":
-        rows, columns = torch.arange(r), torch.arange(r, 2 * r)
-    elif direction == "random":
-        rows = columns = torch.randperm(2 * r)[:r]
+    if options.direction == "random":
+        rows = columns = torch.randperm(2 * r)[:r].to(G.device)
     else:
-        valid = ("ArBr", "A2rBr", "ArB2r", "random")
-        raise ValueError(
-            f"Unknown LoRA-GA direction {direction!r}; use one of {', '.join(valid)}.{nearest(direction, valid)}"
-        )
-    rows, columns = rows.to(G.device), columns.to(G.device)
+        all_ = torch.arange(2 * r, device=G.device)
+        halves = {"ArBr": (all_[1::2], all_[::2]), "A2rBr": (all_[r:], all_[:r]), "ArB2r": (all_[:r], all_[r:])}
+        rows, columns = halves[options.direction]
     A, B = V.T[rows], U[:, columns] * S[columns]
+    scale = options.scale
     if scale == "stable":
         return A, B * (n_out**0.25 / math.sqrt(options.stable_gamma))
     if scale == "weight_svd":
         first = S[columns[0]]
         return A, B * (torch.linalg.matrix_norm(W, 2) / first) if first > 0 else B
-    if scale == "gd_scale":
-        return A / s, B / s
-    if scale != "unit":
-        valid = ("stable", "weight_svd", "gd_scale", "unit")
-        raise ValueError(f"Unknown LoRA-GA scale {scale!r}; use one of {', '.join(valid)}.{nearest(scale, valid)}")
-    return A, B
+    return (A / s, B / s) if scale == "gd_scale" else (A, B)
 
 
 def loftq(layer: "LoraLayer", name: str, cfg: Any) -> None:
     """Alternate quantising W - B·A and factoring what that loses; the base becomes the (dequantised) quantised
     weight.
     """
-    from .loftq import loftq_factors
+    from ...utils.loftq_utils import loftq_init
 
-    if layer.kind is kinds.Embedding:
-        return default(layer, name, cfg)
     dtype = layer.kind.parameter(layer.get_base_layer()).dtype
-    options = {"bits": cfg.loftq_config.get("loftq_bits", 4), "iterations": cfg.loftq_config.get("loftq_iter", 1)}
-    Q, A, B = loftq_factors(compute_weight(layer, name), layer.r[name], **options)
+    bits, iterations = cfg.loftq_config.get("loftq_bits", 4), cfg.loftq_config.get("loftq_iter", 1)
+    Q, A, B = loftq_init(compute_weight(layer, name), bits, layer.r[name], iterations)
     layer.set_factors(name, A, B)
-    return layer.set_base_weight(layer.kind.stored(Q.to(dtype)))
+    layer.set_base_weight(layer.kind.stored(Q.to(dtype)))
 
 
 SCHEMES: dict[str, Scheme] = {
-    "gaussian": gaussian, "eva": eva, "olora": olora, "pissa": pissa, "corda": corda, "loftq": loftq,
+    "gaussian": gaussian, "eva": zero_b, "olora": olora, "pissa": pissa, "corda": corda, "loftq": loftq,
     "orthogonal": orthogonal, "lora_ga": lora_ga, "mica": mica,
 }  # fmt: skip
 _CHANGE_BASE = (pissa, olora, corda, lora_ga, loftq)
 _READ_BASE = (*_CHANGE_BASE, mica)
 _ON_CONVS = (gaussian, lora_ga)
-_ON_SUBSTITUTED = (gaussian, eva)
+_ON_SUBSTITUTED = (gaussian, zero_b)
+_NOT_ON_EMBEDDINGS = (gaussian, zero_b, loftq)  # these get the default
 
 
 def scheme(value: Any) -> Scheme | None:
@@ -258,6 +241,8 @@ def check(cfg: Any, key: str, kind: type[kinds.LayerKind], base: nn.Module) -> N
 def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
     """Fill the factors of adapter `name`."""
     function = scheme(cfg.init_lora_weights)
+    if layer.kind is kinds.Embedding and function in _NOT_ON_EMBEDDINGS:
+        function = default
     if function is None:
         return
     base_weight = getattr(layer.get_base_layer(), layer.kind.weight_name, None)
@@ -282,9 +267,3 @@ def _replace(layer: "LoraLayer", name: str, W: torch.Tensor, A: torch.Tensor, B:
     residual = torch.addmm(W, B, A, alpha=-layer.scaling[name])
     layer.set_base_weight(layer.kind.stored(residual))
     layer.set_factors(name, A, B)
-
-
-def _zero_b(layer: "LoraLayer", name: str, B: torch.Tensor) -> None:
-    nn.init.zeros_(B)
-    if layer.lora_bias[name]:
-        nn.init.zeros_(layer.lora_B[name].bias)  # type: ignore[arg-type]
