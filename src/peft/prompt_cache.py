@@ -46,11 +46,8 @@ def new_cache(base: Any, config: Any, max_cache_len: int | None = None) -> Any:
 
 
 def _is_per_layer(text: Any) -> bool:
-    model_type = getattr(text, "model_type", None) or ""
-    kinds = getattr(text, "layer_types", None) or ()
-    return any(family in model_type for family in _PER_LAYER_FAMILIES) or any(
-        kind not in _PLAIN_LAYERS for kind in kinds
-    )
+    model_type, types = getattr(text, "model_type", None) or "", getattr(text, "layer_types", None) or ()
+    return any(family in model_type for family in _PER_LAYER_FAMILIES) or not set(types) <= set(_PLAIN_LAYERS)
 
 
 def with_room(cache: Any, n: int, base: Any) -> Any:
@@ -131,15 +128,10 @@ def _layer_shape(text: Any, index: int, heads: int, head_dim: int) -> tuple[int,
         layer = overrides.get(index, overrides.get(str(index), text))
     elif overrides is not None and index < len(overrides):
         layer = overrides[index]
-    kinds = getattr(text, "layer_types", None)
+    types, wide = getattr(text, "layer_types", None), getattr(text, "global_head_dim", None)
     own_dim, own_heads = _value(layer, "head_dim"), _value(layer, "num_key_value_heads")
-    if (
-        layer is text
-        and getattr(text, "global_head_dim", None) is not None
-        and kinds
-        and kinds[index] == "full_attention"
-    ):
-        own_dim = text.global_head_dim
+    if layer is text and wide is not None and types and types[index] == "full_attention":
+        own_dim = wide
         own_heads = getattr(text, "num_global_key_value_heads", None) or own_heads
     own_dim, own_heads = own_dim or head_dim, own_heads or heads
     return (own_heads, own_dim) if own_dim <= head_dim and own_heads <= heads else None

@@ -59,12 +59,8 @@ def get_prompt(
     encoder = peft_model.prompt_encoder[peft_model.active_adapter]
     if encoder.produces == "embeds":
         return _embeds(peft_model, encoder, batch_size, task_ids)
-    cache = new_cache(peft_model.base_model, _config(peft_model), max_cache_len)
+    cache = new_cache(peft_model.base_model, peft_model.active_peft_config, max_cache_len)
     return _fill(peft_model, encoder, cache, batch_size)
-
-
-def _config(peft_model: Any) -> Any:
-    return peft_model.peft_config[peft_model.active_adapter]
 
 
 def _tokens(peft_model: Any, encoder: BasePromptEncoder) -> torch.Tensor:
@@ -87,7 +83,7 @@ def _embeds(peft_model: Any, encoder: BasePromptEncoder, batch: int, task_ids: t
 
 def _fill(peft_model: Any, encoder: BasePromptEncoder, cache: Any, batch: int) -> Any:
     """Write the prefix into an empty cache."""
-    config = _config(peft_model)
+    config = peft_model.active_peft_config
     rows = encoder(_tokens(peft_model, encoder)[:, : config.num_virtual_tokens])
     dtype = getattr(peft_model.base_model, "dtype", None)
     return write_prefix(cache, rows.to(dtype or rows.dtype), config, peft_model.base_model, batch)
@@ -149,7 +145,7 @@ def prepare_forward(peft_model: Any, rule: InputRule, call: Call) -> Call:
 
 
 def _kv_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, call: Call) -> Call:
-    base, nv = peft_model.base_model, _config(peft_model).num_virtual_tokens
+    base, nv = peft_model.base_model, peft_model.active_peft_config.num_virtual_tokens
     if peft_model.training and is_checkpointing(base):
         raise RuntimeError(
             "Gradient checkpointing is enabled, which drops the cache that holds the prefix: disable it."
@@ -160,13 +156,13 @@ def _kv_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, cal
         call["position_ids"] = call["position_ids"] + nv
     cache = call.get("past_key_values")
     if cache_length(cache) == 0:  # a cache with content comes from an earlier call and holds the prefix
-        cache = new_cache(base, _config(peft_model)) if cache is None else cache
+        cache = new_cache(base, peft_model.active_peft_config) if cache is None else cache
         call["past_key_values"] = _fill(peft_model, encoder, cache, batch)
     return call
 
 
 def _embed_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, call: Call, task_ids: Any) -> Call:
-    nv, batch = _config(peft_model).num_virtual_tokens, _batch_size(call)
+    nv, batch = peft_model.active_peft_config.num_virtual_tokens, _batch_size(call)
     _extend_mask(call, "attention_mask", nv, embeds=True)
     _drop(call, "position_ids", "Position ids")
     if cache_length(call.get("past_key_values")) > 0:
@@ -181,7 +177,7 @@ def _embed_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, 
 
 
 def _seq2seq_embeds(peft_model: Any, encoder: BasePromptEncoder, call: Call, task_ids: Any) -> Call:
-    config = _config(peft_model)
+    config = peft_model.active_peft_config
     nv, batch = config.num_virtual_tokens, _batch_size(call)
     prompt = _embeds(peft_model, encoder, batch, task_ids)
     _extend_mask(call, "attention_mask", nv, embeds=True)
@@ -287,7 +283,7 @@ def prepare_generation(peft_model: Any, args: tuple[Any, ...], kwargs: Call, tas
         return inputs
     kwargs = dict(kwargs)
     input_ids = args[0] if args else kwargs.pop("input_ids")
-    nv, base = _config(peft_model).num_virtual_tokens, peft_model.base_model
+    nv, base = peft_model.active_peft_config.num_virtual_tokens, peft_model.base_model
     is_encoder_decoder = bool(getattr(base.config, "is_encoder_decoder", False))
     if kwargs.get("use_cache") is False:  # some models return a cache all the same
         kwargs["past_key_values"] = None
@@ -327,7 +323,7 @@ def _kv_step(
     kwargs: Call,
     fresh: bool,
 ) -> Call:
-    config, cache = _config(peft_model), kwargs.get("past_key_values")
+    config, cache = peft_model.active_peft_config, kwargs.get("past_key_values")
     if kwargs.get("position_ids") is not None:
         kwargs["position_ids"] = kwargs["position_ids"] + config.num_virtual_tokens
     if fresh:
@@ -345,7 +341,7 @@ def prepare_seq2seq_generation(peft_model: Any, encoder: BasePromptEncoder, kwar
     """Arguments of `generate` of an encoder-decoder with a prompt in front of the encoder inputs."""
     kwargs = dict(kwargs)
     task_ids = kwargs.pop("task_ids", None)
-    nv, batch = _config(peft_model).num_virtual_tokens, _batch_size(kwargs)
+    nv, batch = peft_model.active_peft_config.num_virtual_tokens, _batch_size(kwargs)
     if kwargs.pop("encoder_outputs", None) is not None:
         warnings.warn(
             "`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.", stacklevel=3

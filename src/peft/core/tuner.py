@@ -203,7 +203,10 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
 
     @classmethod
     def strip(cls, model: nn.Module) -> None:
-        """Take off `model` what this method put on it besides adapter layers."""
+        """Take off `model` what this method put on it besides adapter layers: hooks that are methods of a tuner."""
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), cls)]:
+                del hooks[key]
 
     # ---- facts ---------------------------------------------------------------------------------------------
     @property

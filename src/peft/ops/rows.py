@@ -23,7 +23,13 @@ def slots(indices: Tensor, vocab: int) -> Tensor:
 
 
 def embed(
-    y: Tensor, ids: Tensor, table: Tensor, rows: Tensor, *, scale: float = 1.0, fixed: int | None = None
+    y: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    scale: Tensor | float | None = None,
+    fixed: int | None = None,
 ) -> Tensor:
     """y [..., dim] = base(ids [...]) with the rows [k, dim] put in where `table` (see `slots`) names one, in y's dtype.
 
@@ -35,8 +41,8 @@ def embed(
         keep = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1) == fixed
         rows = torch.where(keep, rows.detach(), rows)
     rows = rows.to(y.dtype)  # k rows, before they are spread over the tokens
-    if scale != 1.0:
-        rows = rows * scale
+    if scale is not None:
+        rows = rows * (scale.to(rows) if isinstance(scale, Tensor) else scale)
     return torch.where((slot >= 0).unsqueeze(-1), F.embedding(slot.clamp(min=0), rows), y)
 
 

@@ -23,22 +23,17 @@ from ..registry import Method, method_of, methods
 _WHOLE_MODEL = {"XLORA", "SHADOW", "ADAPTION_PROMPT"}
 
 
-def is_mixable(config: PeftConfig) -> bool:
-    """Whether the method works layer by layer, so that it goes with others."""
-    return _mixable(method_of(config))
-
-
 def _mixable(record: Method) -> bool:
+    """Whether the method works layer by layer, so that it goes with others."""
     return issubclass(record.tuner, TunerModel) and record.layer is not None and record.peft_type not in _WHOLE_MODEL
 
 
 def check_mixable(config: PeftConfig) -> None:
-    if not is_mixable(config):
+    if not _mixable(method_of(config)):
         good = [peft_type.value for peft_type, record in methods().items() if _mixable(record)]
         raise ValueError(
             f"The provided `peft_type` '{getattr(config.peft_type, 'value', config.peft_type)}' is not compatible with "
-            "the "
-            f"`PeftMixedModel`. Compatible types are: {', '.join(good)}."
+            f"the `PeftMixedModel`. Compatible types are: {', '.join(good)}."
         )
 
 

@@ -23,9 +23,10 @@ from ..registry import register_method
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> torch.Tensor:
     """A 0/1 mask of the weight's shape with r·(in + out) ones at seeded positions."""
     kind = kinds.kind_of(base_layer)  # knows the shape of packed weights
-    known = kind is not None and kind.is_linear
-    shape: Any = kind.shape(base_layer)[:: -1 if kind.transposed else 1] if known else base_layer.weight.shape
-    rows, cols = shape
+    if kind is not None and kind.is_linear:
+        rows, cols = kind.shape(base_layer)[:: -1 if kind.transposed else 1]
+    else:
+        rows, cols = tuple(base_layer.weight.shape)  # type: ignore[arg-type]
     generator = torch.Generator(device="cpu")
     if random_seed is not None:
         generator.manual_seed(random_seed)

@@ -48,7 +48,7 @@ class TrainableTokensLayer(AdapterLayer):
         self._tied: dict[str, TrainableTokensLayer] = {}  # adapter -> layer that holds its rows
         # adapter -> (sorted distinct token ids, their rows in delta or None for 0..k-1)
         self._rows: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        self._tables: dict[str, torch.Tensor] = {}
+        self._tables: dict[str, torch.Tensor] = {}  # adapter -> row of the sorted tokens for each id, -1 for the others
         self._padding: dict[str, int | None] = {}  # adapter -> row of the padding token, which has no gradient
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
@@ -142,17 +142,10 @@ class TrainableTokensLayer(AdapterLayer):
             return ops.patch(y, x, self._current_bias(), tokens, delta)
         if base.max_norm is not None:  # the lookup limits norms without a gradient
             delta = delta + (torch.renorm(delta.detach(), base.norm_type, 0, base.max_norm) - delta.detach())
-        scale = kinds.Embedding.scale(base)
-        if scale is not None:
-            delta = delta.to(y.dtype)
-            delta = delta * (scale.to(delta) if isinstance(scale, torch.Tensor) else scale)
-        return ops.embed(y, x, self._table(name, x.device), delta, fixed=self._padding.get(name))
-
-    def _table(self, name: str, device: torch.device) -> torch.Tensor:
-        """Row of the sorted tokens for each id, -1 for ids that are not trained. [vocab]"""
-        if self._tables[name].device != device:
-            self._tables[name] = self._tables[name].to(device)
-        return self._tables[name]
+        if self._tables[name].device != x.device:
+            self._tables[name] = self._tables[name].to(x.device)
+        scale, padding = kinds.Embedding.scale(base), self._padding.get(name)
+        return ops.embed(y, x, self._tables[name], delta, scale=scale, fixed=padding)
 
     def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
         return self._with_rows(name, w, self.delta_rows(name))
@@ -199,10 +192,8 @@ class TrainableTokensModel(TunerModel):
     ties_weights = True
     example = {"token_indices": [1, 3, 6]}
 
-    def prepare(self, cfg: Any, model: nn.Module) -> None:
-        self.user_targets = cfg.target_modules is not None
-        if cfg.target_modules is None:
-            cfg.target_modules = tied.embedding_name(model)
+    def default_targets(self, cfg: Any, model: nn.Module) -> Any:
+        return tied.embedding_name(model)
 
     def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
         source = layers.get(str(tied.embedding_name(self.model)))

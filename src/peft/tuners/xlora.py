@@ -249,12 +249,6 @@ class XLoraModel(TunerModel):
         self.strip(self.model)
         return self.lora_model.unload()
 
-    @classmethod
-    def strip(cls, model: nn.Module) -> None:
-        for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), cls)]:
-                del hooks[key]
-
     def own_tensors(self, name: str) -> Iterator[tuple[str, str, nn.Module, str]]:
         """The classifier only; the experts have their own files."""
         for path, module in self.internal_xlora_classifier.named_modules(prefix="internal_xlora_classifier"):
@@ -404,8 +398,7 @@ def last_hidden_state(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if backbone is model:
         out = model.forward(*args, **{k: v for k, v in kwargs.items() if k != "labels"}, output_hidden_states=True)
         return out.hidden_states[-1]
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    given.update(given.pop("kwargs", {}))
+    given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
     known = inspect.signature(backbone.forward).parameters
     own = ("labels", "use_cache", "return_dict", "output_hidden_states", "output_attentions")
     call = {k: v for k, v in given.items() if k in known and k not in own}

@@ -62,27 +62,18 @@ def mirror_config(cfg: Any, config: Any) -> Any:
     return config
 
 
-def make_mirror(cfg: Any, decoder: Any) -> nn.Module:
-    """A random network of the decoder's class. Never on meta: files lack its buffers."""
-    with torch.device("cpu"):
-        return type(decoder)(mirror_config(cfg, decoder.config))
-
-
-def accepts_embeddings(backbone: nn.Module) -> bool:
-    return "inputs_embeds" in inspect.signature(backbone.forward).parameters
-
-
 def shares_embeddings(cfg: Any, decoder: Any, backbone: Any) -> bool:
     """Whether the shadow network reads the embeddings of the base model, whose width must be the same."""
     same = cfg.shadow_model == MIRROR and width(backbone) == width(decoder)
-    return cfg.share_embeddings and same and accepts_embeddings(backbone)
+    return cfg.share_embeddings and same and "inputs_embeds" in inspect.signature(backbone.forward).parameters
 
 
 def make_backbone(cfg: Any, decoder: Any) -> tuple[nn.Module, nn.Module]:
     """(shadow network, projection to the base model's width)."""
     projection: nn.Module | None = None
     if cfg.shadow_model == MIRROR:
-        backbone: Any = make_mirror(cfg, decoder)
+        with torch.device("cpu"):  # never on meta: files lack its buffers
+            backbone: Any = type(decoder)(mirror_config(cfg, decoder.config))
         if shares_embeddings(cfg, decoder, backbone) and hasattr(backbone, "embed_tokens"):
             del backbone.embed_tokens
     else:

@@ -3,7 +3,6 @@
 
 from typing import Any
 
-import torch
 from transformers.cache_utils import Cache
 
 
@@ -28,15 +27,6 @@ class ShadowCache(Cache):
     def __len__(self) -> int:
         return len(self.base)
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.update(*args, **kwargs)
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        return self.base.get_seq_length(*args, **kwargs)
-
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base.get_mask_sizes(*args, **kwargs)
-
     @property
     def is_compileable(self) -> bool:
         return False
@@ -44,27 +34,17 @@ class ShadowCache(Cache):
     def to_legacy_cache(self) -> Any:
         raise NotImplementedError("A ShadowCache has no form as tuples.")
 
-    # ---- both
-    def reset(self) -> None:
-        for cache in (self.base, self.shadow):
-            cache.reset()
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        for cache in (self.base, self.shadow):
-            cache.reorder_cache(beam_idx)
+def _forwarding(name: str, *caches: str) -> Any:
+    """A method that calls its namesake on these caches and returns what the last one does."""
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        for cache in (self.base, self.shadow):
-            cache.crop(*args, **kwargs)
+    def method(self: ShadowCache, *args: Any, **kwargs: Any) -> Any:
+        return [getattr(getattr(self, cache), name)(*args, **kwargs) for cache in caches][-1]
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        for cache in (self.base, self.shadow):
-            cache.batch_repeat_interleave(repeats)
+    return method
 
-    def activate_past_recording(self) -> None:
-        for cache in (self.base, self.shadow):
-            cache.activate_past_recording()
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        for cache in (self.base, self.shadow):
-            cache.batch_select_indices(indices)
+for _name in ("update", "get_seq_length", "get_mask_sizes"):
+    setattr(ShadowCache, _name, _forwarding(_name, "base"))
+for _name in "reset reorder_cache crop activate_past_recording batch_repeat_interleave batch_select_indices".split():
+    setattr(ShadowCache, _name, _forwarding(_name, "base", "shadow"))

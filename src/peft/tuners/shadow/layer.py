@@ -59,11 +59,7 @@ class ShadowLayer(AdapterLayer):
             nn.init.zeros_(self.shadow_up[name].weight)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        key = self._key
-        if key != self._seen:
-            self._replan(key)
-        state: ShadowState | None = self.switch.call.shadow
-        plan = self._planned()
+        plan, state = self._planned(), self.switch.call.shadow
         if not plan or state is None:
             return self.base_layer(*args, **kwargs)
         (name,), (index, last) = plan, self.place[plan[0]]

@@ -6,6 +6,7 @@ loss = loss of the model + λ · loss(head(s_0)):  the shadow network alone lear
 """
 
 import contextlib
+import copy as copying
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from .config import ShadowConfig
 from .layer import ShadowLayer, ShadowState
 
 NAME_IN_FILES = "default"
+_HELD = ("shadow_backbone", "shadow_projection", "shadow_head")
 _PASSED = ("attention_mask", "position_ids", "cache_position", "token_type_ids")
 
 
@@ -94,7 +96,7 @@ class ShadowModel(TunerModel):
         self.shadow_backbone[name], self.shadow_projection[name] = (m.to(like.device, like.dtype) for m in made)
         if cfg.task_type == "SEQ_CLS":
             head = next(getattr(self.model, n) for n in ("score", "classifier") if hasattr(self.model, n))
-            self.shadow_head[name] = clone(getattr(head, "original_module", head))
+            self.shadow_head[name] = copying.deepcopy(getattr(head, "original_module", head))
 
     def _activate(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
         super()._activate(name, cfg, layers)
@@ -102,8 +104,7 @@ class ShadowModel(TunerModel):
 
     # ---- switching
     def own_modules(self, name: str) -> dict[str, nn.Module]:
-        held = {k: getattr(self, k) for k in ("shadow_backbone", "shadow_projection", "shadow_head")}
-        return {k: container[name] for k, container in held.items() if name in container}
+        return {k: getattr(self, k)[name] for k in _HELD if name in getattr(self, k)}
 
     def _train_own(self, name: str, requires_grad: bool) -> None:
         for slot, module in self.own_modules(name).items():
@@ -128,9 +129,8 @@ class ShadowModel(TunerModel):
             self._train_own(name, requires_grad)
 
     def on_delete(self, name: str) -> None:
-        for container in (self.shadow_backbone, self.shadow_projection, self.shadow_head):
-            if name in container:
-                del container[name]
+        for slot in self.own_modules(name):
+            del getattr(self, slot)[name]
 
     # ---- calls
     @contextlib.contextmanager
@@ -254,10 +254,8 @@ class ShadowModel(TunerModel):
 
     @classmethod
     def strip(cls, model: nn.Module) -> None:
-        for module in {id(m): m for m in (model, backbone.find_decoder(model))}.values():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), cls)]:
-                    del hooks[key]
+        super().strip(model)
+        super().strip(backbone.find_decoder(model))
 
     def unload_shadow(self, adapter_name: str | None = None, copy: bool = False) -> Any:
         """The shadow network as a model of its own, a DetachedShadowModel.
@@ -277,18 +275,9 @@ class ShadowModel(TunerModel):
 # ---- helpers
 
 
-def clone(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module)
-
-
 def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
-    if not args:
-        return kwargs
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    return {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs if args else kwargs
 
 
 def cropped(mask: Any, length: int) -> Any:
