@@ -46,5 +46,7 @@ def _forwarding(name: str, *caches: str) -> Any:
 
 for _name in ("update", "get_seq_length", "get_mask_sizes"):
     setattr(ShadowCache, _name, _forwarding(_name, "base"))
-for _name in "reset reorder_cache crop activate_past_recording batch_repeat_interleave batch_select_indices".split():
+for _name in (
+    "reset", "reorder_cache", "crop", "activate_past_recording", "batch_repeat_interleave", "batch_select_indices",
+):  # fmt: skip
     setattr(ShadowCache, _name, _forwarding(_name, "base", "shadow"))
