@@ -181,46 +181,40 @@ class KappaTuneSelector:
         self.show_progress = show_progress
 
     @functools.cached_property
-    def _kappas(self) -> tuple[dict[str, float], dict[str, float]]:
-        """({module name: kappa}, {parameter name: mean kappa})."""
-        linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
-        experts = {
-            name: p
-            for name, p in self.model.named_parameters()
-            if p.dim() == 3 and name.endswith(self.moe_param_suffixes)
-        }
-        from tqdm import tqdm
-
+    def _module_kappas(self) -> dict[str, float]:
         from .utils.integrations import dequantize_module_weight
 
-        modules, parameters = {}, {}
-        with tqdm(total=len(linears) + len(experts), desc="Condition numbers", disable=not self.show_progress) as bar:
-            for name, module in linears.items():
-                weight = dequantize_module_weight(module)
-                if self._fits(weight):
-                    modules[name] = _kappa(weight.flatten(start_dim=1))
-                bar.update()
-            for name, parameter in experts.items():
-                if self._fits(parameter):
-                    parameters[name] = _kappa(parameter)
-                bar.update()
-        return modules, parameters
+        linears = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        return self._measured("layers", linears, dequantize_module_weight)
 
-    def _fits(self, weight: torch.Tensor) -> bool:
-        return max(weight.shape, default=0) <= self.max_dim_size_to_analyze
+    @functools.cached_property
+    def _parameter_kappas(self) -> dict[str, float]:
+        named, suffixes = self.model.named_parameters(), self.moe_param_suffixes
+        experts = [(name, p) for name, p in named if p.dim() == 3 and name.endswith(suffixes)]
+        return self._measured("experts", experts, lambda parameter: parameter)
+
+    def _measured(self, kind: str, named: list[tuple[str, Any]], weight_of: Callable) -> dict[str, float]:
+        from tqdm import tqdm
+
+        kappas = {}
+        for name, held in tqdm(named, desc=f"Condition numbers of {kind}", disable=not self.show_progress):
+            weight = weight_of(held)
+            if max(weight.shape) <= self.max_dim_size_to_analyze:
+                kappas[name] = _kappa(weight)
+        return kappas
 
     def get_best_targets(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
         """Names of linear layers, smallest condition number first: `num_modules` of them, or a share `top_p`, or those
         up to `threshold` (in this order of precedence), or all."""
-        return _best(self._kappas[0], top_p, num_modules, threshold)
+        return _best(self._module_kappas, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
     ) -> list[str]:
         """The same for expert parameters."""
-        return _best(self._kappas[1], top_p, num_modules, threshold)
+        return _best(self._parameter_kappas, top_p, num_modules, threshold)
 
 
 @torch.no_grad()
@@ -232,8 +226,6 @@ def _kappa(weight: torch.Tensor) -> float:
 
 def _best(kappas: dict[str, float], top_p: float | None, num_modules: int | None, threshold: float | None) -> list[str]:
     names = sorted(kappas, key=lambda name: kappas[name])
-    if not names:
-        return []
     if num_modules is not None:
         return names[:num_modules]
     if top_p is not None:

@@ -45,7 +45,7 @@ def create_or_update_model_card(model: Any, output_dir: str | Path) -> None:
         data["pipeline_tag"] = "text-generation"
     lines = card.text.splitlines()
     _add_quantization(lines, config.get("quantization_config"))
-    _add_version(lines)
+    _add(lines, "### Framework versions", f"- PEFT {__version__}")
     card.text = "\n".join(lines)
     write_text_atomic(path, str(card))
 
@@ -60,22 +60,15 @@ def _add_quantization(lines: list[str], config: Any) -> None:
     if config is None:
         return
     values = config if isinstance(config, dict) else config.to_dict()
-    text = "\nThe following `bitsandbytes` quantization config was used during training:\n"
-    text += "\n".join(f"- {name}: {value}" for name, value in values.items()) + "\n"
-    if text.strip().splitlines()[0] in lines:
-        return
-    heading = "## Training procedure"
-    if heading in lines:
-        lines.insert(lines.index(heading) + 2, text)
-    else:
-        lines += [heading, text]
+    title = "The following `bitsandbytes` quantization config was used during training:"
+    _add(lines, "## Training procedure", title, *(f"- {name}: {value}" for name, value in values.items()), "")
 
 
-def _add_version(lines: list[str]) -> None:
-    heading, version = "### Framework versions", f"- PEFT {__version__}"
-    if version in lines:
+def _add(lines: list[str], heading: str, first: str, *more: str) -> None:
+    """Put new lines below `heading`, which is appended where it is missing; nothing if the first is there already."""
+    if first in lines:
         return
-    if heading in lines:
-        lines.insert(lines.index(heading) + 2, version)
-    else:
-        lines += [heading, "", version]
+    if heading not in lines:
+        lines += [heading, ""]
+    place = lines.index(heading) + 2
+    lines[place:place] = [first, *more]

@@ -176,7 +176,7 @@ def test_kappa_selector():
     assert selector.get_best_targets(top_p=0.1) == ["b"] and selector.get_best_targets(top_p=0.7) == ["b", "c"]
     assert selector.get_best_targets(threshold=7.5) == ["b", "c"] and selector.get_best_targets(threshold=1) == []
     assert selector.get_best_targets(num_modules=9) == ["b", "c", "a"]
-    modules, parameters = selector._kappas
+    modules, parameters = selector._module_kappas, selector._parameter_kappas
     assert modules == pytest.approx({"a": 20, "b": 3, "c": 7}, rel=1e-3)
     assert parameters == pytest.approx({"experts.gate_up_proj": 3, "experts.down_proj": 2}, rel=1e-3)
     assert selector.get_best_target_parameters(top_p=0.5) == ["experts.down_proj"]

@@ -234,13 +234,13 @@ class ForwardPaths:
                 f"{len(call.adapter_names or ())} and {len(x)} respectively."
             )
         rows = {n: i for n, i in call.row_index(x.device).items() if n in self._names}
+        y = self._base_output(x, *args, **kwargs)
         if not rows:
-            return self._base_output(x, *args, **kwargs)
+            return y
         path = self._path_of(tuple(rows))
         if path in ("factored", "fused") or (
             path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}
         ):
-            y = self._base_output(x, *args, **kwargs)
             try:
                 for name, index in rows.items():
                     call.part, base = index, y[index]
@@ -249,7 +249,6 @@ class ForwardPaths:
             finally:
                 call.part = None
             return y
-        y = self._base_output(x, *args, **kwargs)
         if not isinstance(y, torch.Tensor):
             raise TypeError(
                 f"Mixed batches are not possible on {type(self.get_base_layer()).__name__} layers, whose output is "

@@ -36,10 +36,6 @@ def check_adapters_to_merge(module: "AdapterLayer", adapter_names: Iterable[str]
     return names
 
 
-def _is_layer(module: Any) -> bool:
-    return isinstance(module, Mergeable)
-
-
 class Mergeable:
     """The merging half of AdapterLayer."""
 
@@ -236,9 +232,8 @@ class Mergeable:
 
     def _pristine(self: Any, name: str) -> Any:
         """The copy of the tensor that was taken first: by the innermost layer around it that has merged."""
-        found: Any = None
-        layer: Any = self
-        while _is_layer(layer):
+        found, layer, innermost = None, self, self.get_base_layer()
+        while layer is not innermost:
             if layer.kind.weight_name == self.kind.weight_name:
                 found = layer._saved_weights.get(name, found)
             layer = layer.base_layer

@@ -48,24 +48,16 @@ def compute_device(module: nn.Module, weight: torch.Tensor) -> torch.device:
 def onload_layer(layer: nn.Module) -> Iterator[None]:
     """The weights of `layer` and its sub-modules are real inside the block; what is changed there is kept."""
     with gathered(layer.parameters()), _whole_adapters(layer):
-        if "accelerate.hooks" in sys.modules:
-            with _onloaded(layer):
-                yield
-        else:
-            yield
-
-
-@contextlib.contextmanager
-def _onloaded(layer: nn.Module) -> Iterator[None]:
-    loaded = [(m, hook) for m in layer.modules() if (hook := _offloading(m)) is not None]
-    for module, hook in loaded:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
+        modules = layer.modules() if "accelerate.hooks" in sys.modules else ()
+        loaded = [(m, hook) for m in modules if (hook := _offloading(m)) is not None]
         for module, hook in loaded:
-            _store(module, hook)
-            hook.post_forward(module, torch.empty(0))
+            hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for module, hook in loaded:
+                _store(module, hook)
+                hook.post_forward(module, torch.empty(0))
 
 
 def _store(module: nn.Module, hook: Any) -> None:

@@ -42,11 +42,8 @@ class WholeModelSwitch:
 
     def disable_adapter_layers(self: Any) -> None:
         """Turn all adapters off, until `enable_adapter_layers`. Their parameters are frozen meanwhile."""
-        if any(
-            getattr(self.peft_config[n], "bias", "none") != "none"
-            for n in self.active_adapters
-            if n in self.peft_config
-        ):
+        configs = [self.peft_config[n] for n in self.active_adapters if n in self.peft_config]
+        if any(getattr(config, "bias", "none") != "none" for config in configs):
             warnings.warn(
                 "Careful, disabling adapter layers with bias configured does not produce the same output as the base "
                 "model would without adaption.",
@@ -66,7 +63,7 @@ class WholeModelSwitch:
                 parameter.requires_grad_(True)
             self._was_trainable = []
         else:
-            names = list({**dict.fromkeys(self.active_adapters), **dict.fromkeys(self._may_train)})
+            names = list(dict.fromkeys([*self.active_adapters, *self._may_train]))
             self._was_trainable = [p for layer in self.layers() for p in layer.trained_now(names)]
             for wrapper in self.wrappers():
                 self._was_trainable += [

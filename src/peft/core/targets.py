@@ -128,11 +128,6 @@ def table_names() -> tuple[str, ...]:
     return tuple(sorted([*_DIFFERENCES, *_OWN, "ia3_feedforward"]))
 
 
-def tables() -> dict[str, dict[str, Targets]]:
-    """All tables by name."""
-    return {name: target_table(name) for name in table_names()}
-
-
 def default_targets(table: str, model_type: str) -> set[str] | str | None:
     """Default targets of a model family: a set of names, a regular expression, or None for an unknown family."""
     targets = target_table(table).get(model_type)

@@ -25,20 +25,12 @@ def _option(config: Any, name: str, default: Any) -> Any:
     return config.get(name, default) if isinstance(config, dict) else getattr(config, name, default)
 
 
-def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The module that the model calls its input embedding, None when it names none."""
+def embedding_name(model: nn.Module, default: str | None = "embed_tokens") -> str | None:
+    """Dotted name of what the model calls its input embedding (the place, also when it is wrapped by now)."""
     getter = getattr(model, "get_input_embeddings", None)
     try:
         found = getter() if getter is not None else None
     except NotImplementedError:
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def embedding_name(model: nn.Module, default: str | None = "embed_tokens") -> str | None:
-    """Dotted name of the input embedding (the place, also when it is wrapped by now)."""
-    found = input_embeddings(model)
-    if found is None:
         return default
     return next((name for name, module in model.named_modules() if module is found), default)
 
@@ -47,10 +39,7 @@ def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     """Sorted names of the modules whose weight is tied to the input embedding, e.g. ["lm_head"]."""
     if not _option(getattr(model, "config", None), "tie_word_embeddings", True):
         return []
-    groups = [(n, getattr(m, "_tied_weights_keys", None)) for n, m in model.named_modules()]
-    groups = [(n, keys) for n, keys in groups if keys]
-    if not groups:
-        return []
+    groups = [(n, keys) for n, m in model.named_modules() if (keys := getattr(m, "_tied_weights_keys", None))]
     names: set[str] = set()
     embedding: str | None = None
     for prefix, keys in groups:

@@ -159,7 +159,7 @@ _HOMES = owners(
         ),
         "peft.utils.error": "NoMatchingPeftModuleError",
         "peft.utils.integrations": "init_empty_weights",
-        "peft.utils.other": "_get_submodules _set_layer_requires_grad is_gptqmodel_quant_linear",
+        "peft.utils.other": "_get_submodules is_gptqmodel_quant_linear",
         "peft.utils.peft_types": "PeftType TaskType",
         "peft.utils.quantization_utils": "QuantizationBackend",
         "peft.utils.warning": "PeftWarning",

@@ -49,13 +49,6 @@ def _get_no_split_modules(model: nn.Module) -> set[str]:
     return found
 
 
-def _set_layer_requires_grad(layer: nn.Module, requires_grad: bool) -> None:
-    """Set requires_grad of all parameters below; views (non-leaf tensors) keep theirs."""
-    for parameter in layer.parameters():
-        if parameter.is_leaf:
-            parameter.requires_grad_(requires_grad)
-
-
 def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
     """Freeze the parameters of one adapter: those with its name as a part of their dotted name."""
     for name, parameter in model.named_parameters():
