@@ -8,7 +8,7 @@ every task and for each step of generation. Virtual tokens come first: [prompt, 
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +135,7 @@ def prepare_forward(peft_model: Any, rule: InputRule, call: Call) -> Call:
     encoder = peft_model.prompt_encoder[peft_model.active_adapter]
     call = dict(call)
     task_ids = call.pop("task_ids", None)
-    if rule.encoder_decoder or not rule.token_types:
+    if not rule.token_types:
         _drop(call, "token_type_ids", "Token type ids")
     if encoder.produces == "kv":
         return _kv_inputs(peft_model, encoder, rule, call)
@@ -150,13 +150,17 @@ def _kv_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, cal
         raise RuntimeError(
             "Gradient checkpointing is enabled, which drops the cache that holds the prefix: disable it."
         )
-    batch = _batch_size(call)
     _extend_mask(call, "decoder_attention_mask" if rule.encoder_decoder else "attention_mask", nv, embeds=False)
+    return _with_prefix(peft_model, encoder, call, _batch_size(call))
+
+
+def _with_prefix(peft_model: Any, encoder: BasePromptEncoder, call: Call, batch: int) -> Call:
+    """Positions behind the prefix, and a cache that holds it; one with content comes from an earlier call and does."""
+    config, cache = peft_model.active_peft_config, call.get("past_key_values")
     if call.get("position_ids") is not None:
-        call["position_ids"] = call["position_ids"] + nv
-    cache = call.get("past_key_values")
-    if cache_length(cache) == 0:  # a cache with content comes from an earlier call and holds the prefix
-        cache = new_cache(base, peft_model.active_peft_config) if cache is None else cache
+        call["position_ids"] = call["position_ids"] + config.num_virtual_tokens
+    if cache_length(cache) == 0:
+        cache = new_cache(peft_model.base_model, config) if cache is None else cache
         call["past_key_values"] = _fill(peft_model, encoder, cache, batch)
     return call
 
@@ -176,13 +180,18 @@ def _embed_inputs(peft_model: Any, encoder: BasePromptEncoder, rule: InputRule, 
     return call
 
 
-def _seq2seq_embeds(peft_model: Any, encoder: BasePromptEncoder, call: Call, task_ids: Any) -> Call:
-    config = peft_model.active_peft_config
-    nv, batch = config.num_virtual_tokens, _batch_size(call)
-    prompt = _embeds(peft_model, encoder, batch, task_ids)
+def _encoder_embeds(peft_model: Any, encoder: BasePromptEncoder, call: Call, task_ids: Any) -> torch.Tensor:
+    """Put the prompt in front of the encoder inputs; returns the rows for the decoder."""
+    nv = peft_model.active_peft_config.num_virtual_tokens
+    prompt = _embeds(peft_model, encoder, _batch_size(call), task_ids)
     _extend_mask(call, "attention_mask", nv, embeds=True)
     _drop(call, "position_ids", "Position ids")
     call["inputs_embeds"] = _join(prompt[:, :nv], _input_embeds(peft_model, call))
+    return prompt[:, nv:]
+
+
+def _seq2seq_embeds(peft_model: Any, encoder: BasePromptEncoder, call: Call, task_ids: Any) -> Call:
+    config, prompt = peft_model.active_peft_config, _encoder_embeds(peft_model, encoder, call, task_ids)
     if not encoder.feeds_decoder or config.num_transformer_submodules != 2:
         return call
     if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
@@ -194,10 +203,10 @@ def _seq2seq_embeds(peft_model: Any, encoder: BasePromptEncoder, call: Call, tas
         call["decoder_input_ids"] = shift_tokens_right(
             call["labels"], model_config.pad_token_id, model_config.decoder_start_token_id
         )
-    _extend_mask(call, "decoder_attention_mask", nv, embeds=True)
+    _extend_mask(call, "decoder_attention_mask", config.num_virtual_tokens, embeds=True)
     if call.get("labels") is not None:
-        call["labels"] = _extend(call["labels"], nv, -100)
-    call["decoder_inputs_embeds"] = _join(prompt[:, nv:], _input_embeds(peft_model, call, "decoder_"))
+        call["labels"] = _extend(call["labels"], config.num_virtual_tokens, -100)
+    call["decoder_inputs_embeds"] = _join(prompt, _input_embeds(peft_model, call, "decoder_"))
     return call
 
 
@@ -293,7 +302,10 @@ def prepare_generation(peft_model: Any, args: tuple[Any, ...], kwargs: Call, tas
         kwargs["past_key_values"] = cache = with_room(cache, nv, base)
     _extend_mask(kwargs, "decoder_attention_mask" if is_encoder_decoder else "attention_mask", nv, embeds=False)
     if encoder.produces == "kv":
-        return _kv_step(peft_model, encoder, prepare, input_ids, kwargs, fresh)
+        inputs = prepare(input_ids, **_with_prefix(peft_model, encoder, kwargs, len(input_ids)))
+        if fresh and inputs.get("cache_position") is not None:
+            inputs["cache_position"] = inputs["cache_position"] + nv
+        return inputs
     kwargs.pop("position_ids", None)  # made by generate from the mask of the text
     kwargs.pop("token_type_ids", None)
     embeds = kwargs.pop("inputs_embeds", None)
@@ -315,40 +327,14 @@ def _without_positions(inputs: Call) -> Call:
     return inputs
 
 
-def _kv_step(
-    peft_model: Any,
-    encoder: BasePromptEncoder,
-    prepare: Callable[..., Call],
-    input_ids: torch.Tensor,
-    kwargs: Call,
-    fresh: bool,
-) -> Call:
-    config, cache = peft_model.active_peft_config, kwargs.get("past_key_values")
-    if kwargs.get("position_ids") is not None:
-        kwargs["position_ids"] = kwargs["position_ids"] + config.num_virtual_tokens
-    if fresh:
-        batch = input_ids.shape[0]
-        cache = new_cache(peft_model.base_model, config) if cache is None else cache
-        kwargs["past_key_values"] = _fill(peft_model, encoder, cache, batch)
-    inputs = prepare(input_ids, **kwargs)
-    position = inputs.get("cache_position")
-    if position is not None and fresh:
-        inputs["cache_position"] = position + config.num_virtual_tokens
-    return inputs
-
-
 def prepare_seq2seq_generation(peft_model: Any, encoder: BasePromptEncoder, kwargs: Call) -> Call:
     """Arguments of `generate` of an encoder-decoder with a prompt in front of the encoder inputs."""
     kwargs = dict(kwargs)
     task_ids = kwargs.pop("task_ids", None)
-    nv, batch = peft_model.active_peft_config.num_virtual_tokens, _batch_size(kwargs)
     if kwargs.pop("encoder_outputs", None) is not None:
         warnings.warn(
             "`encoder_outputs` should not be passed to `generate` when using prompt tuning. Ignoring it.", stacklevel=3
         )
-    _extend_mask(kwargs, "attention_mask", nv, embeds=True)
     _drop(kwargs, "token_type_ids", "Token type ids")
-    _drop(kwargs, "position_ids", "Position ids")
-    prompt = _embeds(peft_model, encoder, batch, task_ids)[:, :nv]
-    kwargs["inputs_embeds"] = _join(prompt, _input_embeds(peft_model, kwargs))
+    _encoder_embeds(peft_model, encoder, kwargs, task_ids)
     return kwargs

@@ -19,6 +19,7 @@ from ..ops import low_rank
 from ..ops.dropout import draw_seed, dropout, seedable
 from ..storage.dtensor import Split, is_sharded
 from . import kinds
+from .modules import dropout_p
 
 
 class ForwardPaths:
@@ -207,8 +208,9 @@ class ForwardPaths:
         )
 
     def weight_path_allowed(self: Any, names: tuple[str, ...]) -> bool:
-        """False while the method must see activations (dropout in training)."""
-        return True
+        """False while the method must see activations: dropout in training, or what a method adds."""
+        live = [self._modules[s] for s in self.module_slots if s.endswith("dropout")] if self.training else ()
+        return not any(dropout_p(held[n]) > 0 for held in live for n in names if n in held)
 
     def adapter_dtype(self: Any, name: str) -> torch.dtype | None:
         return next((p.dtype for p in self.parameters_of(name)), None)

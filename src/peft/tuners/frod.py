@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer, dropout, dropout_p
+from ..core.layer import AdapterLayer, dropout
 from ..core.slots import Aux, BufferDict, Shared, Trainable
 from ..core.tuner import TunerModel
 from ..ops import sparse
@@ -130,9 +130,6 @@ class FrodLayer(AdapterLayer):
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return self.kind.call(self.get_base_layer(), self.frod_dropout[name](x), self.delta_weight(name))
-
-    def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
-        return not (self.training and any(dropout_p(self.frod_dropout[n]) > 0 for n in names))
 
 
 def times_core(U: torch.Tensor, lam: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor):

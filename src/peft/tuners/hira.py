@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import PeftConfig, excludes, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer, dropout, dropout_p
+from ..core.layer import AdapterLayer, dropout
 from ..core.match import pattern_value
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
@@ -92,8 +92,7 @@ class HiraLayer(AdapterLayer):
         return y * (rows @ self.hira_embedding_B[name].T)
 
     def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
-        live = self.training and any(dropout_p(self.hira_dropout[n]) for n in names)
-        return not live and self.kind is not kinds.Embedding
+        return self.kind is not kinds.Embedding and super().weight_path_allowed(names)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import PeftConfig, option, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer, dropout, dropout_p
+from ..core.layer import AdapterLayer, dropout
 from ..core.slots import Aux, BufferDict, Saved, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
@@ -119,9 +119,6 @@ class SupertuningLayer(AdapterLayer):
             z = self.supertuning_lora_A[name](self.supertuning_lora_dropout[name](x))
             out = out + self.supertuning_lora_B[name](z * scale)
         return out
-
-    def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
-        return not (self.training and any(dropout_p(self.supertuning_lora_dropout[n]) > 0 for n in names))
 
 
 @register_method("supertuning", config=SupertuningConfig)
