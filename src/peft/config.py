@@ -68,6 +68,13 @@ def nearest(name: str, valid: Any, prefix: str = " Did you mean ") -> str:
     return prefix + " or ".join(repr(f) for f in found) + "?" if found else ""
 
 
+def positive(name: str, value: Any) -> Any:
+    """`value` of the option `name`, which must be above 0."""
+    if value <= 0:
+        raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value}")
+    return value
+
+
 @functools.cache
 def hub_parameters() -> frozenset[str]:
     from huggingface_hub import hf_hub_download

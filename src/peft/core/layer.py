@@ -23,8 +23,9 @@ from .forward import ForwardPaths
 from .kinds import LayerKind
 from .merge import Mergeable
 from .modules import blank, blank_state, to_eval, tree
-from .modules import dropout as dropout  # methods take both from here
+from .modules import dropout as dropout  # methods take these from here
 from .modules import dropout_p as dropout_p
+from .modules import kaiming as kaiming
 from .placement import Placement
 from .slots import Slot, read_slots
 
@@ -49,6 +50,7 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
     conv_by_weight: ClassVar[bool] = False  # input maps are defined on the matrix view: convolutions map their weight
     # hooks get x in the adapter's dtype; False: they handle any floating dtype themselves
     casts_input: ClassVar[bool] = True
+    input_dropout: ClassVar[str] = ""  # slot of the dropout on the input of dense deltas
     weight_need: ClassVar[str] = ""  # "read": the base weight besides merging; "train": a copy of the base layer
     one_active: ClassVar[bool] = False  # the method cannot combine several active adapters
     name_in_files: ClassVar[str | None] = None  # files keep an adapter name in their keys, always this one
@@ -182,6 +184,8 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
         """Additive output for input `x` (in the adapter's dtype); `y` is the base output."""
         if self.factored:
             return low_rank.delta(x, self.factors(name), self.training)
+        if self.input_dropout:
+            x = getattr(self, self.input_dropout)[name](x)
         return self.kind.call(self.get_base_layer(), x, self.delta_weight(name), self.delta_bias(name))
 
     def advance(self, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

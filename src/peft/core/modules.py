@@ -7,6 +7,7 @@ A model gets ten new modules for each adapted layer, so these two costs are most
 import contextlib
 import functools
 import gc
+import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -56,6 +57,11 @@ def dropout(p: float) -> nn.Module:
 
 def dropout_p(module: nn.Module) -> float:
     return getattr(module, "p", 0.0)
+
+
+def kaiming(*shape: int) -> torch.Tensor:
+    """A new random tensor as nn.Linear makes its weight."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
 
 
 def tree(module: nn.Module) -> list[nn.Module]:

@@ -43,6 +43,7 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
     uses_shared_state: ClassVar[bool] = False  # the tuner owns tensors, so injection without it is impossible
     supports_parameters: ClassVar[bool] = False  # target_parameters
     condense_targets: ClassVar[bool] = True
+    patterned: ClassVar[dict[str, str]] = {}  # option -> the option with its values for single layers
     unsupported_error: ClassVar[type[Exception]] = ValueError
     identity_at_init: ClassVar[bool] = True  # a new adapter with default options changes no output
     second_example: ClassVar[dict[str, Any]] = {}  # what a second adapter needs besides
@@ -163,8 +164,10 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
         """Fill the shared containers (attributes of the tuner) before the layers are made."""
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        """The configuration as one layer sees it, e.g. with rank patterns applied."""
-        return cfg
+        """The configuration as one layer sees it, with patterns applied."""
+        given = {o: p for o, field in self.patterned.items() if (p := getattr(cfg, field))}
+        values = {o: match.pattern_value(p, key, getattr(cfg, o)) for o, p in given.items()}
+        return cfg.with_values(**values) if values else cfg
 
     def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
         """Whatever needs all layers of the adapter."""
@@ -250,6 +253,10 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
 
     def named_layers(self) -> dict[str, AdapterLayer]:
         return {k: m for k, m in self.model.named_modules() if isinstance(m, AdapterLayer)}
+
+    def holders(self, name: str) -> dict[str, Any]:
+        """The layers of this method that hold adapter `name`, by path."""
+        return {k: m for k, m in self.named_layers().items() if isinstance(m, self.layer_cls) and name in m}
 
     def wrappers(self) -> list[AuxiliaryTrainingWrapper]:
         if self._wrappers is None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import derived, fusable, is_plain, reshaped
+from .dispatch import derived, fusable, is_plain, reshaped, wide
 
 
 def skew(v: Tensor, size: int, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
@@ -49,7 +49,7 @@ class _Skew(torch.autograd.Function):
 
 def cayley(Q: Tensor) -> Tensor:
     """(I - Q)(I + Q)⁻¹ for Q [..., n, n], orthogonal if Q is skew; in float32 at least, returned in Q's dtype."""
-    work = Q.float() if Q.dtype in (torch.float16, torch.bfloat16) else Q
+    work = wide(Q)
     if fusable(Q) and not is_plain():
         return _Cayley.apply(work).to(Q.dtype)  # type: ignore[union-attr]
     identity = torch.eye(Q.shape[-1], dtype=work.dtype, device=Q.device)
@@ -171,8 +171,7 @@ def inverse(R: Tensor, exact: bool) -> Tensor:
     """R⁻¹ by blocks: the transpose of an exact rotation, a batched float32 (at least) inverse otherwise."""
     if exact:
         return R.transpose(-2, -1)
-    work = R.float() if R.dtype in (torch.float16, torch.bfloat16) else R
-    return torch.linalg.inv(work).to(R.dtype)
+    return torch.linalg.inv(wide(R)).to(R.dtype)
 
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import fusable, is_plain, reshaped
+from .dispatch import fusable, is_plain, reshaped, wide
 
 _DIRECT = 4  # below this block size building the matrix is cheaper than transforming the activations
 
@@ -60,13 +60,9 @@ def _direct(b: int, x: Tensor) -> bool:
     return b < _DIRECT or x.numel() == 0  # FFT libraries refuse empty batches
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
 def _spectrum(x: Tensor, b: int) -> Tensor:
     """x [..., N·b] -> [frequency, rows, N]."""
-    return torch.fft.rfft(_wide(x).reshape(-1, x.shape[-1] // b, b)).permute(2, 0, 1)
+    return torch.fft.rfft(wide(x).reshape(-1, x.shape[-1] // b, b)).permute(2, 0, 1)
 
 
 def _signal(X: Tensor, b: int, dtype: torch.dtype) -> Tensor:
@@ -80,7 +76,7 @@ def _forward(x: Tensor, w: Tensor, scale: float) -> Tensor:
     if _direct(b, x):
         h = x.reshape(-1, x.shape[-1])
         return h @ (matrix(w) * scale).to(x.dtype).t()
-    W = torch.fft.rfft(_wide(w)).permute(2, 1, 0)
+    W = torch.fft.rfft(wide(w)).permute(2, 1, 0)
     return _signal(torch.bmm(_spectrum(x, b), W.conj()).mul(scale), b, x.dtype)
 
 
@@ -114,7 +110,7 @@ class _Circulant(torch.autograd.Function):
         else:
             G = _spectrum(g, b)
             if need_x:
-                W = torch.fft.rfft(_wide(w)).permute(2, 0, 1)
+                W = torch.fft.rfft(wide(w)).permute(2, 0, 1)
                 # a reflected real signal has the conjugate spectrum
                 dx = _signal(torch.bmm(G.conj() if ctx.published else G, W).mul(ctx.scale), b, g.dtype)
             if need_w:

@@ -83,6 +83,11 @@ def fusable(*tensors: Tensor | None) -> bool:
     return True
 
 
+def wide(t: Tensor) -> Tensor:
+    """`t` in float32 if it is in half precision."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype matrix products of `x` get from an active autocast region, None without one (float64 is exempt)."""
     kind = x.device.type

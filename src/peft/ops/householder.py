@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import derived, fusable, is_plain
+from .dispatch import derived, fusable, is_plain, wide
 from .low_rank import Factors, accumulate
 
 
@@ -23,9 +23,8 @@ def normalise(u: Tensor) -> Tensor:
 
 def gram_schmidt(u: Tensor) -> Tensor:
     """u [n, r] -> orthonormal columns that span the same nested spaces, each with the sign of Gram-Schmidt."""
-    work = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
-    Q, R = torch.linalg.qr(work)
-    signs = torch.where(torch.diagonal(R) < 0, -1.0, 1.0).to(work.dtype)
+    Q, R = torch.linalg.qr(wide(u))
+    signs = torch.where(torch.diagonal(R) < 0, -1.0, 1.0).to(Q.dtype)
     return (Q * signs).to(u.dtype)
 
 
@@ -35,7 +34,7 @@ def wy(u: Tensor, orthonormal: bool = False) -> tuple[Tensor, Tensor]:
 
     The lengths of the vectors cancel, so U is u itself with S = striu(uᵀ u) + diag(uᵀ u) / 2.
     """
-    u = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
+    u = wide(u)
     if orthonormal:
         U = gram_schmidt(u)
         return U, 2 * U

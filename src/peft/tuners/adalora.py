@@ -19,7 +19,6 @@ from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.scaling import Rescaling
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
-from ..ops import low_rank
 from ..ops.low_rank import Factors
 from ..registry import register_method
 from .lora.config import LoraConfig
@@ -78,6 +77,7 @@ class AdaLoraLayer(Rescaling, AdapterLayer):
     scaling: Aux[dict]
     lora_dropout: Aux[nn.ModuleDict]
     kinds = (kinds.Linear, kinds.Conv1D, kinds.Conv2d, kinds.Conv1d, kinds.Conv3d)
+    input_dropout = "lora_dropout"
     standalone_delta = False
 
     def create(self, name: str, cfg: Any) -> None:
@@ -108,14 +108,6 @@ class AdaLoraLayer(Rescaling, AdapterLayer):
     def delta_weight(self, name: str) -> torch.Tensor:
         A, B, scale, _ = self.factors(name)
         return ((B * scale) @ A).view(self.kind.shape(self.get_base_layer()))
-
-    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        if self.factored:
-            return low_rank.delta(x, self.factors(name), self.training)
-        return self.kind.call(self.get_base_layer(), self.lora_dropout[name](x), self.delta_weight(name))
-
-    def _choose_path(self, names: tuple[str, ...]) -> str:
-        return "factored" if self.factored else "activation"
 
 
 def orthogonality(layers: list["AdaLoraLayer"], name: str) -> torch.Tensor:

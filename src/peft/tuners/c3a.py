@@ -14,7 +14,6 @@ from torch import nn
 from ..config import PeftConfig, biases, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
-from ..core.match import pattern_value
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops import circulant
@@ -83,12 +82,10 @@ class C3AModel(TunerModel):
     unsupported_error = TypeError
     example = {"block_size": 8, "init_weights": True}
     inexact_gradients = {"c3a.PUBLISHED_INPUT_GRADIENT": False}
-
-    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        return cfg.with_values(block_size=pattern_value(cfg.block_size_pattern, key, cfg.block_size))
+    patterned = {"block_size": "block_size_pattern"}
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
-        b, shape = pattern_value(cfg.block_size_pattern, key, cfg.block_size), self.target_shape(module)
+        b, shape = self.layer_config(cfg, key, module).block_size, self.target_shape(module)
         if b <= 0 or shape[0] % b or shape[1] % b:
             raise ValueError(
                 f"Target module {key}: the block size should be positive and divide the widths {shape[:2]}, got {b}."

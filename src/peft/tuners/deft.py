@@ -22,6 +22,7 @@ from ..config import (
     layer_range,
     nearest,
     option,
+    positive,
     saves,
     targets,
 )
@@ -82,9 +83,7 @@ class DeftLayer(FixedScale, AdapterLayer):
     casts_input = False
 
     def create(self, name: str, cfg: Any) -> None:
-        if cfg.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r}")
-        r = self.deft_r[name] = min(cfg.r, self.out_features)
+        r = self.deft_r[name] = min(positive("r", cfg.r), self.out_features)
         self.deft_decomposition[name], self.deft_para[name] = cfg.decomposition_method, cfg.para
         self.deft_init_scale[name], self.deft_scaling[name] = cfg.init_scale, cfg.alpha / r if cfg.alpha else 1.0
         self.deft_dropout[name] = dropout(cfg.deft_dropout)

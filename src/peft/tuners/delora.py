@@ -4,17 +4,15 @@
 ΔW = (B diag(c) A) ⊙ ‖W_:,j‖,  c_i = (λ / r) / (‖A_i‖ ‖B^i‖), norms clamped at 1e-4.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, saves, targets
+from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, positive, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer, dropout, dropout_p
-from ..core.match import pattern_value
+from ..core.layer import AdapterLayer, dropout, dropout_p, kaiming
 from ..core.slots import Aux, PersistentBufferDict, Saved, Trainable
 from ..core.tuner import TunerModel
 from ..ops import directions
@@ -54,13 +52,10 @@ class DeloraLayer(AdapterLayer):
     weight_need = "read"
 
     def create(self, name: str, cfg: Any) -> None:
-        if cfg.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r}")
-        self.r[name], self.delora_dropout[name] = cfg.r, dropout(cfg.module_dropout)
-        A, B = torch.empty(cfg.r, self.in_features), torch.zeros(self.out_features, cfg.r)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if not cfg.init_weights:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        r = self.r[name] = positive("r", cfg.r)
+        self.delora_dropout[name] = dropout(cfg.module_dropout)
+        A = kaiming(r, self.in_features)
+        B = torch.zeros(self.out_features, r) if cfg.init_weights else kaiming(self.out_features, r)
         self.delora_A[name], self.delora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.delora_lambda[name] = nn.Parameter(torch.full((1,), float(cfg.delora_lambda)))
         with torch.no_grad():
@@ -80,10 +75,4 @@ class DeloraModel(TunerModel):
     layer_cls = DeloraLayer
     unsupported_error = TypeError
     example = {"r": 4, "delora_lambda": 1.0}
-
-    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        r, strength = (
-            pattern_value(cfg.rank_pattern, key, cfg.r),
-            pattern_value(cfg.lambda_pattern, key, cfg.delora_lambda),
-        )
-        return cfg.with_values(r=r, delora_lambda=strength)
+    patterned = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}

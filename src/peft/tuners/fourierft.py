@@ -16,6 +16,7 @@ from ..core.layer import AdapterLayer
 from ..core.match import pattern_value
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
+from ..ops.dispatch import wide
 from ..registry import register_method
 
 
@@ -74,10 +75,8 @@ class FourierFTLayer(AdapterLayer):
     def delta_weight(self, name: str) -> torch.Tensor:
         c = self.fourierft_spectrum[name]
         rows, cols = self.indices[name].to(c.device)
-        wide = c.float() if c.dtype in (torch.float16, torch.bfloat16) else c
-        dense = wide.new_zeros(self.out_features, self.in_features).index_put(
-            (rows, cols), wide * self.fourierft_scaling[name]
-        )
+        values = wide(c) * self.fourierft_scaling[name]
+        dense = values.new_zeros(self.out_features, self.in_features).index_put((rows, cols), values)
         return torch.fft.ifft2(dense).real.to(c.dtype)
 
 
@@ -86,9 +85,7 @@ class FourierFTModel(TunerModel):
     layer_cls = FourierFTLayer
     unsupported_error = TypeError
     example = {"n_frequency": 20, "init_weights": True}
-
-    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        return cfg.with_values(n_frequency=pattern_value(cfg.n_frequency_pattern, key, cfg.n_frequency))
+    patterned = {"n_frequency": "n_frequency_pattern"}
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         check_count(self, cfg, key, module)

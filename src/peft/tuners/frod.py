@@ -73,6 +73,7 @@ class FrodLayer(AdapterLayer):
     kinds = (kinds.Linear, kinds.Conv1D)
     weight_need = "read"
     prefer_weight_path = True
+    input_dropout = "frod_dropout"
     standalone_delta = False
 
     def create(self, name: str, cfg: Any) -> None:
@@ -127,9 +128,6 @@ class FrodLayer(AdapterLayer):
         lam, values, rows, cols, U, V = self._basis(names[0])
         h = x @ times_core(V, lam, values, cols, rows)  # V coreᵀ
         return nn.functional.linear(h, U, self.base_bias())
-
-    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.kind.call(self.get_base_layer(), self.frod_dropout[name](x), self.delta_weight(name))
 
 
 def times_core(U: torch.Tensor, lam: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor):

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import PeftConfig, biases, nearest, option, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer
+from ..core.layer import AdapterLayer, kaiming
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
@@ -54,7 +54,6 @@ class GloraPath(nn.Module):
     def __init__(self, form: str, rows: int, cols: int, r: int, zero: bool):
         super().__init__()
         self.form = form
-        kaiming = lambda *size: nn.init.kaiming_uniform_(torch.empty(*size), a=math.sqrt(5))  # noqa: E731
         if form == "lora":
             self.Xd = nn.Parameter(torch.zeros(rows, r) if zero else kaiming(rows, r))
             self.Xu = nn.Parameter(kaiming(r, cols))

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, option, saves, targets
+from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, option, positive, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer, dropout
+from ..core.layer import AdapterLayer, dropout, kaiming
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
@@ -46,10 +46,6 @@ class GraloraConfig(PeftConfig):
             raise ValueError(f"r should be divisible by gralora_k, but got r={self.r} and gralora_k={self.gralora_k}")
 
 
-def _kaiming(rows: int, cols: int) -> torch.Tensor:
-    return nn.init.kaiming_uniform_(torch.empty(rows, cols), a=math.sqrt(5))
-
-
 class GraloraLayer(AdapterLayer):
     """Block-wise low-rank delta."""
 
@@ -72,8 +68,8 @@ class GraloraLayer(AdapterLayer):
         n_in, n_out = self.in_features // k, self.out_features // k
         A, B = [], []
         for _ in range(k):
-            A.append(_kaiming(r, n_in).T)
-            B.append(torch.zeros(r, n_out) if cfg.init_weights else _kaiming(n_out, r).T)
+            A.append(kaiming(r, n_in).T)
+            B.append(torch.zeros(r, n_out) if cfg.init_weights else kaiming(n_out, r).T)
         self.gralora_A[name], self.gralora_B[name] = nn.Parameter(torch.stack(A)), nn.Parameter(torch.stack(B))
         if not cfg.hybrid_r:
             self.gralora_A_general[name] = self.gralora_B_general[name] = nn.Identity()

@@ -11,10 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import PeftConfig, excludes, fan_in_fan_out, layer_names, layer_range, option, saves, targets
+from ..config import PeftConfig, excludes, fan_in_fan_out, layer_names, layer_range, option, positive, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout
-from ..core.match import pattern_value
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
@@ -49,12 +48,11 @@ class HiraLayer(AdapterLayer):
     kinds = (kinds.Linear, kinds.Conv1D, kinds.Embedding, kinds.Conv1d, kinds.Conv2d, kinds.Conv3d)
     weight_need = "read"
     prefer_weight_path = True
+    input_dropout = "hira_dropout"
     standalone_delta = False
 
     def create(self, name: str, cfg: Any) -> None:
-        r, init = cfg.r, cfg.init_weights
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        r, init = positive("r", cfg.r), cfg.init_weights
         if isinstance(init, str) and init.lower() != "gaussian":
             raise ValueError(f"Unknown initialization init_weights={init!r}; use True, False or 'gaussian'.")
         self.r[name], self.hira_dropout[name] = r, dropout(cfg.hira_dropout)
@@ -85,10 +83,9 @@ class HiraLayer(AdapterLayer):
         return self.base_weight() * self._factor(name)
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        base = self.get_base_layer()
         if self.kind is not kinds.Embedding:
-            return self.kind.call(base, self.hira_dropout[name](x), self.delta_weight(name))
-        rows = self.kind.look_up(base, x, self.hira_embedding_A[name].T)  # only the rows that are used
+            return super().delta(name, x, y)
+        rows = self.kind.look_up(self.get_base_layer(), x, self.hira_embedding_A[name].T)  # only the rows that are used
         return y * (rows @ self.hira_embedding_B[name].T)
 
     def weight_path_allowed(self, names: tuple[str, ...]) -> bool:
@@ -104,9 +101,7 @@ class HiraLayer(AdapterLayer):
 class HiraModel(TunerModel):
     layer_cls = HiraLayer
     example = {"r": 4}
-
-    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        return cfg.with_values(r=pattern_value(cfg.rank_pattern, key, cfg.r)) if cfg.rank_pattern else cfg
+    patterned = {"r": "rank_pattern"}
 
     def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Published files ignore the rank pattern: every layer has rank r."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, saves, targets
+from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, positive, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer
+from ..core.layer import AdapterLayer, kaiming
 from ..core.scaling import FixedScale
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
@@ -49,9 +49,7 @@ class HRALayer(FixedScale, AdapterLayer):
     casts_input = False
 
     def create(self, name: str, cfg: Any) -> None:
-        r = cfg.r
-        if r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        r = positive("r", cfg.r)
         self.hra_r[name], self.hra_apply_GS[name] = r, cfg.apply_GS
         features = math.prod(self.kind.shape(self.get_base_layer())[1:])
         # Gram-Schmidt makes noise of the second vector of a pair; orthonormal reflections are never the identity.
@@ -63,7 +61,7 @@ class HRALayer(FixedScale, AdapterLayer):
                 "identity.",
                 stacklevel=2,
             )
-        u = nn.init.kaiming_uniform_(torch.empty(features, r // 2 if pairs else r), a=math.sqrt(5))
+        u = kaiming(features, r // 2 if pairs else r)
         self.hra_u[name] = nn.Parameter(u.repeat_interleave(2, dim=1) if pairs else u)
 
     def map_input(self, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import PeftConfig, excludes, layer_names, layer_range, option, saves, targets
+from ..config import PeftConfig, excludes, layer_names, layer_range, option, positive, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.match import suffixes
@@ -59,9 +59,7 @@ class LilyLayer(AdapterLayer):
     kinds = (kinds.Linear, kinds.Conv1D)
 
     def create(self, name: str, cfg: Any) -> None:
-        if cfg.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r}")
-        self.r[name], self.num_B[name], self.scaling[name] = cfg.r, cfg.num_B, cfg.scaling
+        self.r[name], self.num_B[name], self.scaling[name] = positive("r", cfg.r), cfg.num_B, cfg.scaling
         A = kinds.linear(self.in_features, cfg.r)
         B = kinds.linear(self.out_features, cfg.num_B * cfg.r)
         router = kinds.linear(cfg.r, cfg.num_B)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import excludes, layer_names, layer_range, option, saves, targets
 from ..core import kinds
+from ..core.layer import kaiming
 from ..core.slots import Trainable
 from ..ops import low_rank
 from ..registry import register_method
@@ -78,11 +79,11 @@ class LoHaLayer(LycorisLayer):
         rows, cols = ((r, out), (r, shape[1])) if tucker else ((out, r), (r, math.prod(shape[1:])))
         for slot, size in (("hada_w1_a", rows), ("hada_w1_b", cols), ("hada_w2_a", rows), ("hada_w2_b", cols)):
             zero = slot == "hada_w2_b" and cfg.init_weights
-            getattr(self, slot)[name] = nn.Parameter(torch.zeros(size) if zero else self.kaiming(size))
+            getattr(self, slot)[name] = nn.Parameter(torch.zeros(size) if zero else kaiming(*size))
         if tucker:
             kernel = self.tucker_kernel(shape)
-            self.hada_t1[name] = nn.Parameter(self.kaiming((r, r, *kernel)))
-            self.hada_t2[name] = nn.Parameter(self.kaiming((r, r, *kernel)))
+            self.hada_t1[name] = nn.Parameter(kaiming(r, r, *kernel))
+            self.hada_t2[name] = nn.Parameter(kaiming(r, r, *kernel))
 
     def delta_weight(self, name: str) -> torch.Tensor:
         w1_a, w1_b, w2_a, w2_b = self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import excludes, layer_names, layer_range, option, saves, targets
 from ..core import kinds
+from ..core.layer import kaiming
 from ..core.slots import Trainable
 from ..ops import kronecker
 from ..registry import register_method
@@ -71,19 +72,19 @@ class LoKrLayer(LycorisLayer):
         (in_m, in_n), (out_l, out_k) = factorization(shape[1], f), factorization(shape[0], f)
         lycoris, zero_first = cfg.init_weights == "lycoris", cfg.init_weights is True
         if cfg.decompose_both and r < max(out_l, in_m) / 2:
-            self.lokr_w1_a[name] = nn.Parameter(torch.zeros(out_l, r) if zero_first else self.kaiming((out_l, r)))
-            self.lokr_w1_b[name] = nn.Parameter(self.kaiming((r, in_m)))
+            self.lokr_w1_a[name] = nn.Parameter(torch.zeros(out_l, r) if zero_first else kaiming(out_l, r))
+            self.lokr_w1_b[name] = nn.Parameter(kaiming(r, in_m))
         else:
-            self.lokr_w1[name] = nn.Parameter(torch.zeros(out_l, in_m) if zero_first else self.kaiming((out_l, in_m)))
+            self.lokr_w1[name] = nn.Parameter(torch.zeros(out_l, in_m) if zero_first else kaiming(out_l, in_m))
         if r >= max(out_k, in_n) / 2:
             size = (out_k, in_n, *kernel)
-            self.lokr_w2[name] = nn.Parameter(torch.zeros(size) if lycoris else self.kaiming(size))
+            self.lokr_w2[name] = nn.Parameter(torch.zeros(size) if lycoris else kaiming(*size))
             return
         a, b = ((r, out_k), (r, in_n)) if tucker else ((out_k, r), (r, in_n * math.prod(kernel)))
-        self.lokr_w2_a[name] = nn.Parameter(self.kaiming(a))
-        self.lokr_w2_b[name] = nn.Parameter(torch.zeros(b) if lycoris else self.kaiming(b))
+        self.lokr_w2_a[name] = nn.Parameter(kaiming(*a))
+        self.lokr_w2_b[name] = nn.Parameter(torch.zeros(b) if lycoris else kaiming(*b))
         if tucker:
-            self.lokr_t2[name] = nn.Parameter(self.kaiming((r, r, *self.tucker_kernel(shape))))
+            self.lokr_t2[name] = nn.Parameter(kaiming(r, r, *self.tucker_kernel(shape)))
 
     def _first(self, name: str) -> torch.Tensor:
         """w1 [out_l, in_m], with the scaling."""

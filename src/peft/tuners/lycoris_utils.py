@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..config import PeftConfig, option
+from ..config import PeftConfig, option, positive
 from ..core import kinds
 from ..core.layer import AdapterLayer
-from ..core.match import pattern_value
 from ..core.scaling import Rescaling
 from ..core.slots import Aux
 from ..core.tuner import TunerModel
@@ -39,9 +37,7 @@ class LycorisLayer(Rescaling, AdapterLayer):
     prefer_weight_path = True
 
     def create(self, name: str, cfg: Any) -> None:
-        if cfg.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r}")
-        self.r[name], self.alpha[name], self.scaling[name] = cfg.r, cfg.alpha, cfg.alpha / cfg.r
+        self.r[name], self.alpha[name], self.scaling[name] = positive("r", cfg.r), cfg.alpha, cfg.alpha / cfg.r
         self.rank_dropout[name], self.module_dropout[name] = cfg.rank_dropout, cfg.module_dropout
         self.rank_dropout_scale[name] = getattr(cfg, "rank_dropout_scale", True)
         shape = self.kind.shape(self.get_base_layer())
@@ -58,10 +54,6 @@ class LycorisLayer(Rescaling, AdapterLayer):
 
     def apply_factored(self, name: str, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("no factored form")
-
-    @staticmethod
-    def kaiming(shape: tuple[int, ...]) -> torch.Tensor:
-        return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
 
     @staticmethod
     def tucker_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -98,10 +90,4 @@ def cp_weight(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
 
 class LycorisTuner(TunerModel):
     unsupported_error = TypeError
-
-    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        if not (cfg.rank_pattern or cfg.alpha_pattern):
-            return cfg
-        return cfg.with_values(
-            r=pattern_value(cfg.rank_pattern, key, cfg.r), alpha=pattern_value(cfg.alpha_pattern, key, cfg.alpha)
-        )
+    patterned = {"r": "rank_pattern", "alpha": "alpha_pattern"}

@@ -63,6 +63,7 @@ class RandLoraLayer(AdapterLayer):
     scaling: Aux[dict]
     kinds = (kinds.Linear, kinds.Conv1D)
     prefer_weight_path = True
+    input_dropout = "randlora_dropout"
 
     def create(self, name: str, cfg: Any) -> None:
         r, small = cfg.r, min(self.in_features, self.out_features)
@@ -83,9 +84,6 @@ class RandLoraLayer(AdapterLayer):
         S = recomputed(scaled_bases, lam, A, gamma)  # [r · bases, small]
         core = (B @ S) * self.scaling[name]
         return core if self.in_features == small else core.T
-
-    def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.kind.call(self.get_base_layer(), self.randlora_dropout[name](x), self.delta_weight(name))
 
 
 def scaled_bases(lam: torch.Tensor, A: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
