@@ -272,8 +272,7 @@ class PeftConfig(PeftConfigMixin):
             if isinstance(getattr(self, name, None), list):
                 setattr(self, name, set(getattr(self, name)))
         for name in self._positive:
-            if (value := getattr(self, name)) <= 0:
-                raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value}")
+            positive(name, getattr(self, name))
         self._check_layer_range()
 
     def _check_layer_range(self) -> None:

@@ -8,7 +8,6 @@ y = W (x R)ᵀ has the weight W Rᵀ (`rotate_weight`). Exact: R = (I - Q)(I + Q
 
 from __future__ import annotations
 
-from math import isqrt
 from typing import Any
 
 import torch
@@ -76,23 +75,24 @@ class _Cayley(torch.autograd.Function):
 
 
 def cayley_series(Q: Tensor, terms: int) -> Tensor:
-    """The truncated series of (I + Q)(I - Q)⁻¹: I + 2Q + ... + 2Q^(terms-2) + Q^(terms-1), with about 2·sqrt(terms)
-    products (2 for five terms). terms = 3 means the same as terms = 4, as published.
+    """The truncated series of (I + Q)(I - Q)⁻¹: I + 2Q + ... + 2Q^(terms-2) + Q^(terms-1); two products for five
+    terms. terms = 3 means the same as terms = 4, as published.
     """
     if terms < 1:
         raise ValueError(f"the Cayley-Neumann series needs at least 1 term, got {terms}")
-    degree = 3 if terms == 3 else terms - 1
-    weights = [1.0] + [2.0] * (degree - 1) + [1.0] if degree > 1 else [1.0] + [2.0] * degree
-    if not is_plain() and fusable(Q) and degree == 4 and Q.dim() == 3:
+    if terms == 5 and Q.dim() == 3 and fusable(Q) and not is_plain():
         return _FiveTerms.apply(Q)  # type: ignore[return-value]
+    return _series(Q, 3 if terms == 3 else terms - 1)
+
+
+def _series(Q: Tensor, degree: int) -> Tensor:
     identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return _powers(Q, identity, weights) if is_plain() else _polynomial(Q, identity, weights)
-
-
-def _powers(Q: Tensor, identity: Tensor, weights: list[float]) -> Tensor:
-    total, power = identity.expand_as(Q), Q
-    for weight in weights[1:]:
-        total, power = total + weight * power, power @ Q
+    if degree == 0:
+        return identity.expand_as(Q).clone()
+    total, power = identity + 2 * Q, Q
+    for k in range(2, degree + 1):
+        power = power @ Q
+        total = torch.add(total, power, alpha=1 if k == degree else 2)
     return total
 
 
@@ -112,39 +112,11 @@ class _FiveTerms(torch.autograd.Function):
         Q, square, inner = ctx.saved_tensors
         (g,) = grads
         if torch.is_grad_enabled():
-            identity = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-            return derived(lambda q: _polynomial(q, identity, [1.0, 2.0, 2.0, 2.0, 1.0]), (Q,), (True,), g)
+            return derived(lambda q: _series(q, 4), (Q,), (True,), g)
         Qt = Q.transpose(-2, -1)
         d_inner = torch.bmm(square.transpose(-2, -1), g)
         d_square = torch.baddbmm(d_inner, g, inner.transpose(-2, -1))
         return torch.baddbmm(g + d_inner, d_square, Qt, beta=2).baddbmm_(Qt, d_square)
-
-
-def _polynomial(Q: Tensor, identity: Tensor, weights: list[float]) -> Tensor:
-    """Paterson-Stockmeyer: powers up to s ~ sqrt(degree), then Horner's rule in Q^s."""
-    degree = len(weights) - 1
-    if degree == 0:
-        return identity.expand_as(Q).clone()
-    step = max(1, isqrt(degree))
-    powers = [identity, Q]
-    while len(powers) <= step:
-        powers.append(powers[-1] @ Q)
-
-    def block(j: int) -> Tensor:  # weights[j·s] I + ... + weights[j·s + s - 1] Q^(s-1)
-        total = weights[j * step] * identity
-        for k in range(1, min(step, degree - j * step + 1)):
-            total = torch.add(total, powers[k], alpha=weights[j * step + k])
-        return total
-
-    last = degree // step
-    if last * step == degree:  # the leading block is a multiple of the identity: no product for it
-        total = torch.add(block(last - 1), powers[step], alpha=weights[degree])
-        last -= 1
-    else:
-        total = block(last)
-    for j in range(last - 1, -1, -1):
-        total = block(j) + powers[step] @ total
-    return total
 
 
 def project(v: Tensor, radius: float) -> Tensor:

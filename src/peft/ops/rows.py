@@ -90,21 +90,16 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
+        """Made of differentiable ops: W is frozen and x and rows are inputs, so a second derivative is right too."""
         x, W, indices, rows = ctx.saved_tensors
-        with settled(grads[0]):
-            return _head_backward(ctx, grads[0], x, W, indices, rows)
-
-
-def _head_backward(ctx: Any, g: Tensor, x: Tensor, W: Any, indices: Tensor, rows: Tensor) -> tuple[Any, ...]:
-    """Made of differentiable ops: W is frozen and x and rows are inputs, so a second derivative is right too."""
-    g = g.reshape(-1, g.shape[-1])
-    picked = g.index_select(-1, indices)
-    dx = drows = None
-    if ctx.needs_input_grad[0]:
-        change = rows.to(ctx.dtype) - W.index_select(0, indices).to(ctx.dtype)
-        wide = torch.mm(g, W.to(ctx.dtype))
-        grown = torch.addmm(wide, picked, change) if torch.is_grad_enabled() else wide.addmm_(picked, change)
-        dx = grown.view(x.shape).to(x.dtype)
-    if ctx.needs_input_grad[4]:
-        drows = torch.mm(picked.t(), x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(rows.dtype)
-    return dx, None, None, None, drows, None
+        g, dx, drows = grads[0].reshape(-1, grads[0].shape[-1]), None, None
+        with settled(g):
+            picked = g.index_select(-1, indices)
+            if ctx.needs_input_grad[0]:
+                change = rows.to(ctx.dtype) - W.index_select(0, indices).to(ctx.dtype)
+                wide = torch.mm(g, W.to(ctx.dtype))
+                grown = torch.addmm(wide, picked, change) if torch.is_grad_enabled() else wide.addmm_(picked, change)
+                dx = grown.view(x.shape).to(x.dtype)
+            if ctx.needs_input_grad[4]:
+                drows = torch.mm(picked.t(), x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(rows.dtype)
+        return dx, None, None, None, drows, None

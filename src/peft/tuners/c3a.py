@@ -20,10 +20,8 @@ from ..ops import circulant
 from ..registry import register_method
 
 # The published library's gradient with respect to the input of a C3A layer is not the derivative: it uses w[(i + j)
-# mod b] (found by
-# comparing it with finite differences). It reaches the layers below. True keeps published training runs reproducible;
-# set it to False
-# for exact gradients.
+# mod b] (found by comparing it with finite differences). It reaches the layers below. True keeps published training
+# runs reproducible; set it to False for exact gradients.
 PUBLISHED_INPUT_GRADIENT = True
 
 
@@ -54,13 +52,11 @@ class C3ALayer(AdapterLayer):
     def create(self, name: str, cfg: Any) -> None:
         b = self.block_size[name] = cfg.block_size
         kernel = torch.zeros(self.out_features // b, self.in_features // b, b)
+        xavier, kaiming = math.sqrt(6 / (self.in_features + self.out_features)), 1 / math.sqrt(self.in_features)
+        bounds = {"xavier_uniform": xavier, False: xavier, "kaiming_uniform": kaiming}
         if cfg.init_weights == "gaussian":
             nn.init.normal_(kernel)
-        elif cfg.init_weights in ("xavier_uniform", False):
-            bound = math.sqrt(6 / (self.in_features + self.out_features))
-            nn.init.uniform_(kernel, -bound, bound)
-        elif cfg.init_weights == "kaiming_uniform":
-            bound = 1 / math.sqrt(self.in_features)
+        elif bound := bounds.get(cfg.init_weights):
             nn.init.uniform_(kernel, -bound, bound)
         elif cfg.init_weights is not True:
             raise ValueError(

@@ -27,8 +27,7 @@ class CPTConfig(PromptLearningConfig):
     cpt_token_ids: list[int] | None = option(None, "Token ids of the in-context examples; they become the prompt.")
     cpt_mask: list[int] | None = option(None, "Mask of these tokens (only its length is used).")
     cpt_tokens_type_mask: list[int] | None = option(
-        None,
-        "Role of each token: code mod 4 is 1 input template, 2 input, 3 output template, 0 label.",
+        None, "Role of each token: code mod 4 is 1 input template, 2 input, 3 output template, 0 label."
     )
     opt_weighted_loss_type: Literal["none", "decay"] | None = option(
         "none", "'decay': labels of earlier examples count less in the loss."
@@ -99,15 +98,10 @@ class CPTEmbedding(BasePromptEncoder):
         self.register_buffer("type_codes", codes, persistent=False)  # [nv]
         self.register_buffer("token_ids", torch.tensor(config.cpt_token_ids, dtype=torch.long), persistent=False)
         self.register_buffer("moves", (codes % 4 != 0).unsqueeze(1), persistent=False)  # [nv, 1]
-        self.register_buffer("epsilon", self._radii(codes, math.sqrt(size.width / 2048)), persistent=False)  # [nv]
-
-    def _radii(self, codes: torch.Tensor, scale: float) -> torch.Tensor:
-        config = self.config
-        radii = torch.full(codes.shape, 1e-10)
-        role = codes % 4
-        radii[(role == 1) | (role == 3)] = config.opt_projection_format_epsilon * scale
-        radii[role == 2] = config.opt_projection_epsilon * scale
-        return radii
+        scale = math.sqrt(size.width / 2048)
+        given, template = config.opt_projection_epsilon * scale, config.opt_projection_format_epsilon * scale
+        radii = torch.tensor([1e-10, template, given, template])  # by role
+        self.register_buffer("epsilon", radii[codes % 4], persistent=False)  # [nv]
 
     def get_epsilon(self) -> torch.Tensor:
         """Radius of the ball of each row of delta, [nv]."""

@@ -93,11 +93,10 @@ class DeftLayer(FixedScale, AdapterLayer):
         R = torch.empty(r, self.in_features)
         if not cfg.init_weights:
             nn.init.normal_(R, std=0.02 * cfg.init_scale)
-        elif R.device.type != "meta" and self.base_weight().device.type != "meta":
+        elif not (R.is_meta or self.base_weight().is_meta):
             with torch.no_grad():
-                _, right = self._projector(name)
-                weight = self.base_weight().float()
-                R = right.float().to(weight.device).T @ weight / self.deft_scaling[name]
+                W, (_, right) = self.base_weight().float(), self._projector(name)
+                R = right.float().to(W.device).T @ W / self.deft_scaling[name]
         self.deft_R[name] = nn.Parameter(R)
 
     def _projector(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,10 +59,9 @@ class DeloraLayer(AdapterLayer):
         self.delora_A[name], self.delora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.delora_lambda[name] = nn.Parameter(torch.full((1,), float(cfg.delora_lambda)))
         with torch.no_grad():
-            weight = self.base_weight()
-            meta = weight.device.type == "meta" or A.device.type == "meta"
-            device = "cpu" if meta else weight.device
-            self.delora_w_norm[name] = torch.ones(self.in_features, device=device) if meta else weight.norm(dim=0)
+            W = self.base_weight()
+            meta = W.is_meta or A.is_meta
+            self.delora_w_norm[name] = torch.ones(self.in_features, device="cpu") if meta else W.norm(dim=0)
 
     def factors(self, name: str) -> Factors:
         A, B, strength = self.delora_A[name], self.delora_B[name], self.delora_lambda[name]

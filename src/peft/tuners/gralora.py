@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning (arXiv 2505.20355).
 
-The weight is cut into k x k blocks; block (output j, input n) gets the low-rank update α / r · (A_n[:, chunk j]
-B_j[chunk n, :])ᵀ.
+The weight is cut into k x k blocks; block (output j, input n) gets the low-rank update
+α / r · (A_n[:, chunk j] B_j[chunk n, :])ᵀ.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,16 +73,13 @@ class GraloraLayer(AdapterLayer):
         if not cfg.hybrid_r:
             self.gralora_A_general[name] = self.gralora_B_general[name] = nn.Identity()
             return
-        general_A, general_B = (
-            kinds.linear(self.in_features, cfg.hybrid_r),
-            kinds.linear(cfg.hybrid_r, self.out_features),
-        )
-        nn.init.kaiming_uniform_(general_A.weight, a=math.sqrt(5))
+        down, up = kinds.linear(self.in_features, cfg.hybrid_r), kinds.linear(cfg.hybrid_r, self.out_features)
+        down.reset_parameters()  # drawn twice, as published
         if cfg.init_weights:
-            nn.init.zeros_(general_B.weight)
+            nn.init.zeros_(up.weight)
         else:
-            nn.init.kaiming_uniform_(general_B.weight, a=math.sqrt(5))
-        self.gralora_A_general[name], self.gralora_B_general[name] = general_A, general_B
+            up.reset_parameters()
+        self.gralora_A_general[name], self.gralora_B_general[name] = down, up
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         A, B, k, scale = self.gralora_A[name], self.gralora_B[name], self.gralora_k[name], self.scaling[name]

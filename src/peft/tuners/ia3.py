@@ -66,9 +66,10 @@ class IA3Layer(AdapterLayer):
         return x * self.kind.per_feature(self.ia3_l[name].flatten(), x)
 
     def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base, y = self.base_layer, None
-        if len(names) == 1 and self.kind is kinds.Linear and not self.is_feedforward[names[0]] and not kwargs:
-            y = gain.linear(base, x, self.ia3_l[names[0]]) if self._base_is_plain(base) else None
+        base, y, one = self.base_layer, None, names[0]
+        simple = len(names) == 1 and self.kind is kinds.Linear and not self.is_feedforward[one] and not kwargs
+        if simple and self._base_is_plain(base):
+            y = gain.linear(base, x, self.ia3_l[one])
         return super()._adapt_activations(names, x, *args, **kwargs) if y is None else y
 
     def map_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -82,11 +83,7 @@ class IA3Layer(AdapterLayer):
         if not self.is_feedforward[name]:
             return scale.view(-1, *(1,) * (w.dim() - 1))
         groups = getattr(self.get_base_layer(), "groups", 1)  # each group of outputs sees its own slice of the inputs
-        return (
-            scale.view(groups, 1, -1)
-            .expand(groups, w.shape[0] // groups, -1)
-            .reshape(w.shape[0], w.shape[1], *(1,) * (w.dim() - 2))
-        )
+        return scale.view(groups, -1).repeat_interleave(len(w) // groups, 0).view(*w.shape[:2], *(1,) * (w.dim() - 2))
 
     def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
         return w * self._weight_scale(name, w)
@@ -114,15 +111,12 @@ class IA3Model(TunerModel):
             found = default_targets("ia3_feedforward", model_type)
             if found is None:
                 raise ValueError(
-                    "Please specify `feedforward_modules` in `peft_config` ([] for none): no defaults for model "
-                    f"type {model_type!r}."
+                    f"Please specify `feedforward_modules` ([] for none): no defaults for model type {model_type!r}."
                 )
             cfg.feedforward_modules = set(found)
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        """The published rule is a plain suffix test without a dot boundary; files rely on it, so it stays, with a
-        warning.
-        """
+        """The published rule is a suffix test without a dot boundary; files rely on it, so it stays, with a warning."""
         inner = cfg.feedforward_modules
         dotted = bool(Names(inner).match(key))
         plain = dotted if isinstance(inner, str) else any(key.endswith(entry) for entry in inner)
@@ -139,8 +133,7 @@ class IA3Model(TunerModel):
         if adapter_name in self.peft_config:
             return
         self.add(adapter_name, combined_config(self, adapters, weights, ("target_modules", "feedforward_modules")))
-        for layer in self.layers():
-            if isinstance(layer, IA3Layer) and adapter_name in layer:
-                parts = [(layer.ia3_l[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer]
-                layer.ia3_l[adapter_name].data = sum(p.data * w for p, w in parts)  # type: ignore[assignment]
+        for layer in self.holders(adapter_name).values():
+            parts = [(layer.ia3_l[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer]
+            layer.ia3_l[adapter_name].data = sum(p.data * w for p, w in parts)
         self.set_requires_grad(adapter_name, False)

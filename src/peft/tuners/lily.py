@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lily: Low-Rank Interconnected Adaptation across Layers (arXiv 2407.09946).
 
-y = W x + b + s · (x A) Σ_e p_e B_e: layers of one kind share the experts B, neighbours share A, and a router on the
-data mixes.
+y = W x + b + s · (x A) Σ_e p_e B_e: layers of one kind share the experts B, neighbours share A, and a router
+on the data mixes.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +62,12 @@ class LilyLayer(AdapterLayer):
         A = kinds.linear(self.in_features, cfg.r)
         B = kinds.linear(self.out_features, cfg.num_B * cfg.r)
         router = kinds.linear(cfg.r, cfg.num_B)
-        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        A.reset_parameters()  # drawn twice, as published
         if cfg.init_weights:
             nn.init.zeros_(B.weight)
         else:
-            nn.init.kaiming_uniform_(B.weight, a=math.sqrt(5))
-        nn.init.kaiming_uniform_(router.weight, a=math.sqrt(5))
+            B.reset_parameters()
+        router.reset_parameters()
         self.lily_A[name], self.lily_B[name], self.lily_router[name] = A, B, router
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -116,8 +115,8 @@ class LilyModel(TunerModel):
 
         prefix = PEFT_PREFIX if any(k.startswith(PEFT_PREFIX) for k in state) else ""
         out, first = dict(state), {}
-        for path, layer in self.named_layers().items():
-            for slot in ("lily_A", "lily_B") if isinstance(layer, LilyLayer) and name in layer else ():
+        for path, layer in self.holders(name).items():
+            for slot in ("lily_A", "lily_B"):
                 key, held = f"{prefix}{path}.{slot}.weight", getattr(layer, slot)
                 value = first.setdefault(id(held[name]), state.get(key))
                 if key not in state and value is not None:

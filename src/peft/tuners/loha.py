@@ -21,9 +21,8 @@ from ..registry import register_method
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, cp_weight
 
 # In the Tucker form the published library takes the gradient of w1_a through t2 and w2_b, and that of w2_a through t1
-# and w1_b (found by
-# comparing its gradients with finite differences). Values are not affected; training runs are. True keeps published
-# runs reproducible.
+# and w1_b (found by comparing its gradients with finite differences). Values are not affected; training runs are.
+# True keeps published runs reproducible.
 PUBLISHED_TUCKER_GRADIENT = True
 
 
@@ -87,19 +86,14 @@ class LoHaLayer(LycorisLayer):
 
     def delta_weight(self, name: str) -> torch.Tensor:
         w1_a, w1_b, w2_a, w2_b = self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
-        if name in self.hada_t1:
-            t1, t2 = self.hada_t1[name], self.hada_t2[name]
-            first, second = cp_weight(t1, w1_a, w1_b), cp_weight(t2, w2_a, w2_b)
-            if PUBLISHED_TUCKER_GRADIENT and torch.is_grad_enabled():
-                first = with_gradient_of(
-                    cp_weight(t1, w1_a.detach(), w1_b), cp_weight(t2.detach(), w1_a, w2_b.detach())
-                )
-                second = with_gradient_of(
-                    cp_weight(t2, w2_a.detach(), w2_b), cp_weight(t1.detach(), w2_a, w1_b.detach())
-                )
-            product = first * second
-        else:
+        if name not in self.hada_t1:
             product = Hadamard.apply(w1_a, w1_b, w2_a, w2_b)
+        else:
+            t1, t2 = self.hada_t1[name], self.hada_t2[name]
+            if PUBLISHED_TUCKER_GRADIENT and torch.is_grad_enabled():
+                product = published(t1, w1_a, w1_b, t2, w2_b) * published(t2, w2_a, w2_b, t1, w1_b)
+            else:
+                product = cp_weight(t1, w1_a, w1_b) * cp_weight(t2, w2_a, w2_b)
         return (product * self.scaling[name]).view(self.kind.shape(self.get_base_layer()))
 
     def thin_product_pays(self, name: str) -> bool:
@@ -130,9 +124,10 @@ class LoHaLayer(LycorisLayer):
         return nn.functional.linear(nn.functional.linear(x, A), B)
 
 
-def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`value`, whose gradient flows into `other` as well."""
-    return value + (other - other.detach())
+def published(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor, other_core: torch.Tensor, other_b: torch.Tensor):
+    """`cp_weight(core, a, b)`, whose gradient for `a` is that of `cp_weight(other_core, a, other_b)`."""
+    other = cp_weight(other_core.detach(), a, other_b.detach())
+    return cp_weight(core, a.detach(), b) + (other - other.detach())
 
 
 @register_method("loha", config=LoHaConfig, prefix="hada_", mixed=True)

@@ -46,14 +46,9 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     """dimension = m · n with m near `factor` (or the most square split for -1)."""
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor
-    limit = dimension if factor == -1 else factor
-    m, n, total = 1, dimension, dimension + 1
-    while m < n:
-        candidate = next(d for d in range(m + 1, dimension + 1) if dimension % d == 0) if dimension > 1 else 1
-        if candidate + dimension // candidate > total or candidate > limit:
-            break
-        m, n = candidate, dimension // candidate
-    return (n, m) if m > n else (m, n)
+    limit = math.isqrt(dimension) if factor == -1 else max(1, min(factor, math.isqrt(dimension)))
+    m = next(d for d in range(limit, 0, -1) if dimension % d == 0)
+    return m, dimension // m
 
 
 class LoKrLayer(LycorisLayer):
@@ -104,11 +99,9 @@ class LoKrLayer(LycorisLayer):
     def delta_weight(self, name: str) -> torch.Tensor:
         shape = self.kind.shape(self.get_base_layer())
         w1, w2 = self._first(name), self._second(name, shape)
-        if self.kind is kinds.Conv1d and name in self.lokr_w2:
-            return torch.einsum("ij,ack->aicjk", w1, w2).reshape(
-                shape
-            )  # the published layout; trained files rely on it
-        return torch.einsum("ij,ac...->iajc...", w1, w2).reshape(shape)
+        # the published layout of dense w2 in Conv1d is another one; trained files rely on it
+        published = self.kind is kinds.Conv1d and name in self.lokr_w2
+        return torch.einsum("ij,ack->aicjk" if published else "ij,ac...->iajc...", w1, w2).reshape(shape)
 
     def thin_product_pays(self, name: str) -> bool:
         return self.kind.is_linear

@@ -25,7 +25,9 @@ class LycorisConfig(PeftConfig):
 
 
 class LycorisLayer(Rescaling, AdapterLayer):
-    """A dense delta made of small factors."""
+    """A dense delta made of small factors, by `create_factors(name, cfg, shape, tucker)` of the method. Where
+    `thin_product_pays(name)`, its `apply_factored(name, x)` is cheaper than a dense product.
+    """
 
     r: Aux[dict]
     alpha: Aux[dict]
@@ -41,19 +43,8 @@ class LycorisLayer(Rescaling, AdapterLayer):
         self.rank_dropout[name], self.module_dropout[name] = cfg.rank_dropout, cfg.module_dropout
         self.rank_dropout_scale[name] = getattr(cfg, "rank_dropout_scale", True)
         shape = self.kind.shape(self.get_base_layer())
-        self.create_factors(
-            name, cfg, shape, cfg.use_effective_conv2d and self.kind.is_conv and math.prod(shape[2:]) != 1
-        )
-
-    def create_factors(self, name: str, cfg: Any, shape: tuple[int, ...], tucker: bool) -> None:
-        raise NotImplementedError("a LyCORIS layer makes its factors here")
-
-    def thin_product_pays(self, name: str) -> bool:
-        """Whether `apply_factored` is cheaper than a dense product."""
-        return False
-
-    def apply_factored(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("no factored form")
+        tucker = cfg.use_effective_conv2d and self.kind.is_conv and math.prod(shape[2:]) != 1
+        self.create_factors(name, cfg, shape, tucker)
 
     @staticmethod
     def tucker_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
