@@ -2,8 +2,7 @@
 """AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (arXiv 2303.10512).
 
 ΔW = c · B diag(E) A,  c = alpha / rank. While training, triplets (A_k, E_k, B_k) of little importance are switched
-off (E_k = 0) until the
-average rank is `target_r`; an orthogonality loss keeps A and B near orthonormal.
+off (E_k = 0) until the average rank is `target_r`; an orthogonality loss keeps A and B near orthonormal.
 """
 
 import warnings
@@ -52,8 +51,7 @@ class AdaLoraConfig(LoraConfig):
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(
                 f"The schedule leaves no step for pruning: tinit={self.tinit}, tfinal={self.tfinal}, "
-                f"total_step={self.total_step}. "
-                "Use tinit < total_step - tfinal."
+                f"total_step={self.total_step}. Use tinit < total_step - tfinal."
             )
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             raise ValueError(f"`beta1` and `beta2` must be in (0, 1), got {self.beta1} and {self.beta2}.")
@@ -90,9 +88,7 @@ class AdaLoraLayer(Rescaling, AdapterLayer):
         A, E, B = torch.randn(r, width), torch.randn(r, 1), torch.randn(self.out_features, r)
         torch.randn(1)  # drawn and discarded: the published library consumes it
         if cfg.init_lora_weights:
-            nn.init.zeros_(E)
-            nn.init.normal_(A, mean=0.0, std=0.02)
-            nn.init.normal_(B, mean=0.0, std=0.02)
+            A, E, B = nn.init.normal_(A, std=0.02), torch.zeros_like(E), nn.init.normal_(B, std=0.02)
         self.lora_A[name], self.lora_E[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(E), nn.Parameter(B)
         self.ranknum[name] = nn.Parameter(torch.full((1,), float(cfg.init_r), device="cpu"), requires_grad=False)
 
@@ -127,11 +123,11 @@ def orthogonality(layers: list["AdaLoraLayer"], name: str) -> torch.Tensor:
 class RankAllocator:
     """Scores the triplets of one adapter and switches off what exceeds the budget of the schedule."""
 
-    def __init__(self, layers: dict[str, AdaLoraLayer], name: str, cfg: Any):
+    def __init__(self, layers: dict[str, Any], name: str, cfg: Any):
         self.layers, self.name, self.cfg = layers, name, cfg
         self.init_budget = sum(layer.lora_A[name].shape[0] for layer in layers.values())
         self.target_budget = cfg.target_r * len(layers)
-        self.averages: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.averages: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}  # by layer and slot
 
     def budget(self, step: int) -> tuple[int, bool]:
         """(triplets that may live, whether to mask now): a cubic decay between tinit and total_step - tfinal."""
@@ -150,20 +146,18 @@ class RankAllocator:
         for key, layer in self.layers.items():
             for slot in ("lora_A", "lora_E", "lora_B"):
                 p = getattr(layer, slot)[self.name]
-                if p.grad is None:
-                    continue
-                now = (p * p.grad).abs().detach()
-                mean, spread = self.averages.get(f"{key}.{slot}", (torch.zeros_like(now), torch.zeros_like(now)))  # type: ignore
-                mean = b1 * mean + (1 - b1) * now
-                spread = b2 * spread + (1 - b2) * (now - mean).abs()
-                self.averages[f"{key}.{slot}"] = (mean, spread)
+                if p.grad is not None:
+                    now = (p * p.grad).abs().detach()
+                    mean, spread = self.averages.get((key, slot), (torch.zeros_like(now),) * 2)
+                    mean = b1 * mean + (1 - b1) * now
+                    self.averages[key, slot] = mean, b2 * spread + (1 - b2) * (now - mean).abs()
 
     def _scores(self, key: str) -> torch.Tensor | None:
         """[r] importance of the triplets of one layer."""
-        parts = [self.averages.get(f"{key}.{slot}") for slot in ("lora_E", "lora_A", "lora_B")]
-        if any(p is None for p in parts):
+        parts = [self.averages[key, s] for s in ("lora_E", "lora_A", "lora_B") if (key, s) in self.averages]
+        if len(parts) < 3:
             return None
-        e, a, b = (mean * spread for mean, spread in parts)  # type: ignore[misc]
+        e, a, b = (mean * spread for mean, spread in parts)
         return e[:, 0] + a.mean(1) + b.mean(0)
 
     @torch.no_grad()
@@ -196,12 +190,11 @@ class AdaLoraModel(TunerModel):
 
     def check_config(self, name: str, cfg: Any) -> None:
         super().check_config(name, cfg)
-        training = [n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
+        training = self._training()
         if len(training) > 1:
             raise ValueError(
                 "AdaLoraModel supports only 1 trainable adapter. When using multiple adapters, set inference_mode "
-                "to True for all adapters "
-                f"except the one you want to train (now trainable: {training})."
+                f"to True for all adapters except the one you want to train (now trainable: {training})."
             )
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
@@ -214,14 +207,12 @@ class AdaLoraModel(TunerModel):
     def _check_patterns(self, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
         """Here rank_pattern holds masks, not ranks."""
 
+    def _training(self) -> list[str]:
+        return [n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
+
     @property
     def trainable_adapter_name(self) -> str | None:
-        return next(
-            (n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode), None
-        )
-
-    def _ada_layers(self, name: str) -> dict[str, AdaLoraLayer]:
-        return {k: m for k, m in self.named_layers().items() if isinstance(m, AdaLoraLayer) and name in m}
+        return next(iter(self._training()), None)
 
     @property
     def rankallocator(self) -> RankAllocator:
@@ -230,7 +221,7 @@ class AdaLoraModel(TunerModel):
             raise AttributeError("This model has no trainable AdaLoRA adapter, so there is no rank allocator.")
         made = self.__dict__.get("_allocator")
         if made is None or made.name != name:
-            made = self.__dict__["_allocator"] = RankAllocator(self._ada_layers(name), name, self.peft_config[name])
+            made = self.__dict__["_allocator"] = RankAllocator(self.holders(name), name, self.peft_config[name])
         return made
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -269,11 +260,11 @@ class AdaLoraModel(TunerModel):
         out = dict(state)
         for key, alive in cfg.rank_pattern.items():
             stem = key.removesuffix("lora_E")
-            for full in [k for k in state if k.endswith((stem + "lora_A", stem + "lora_E", stem + "lora_B"))]:
+            for full in (k for k in state if k.endswith((stem + "lora_A", stem + "lora_E", stem + "lora_B"))):
                 dim = 1 if full.endswith("lora_B") else 0
                 if state[full].shape[dim] == len(alive):
-                    index = torch.tensor(alive, device=state[full].device).nonzero()[:, 0]
-                    out[full] = state[full].index_select(dim, index)
+                    kept = torch.tensor(alive, device=state[full].device)
+                    out[full] = state[full][:, kept] if dim else state[full][kept]
         return out
 
     def on_delete(self, name: str) -> None:

@@ -2,8 +2,7 @@
 """AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning (2025, OpenReview 8ZdWmpYxT0).
 
 [ΔW | Δb][rows of cluster i] = B_i A_i V: the output rows are clustered by their left singular vectors, each cluster
-has a small trained
-map into the shared right singular space V of [W | b].
+has a small trained map into the shared right singular space V of [W | b].
 """
 
 import base64
@@ -11,7 +10,6 @@ import json
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +20,7 @@ from torch import nn
 from ..config import PeftConfig, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
+from ..core.modules import making_on_meta
 from ..core.slots import Aux, PersistentBufferDict, Saved, Trainable
 from ..core.tuner import TunerModel
 from ..import_utils import require
@@ -90,6 +89,7 @@ class AdamssLayer(AdapterLayer):
     num_subspaces: Aux[dict]
     labels: Aux[dict]  # [out] cluster of each row
     pruned: Aux[dict]  # clusters that allocation froze
+    _averages: Aux[dict]  # (mean, spread) of |p · grad| by (cluster, 0 for A or 1 for B), since the last allocation
     kinds = (kinds.Linear, kinds.Conv1D)
     weight_need = "read"
     standalone_delta = False
@@ -110,32 +110,42 @@ class AdamssLayer(AdapterLayer):
             labels = cluster(U, K)
             self.adamss_newB[name] = V.T.contiguous()
             A = [self._directions(U[labels == i], cfg) for i in range(K)]
-        self.num_subspaces[name], self.labels[name], self.pruned[name] = K, labels, set()
-        counts = [int((labels == i).sum()) for i in range(K)]
-        zero = cfg.init_weights is not None
-        B = [
-            torch.zeros(n, a.shape[0]) if zero else 0.01 * torch.randn(n, a.shape[0])
-            for n, a in zip(counts, A, strict=True)
-        ]
-        if torch.empty(0).device.type == "meta":
+        self.num_subspaces[name], self.labels[name], self.pruned[name], self._averages[name] = K, labels, set(), {}
+        shapes = [(int((labels == i).sum()), a.shape[0]) for i, a in enumerate(A)]
+        B = [torch.zeros(s) if cfg.init_weights else 0.01 * torch.randn(s) for s in shapes]
+        if making_on_meta():
             A = [torch.empty(a.shape) for a in A]
-        self.adamss_A[name] = nn.ParameterList([nn.Parameter(a) for a in A])
-        self.adamss_B[name] = nn.ParameterList([nn.Parameter(b) for b in B])
+        self.adamss_A[name], self.adamss_B[name] = nn.ParameterList(A), nn.ParameterList(B)
 
     @staticmethod
     def _directions(U: torch.Tensor, cfg: Any) -> torch.Tensor:
         """[rank, R] orthonormal rows that span (nearly) the top right singular space of the cluster's rows U [m, R]."""
         rank = max(1, min(U.shape[0], cfg.subspace_rank))
-        gram = U @ U.T
-        left, S, _ = torch.svd_lowrank(gram)
+        left, S, _ = torch.svd_lowrank(U @ U.T)
         if cfg.use_dynamic_rank:
             rank = max(1, min(int((cfg.svd_threshold * S[0] < S).sum()), cfg.subspace_rank))
         return torch.linalg.qr(U.T @ left[:, :rank])[0].T.contiguous()
 
-    def freeze(self, name: str, alive: set[int]) -> None:
-        """Leave only the clusters trainable whose A has its id in `alive`."""
+    def observe(self, name: str, b1: float, b2: float) -> None:
+        """Average |p · grad| and its change; parameters without gradient are skipped."""
+        kept = self._averages[name]
         for i, pair in enumerate(self.clusters(name)):
-            if id(pair[0]) not in alive:
+            for part, p in enumerate(pair):
+                if p.grad is not None:
+                    now = (p * p.grad).abs().detach()
+                    mean, spread = kept.get((i, part), (torch.zeros_like(now),) * 2)
+                    kept[i, part] = b1 * mean + (1 - b1) * now, b2 * spread + (1 - b2) * (now - mean).abs()
+
+    def scores(self, name: str) -> dict[int, float]:
+        """Importance of the clusters that were observed."""
+        found = {key: float((mean * spread).mean()) for key, (mean, spread) in self._averages[name].items()}
+        return {i: found[i, 0] + found[i, 1] for i, part in found if part == 0 and (i, 1) in found}
+
+    def freeze(self, name: str, alive: set[int]) -> None:
+        """Leave only the clusters in `alive` trainable."""
+        self._averages[name].clear()
+        for i, pair in enumerate(self.clusters(name)):
+            if i not in alive:
                 self.pruned[name].add(i)
                 for p in pair:
                     p.requires_grad_(False)
@@ -182,50 +192,25 @@ def unpack(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.int32).long()
 
 
-@dataclass
-class _Importance:
-    """Averages of |p · grad| and of its change for one parameter."""
-
-    mean: torch.Tensor
-    spread: torch.Tensor
-
-    def update(self, p: torch.Tensor, beta: float, gamma: float) -> None:
-        assert p.grad is not None
-        now = (p * p.grad).abs().detach()
-        change = (now - self.mean).abs()
-        self.mean = beta * self.mean + (1 - beta) * now
-        self.spread = gamma * self.spread + (1 - gamma) * change
-
-    def score(self) -> torch.Tensor:
-        return (self.mean * self.spread).mean()
-
-
 @register_method("adamss", config=AdamssConfig)
 class AdamssModel(TunerModel):
     layer_cls = AdamssLayer
     unsupported_error = TypeError
     example = {"r": 8, "num_subspaces": 3}
 
-    def _subspaces(self, name: str) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        for layer in self.layers():
-            if isinstance(layer, AdamssLayer) and name in layer:
-                yield from layer.clusters(name)
-
     def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Published files leave the rows of the clusters to be found again; they are kept in the file's text part."""
         from ..io.files import Tensors
 
-        layers = {k: m for k, m in self.named_layers().items() if isinstance(m, AdamssLayer) and name in m}
-        return Tensors(state, {LABELS: json.dumps({k: pack(m.labels[name]) for k, m in layers.items()})})
+        labels = {path: pack(layer.labels[name]) for path, layer in self.holders(name).items()}
+        return Tensors(state, {LABELS: json.dumps(labels)})
 
     def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Give each row the cluster it had; clusters found again in other weights (half precision) are others."""
         from ..io.keys import misfits, resize
 
         stored = json.loads(getattr(state, "metadata", {}).get(LABELS, "{}"))
-        for path, layer in self.named_layers().items():
-            if not isinstance(layer, AdamssLayer) or name not in layer:
-                continue
+        for path, layer in self.holders(name).items():
             if path in stored and (labels := unpack(stored[path])).shape == layer.labels[name].shape:
                 layer.labels[name] = labels
             elif layer.base_weight().dtype != torch.float32:
@@ -244,40 +229,22 @@ class AdamssModel(TunerModel):
         for name in self.active_adapters:
             cfg = self.peft_config[name]
             if cfg.use_asa and cfg.init_warmup <= global_step <= cfg.final_warmup:
-                self._observe(name, cfg)
+                for layer in self.holders(name).values():
+                    layer.observe(name, cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
                 if global_step % cfg.mask_interval == 0:
                     self._prune(name, cfg, global_step)
 
-    def _observe(self, name: str, cfg: Any) -> None:
-        kept = self.__dict__.setdefault("_importance", {}).setdefault(name, {})
-        for pair in self._subspaces(name):
-            for p in pair:
-                if p.grad is None:
-                    continue
-                if id(p) not in kept:
-                    kept[id(p)] = _Importance(torch.zeros_like(p), torch.zeros_like(p))
-                kept[id(p)].update(p, cfg.asa_importance_beta, cfg.asa_uncertainty_beta)
-
     def _prune(self, name: str, cfg: Any, step: int) -> None:
         """Freeze the clusters below the threshold; their values stay in the output."""
-        kept = self.__dict__.get("_importance", {}).get(name, {})
-        pairs = list(self._subspaces(name))
+        layers, goal = list(self.holders(name).values()), cfg.asa_target_subspaces
+        total = sum(layer.num_subspaces[name] for layer in layers)
         part = 1 - (step - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
-        target = int(
-            cfg.asa_target_subspaces + (len(pairs) - cfg.asa_target_subspaces) * part**cfg.asa_schedule_exponent
-        )
-        scored = [
-            (float(kept[id(a)].score() + kept[id(b)].score()), id(a))
-            for a, b in pairs
-            if id(a) in kept and id(b) in kept
-        ]
+        target = int(goal + (total - goal) * part**cfg.asa_schedule_exponent)
+        scored = [(score, layer, i) for layer in layers for i, score in layer.scores(name).items()]
         if target < len(scored):  # published: the one at the threshold is frozen too
-            scored = sorted(scored, reverse=True)[: max(target - 1, 0)]
-        alive = {key for _, key in scored}
-        for layer in self.layers():
-            if isinstance(layer, AdamssLayer) and name in layer:
-                layer.freeze(name, alive)
-        kept.clear()
+            scored = sorted(scored, key=lambda item: item[0], reverse=True)[: max(target - 1, 0)]
+        for layer in layers:
+            layer.freeze(name, {i for _, holder, i in scored if holder is layer})
 
 
 # ---- the callback, at its published address peft.tuners.adamss.asa_callback

@@ -2,8 +2,7 @@
 """FRoD: Full-Rank Efficient Fine-Tuning with Rotational Degrees (AAAI 2026, DOI 10.1609/aaai.v40i31.39813).
 
 W' = U (S + diag λ) Vᵀ: V is one basis shared by the layers of a category, U its counterpart for each layer; λ and the
-entries of the sparse
-matrix S are trained. With the starting λ and S = 0, W' = W.
+entries of the sparse matrix S are trained. With the starting λ and S = 0, W' = W.
 """
 
 import warnings
@@ -16,6 +15,7 @@ from torch import nn
 from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout
+from ..core.modules import making_on_meta
 from ..core.slots import Aux, BufferDict, Shared, Trainable
 from ..core.tuner import TunerModel
 from ..ops import sparse
@@ -48,16 +48,6 @@ class FrodConfig(PeftConfig):
             raise ValueError(f"`sparse_rate` must be in [0, 1], got {self.sparse_rate}.")
 
 
-class Bases(nn.Module):
-    """One tensor a category, for one adapter."""
-
-    def put(self, category: str, value: torch.Tensor, persistent: bool) -> None:
-        self.register_buffer(category, value, persistent=persistent)
-
-    def get(self, category: str) -> torch.Tensor:
-        return self._buffers[category]  # type: ignore[return-value]
-
-
 class FrodLayer(AdapterLayer):
     """A weight written in a shared basis."""
 
@@ -77,16 +67,11 @@ class FrodLayer(AdapterLayer):
     standalone_delta = False
 
     def create(self, name: str, cfg: Any) -> None:
-        self.r[name], self.category[name], self.frod_dropout[name] = (
-            self.out_features,
-            cfg.category,
-            dropout(cfg.frod_dropout),
-        )
-        count = self.frod_s_indices[name].get(cfg.category).shape[1]  # type: ignore[operator]
-        U, scale = self.counterpart(self.frod_V[name].get(cfg.category))  # type: ignore[operator]
-        self.frod_U[name] = U
-        values = torch.zeros(count)
-        scale = scale.float() if torch.empty(0).device.type != "meta" else torch.empty(self.in_features)
+        c = self.category[name] = cfg.category
+        self.r[name], self.frod_dropout[name] = self.out_features, dropout(cfg.frod_dropout)
+        self.frod_U[name], scale = self.counterpart(self.frod_V[name][c])  # type: ignore[index]
+        values = torch.zeros(self.frod_s_indices[name][c].shape[1])  # type: ignore[index]
+        scale = torch.empty(self.in_features) if making_on_meta() else scale.float()
         if not cfg.init_weights:
             values, scale = nn.init.normal_(values, 0.0, 0.1), scale + 0.1 * torch.randn(self.in_features)
         self.frod_lambda_l[name], self.frod_lambda_s_values[name] = nn.Parameter(scale), nn.Parameter(values)
@@ -111,8 +96,8 @@ class FrodLayer(AdapterLayer):
         core = diag(λ) + values at off-diagonal positions.
         """
         lam, values, c = self.frod_lambda_l[name], self.frod_lambda_s_values[name], self.category[name]
-        rows, cols = self.frod_s_indices[name].get(c).to(lam.device)  # type: ignore[operator]
-        return lam, values, rows, cols, self.frod_U[name].to(lam), self.frod_V[name].get(c).to(lam)  # type: ignore
+        rows, cols = self.frod_s_indices[name][c].to(lam.device)  # type: ignore[index]
+        return lam, values, rows, cols, self.frod_U[name].to(lam), self.frod_V[name][c].to(lam)  # type: ignore[index]
 
     def delta_weight(self, name: str) -> torch.Tensor:
         lam, values, rows, cols, U, V = self._basis(name)
@@ -183,30 +168,28 @@ class FrodModel(TunerModel):
     example = {"sparse_rate": 0.05, "progressbar": False}
 
     def shared(self, name: str, cfg: Any, targets: dict[str, nn.Module]) -> None:
+        from tqdm import tqdm
+
         groups: dict[str, list[tuple[int, AdapterLayer | nn.Module]]] = {}
         for i, (key, module) in enumerate(targets.items()):
             groups.setdefault(category(key), []).append((layer_index(key, i), module))
-        stores = {slot: Bases() for slot in ("frod_V", "frod_s_indices", "frod_s_size")}
+        V, indices, size = stores = [BufferDict(persistent=cfg.save_projection) for _ in range(3)]
         generator = torch.Generator(device="cpu").manual_seed(cfg.projection_prng_key)
-        for c in _progress(sorted(groups), cfg.progressbar):
+        for c in tqdm(sorted(groups), desc="FRoD: shared bases", disable=not cfg.progressbar):
             matrices = [self._weight(m) for _, m in sorted(groups[c], key=lambda item: item[0])]
             widths = {m.shape[1] for m in matrices}
             if len(widths) > 1:
                 raise ValueError(
-                    f"FRoD shares one basis among the layers of category {c!r}, but their input widths "
-                    f"differ: {sorted(widths)}."
+                    f"FRoD shares one basis among the layers of category {c!r}, but their input widths differ: "
+                    f"{sorted(widths)}."
                 )
             width = widths.pop()
-            V = (
-                joint_basis(matrices, cfg.regularization_alpha)
-                if matrices[0].device.type != "meta"
-                else torch.zeros(width, width, device="cpu")
-            )
-            stores["frod_V"].put(c, V.to(matrices[0].dtype), cfg.save_projection)
-            stores["frod_s_indices"].put(c, sparse_pattern(width, cfg.sparse_rate, generator), cfg.save_projection)
-            stores["frod_s_size"].put(c, torch.tensor([width, width], device="cpu"), cfg.save_projection)
-        for slot, store in stores.items():
-            getattr(self, slot)[name] = store
+            meta = matrices[0].is_meta
+            basis = torch.zeros(width, width, device="cpu") if meta else joint_basis(matrices, cfg.regularization_alpha)
+            V[c] = basis.to(matrices[0].dtype)
+            indices[c] = sparse_pattern(width, cfg.sparse_rate, generator)
+            size[c] = torch.tensor([width, width], device="cpu")
+        self.frod_V[name], self.frod_s_indices[name], self.frod_s_size[name] = stores
 
     def _weight(self, module: nn.Module) -> torch.Tensor:
         if isinstance(module, AdapterLayer):
@@ -227,22 +210,14 @@ class FrodModel(TunerModel):
                 "Specified to load frod_V from state dictionary however it was not present! Set "
                 "save_projection=False to derive it again."
             )
-        if not cfg.save_projection and not found:
+        if not found:
             warnings.warn(
                 "The file holds no bases: they were derived again from the base weights, which must be "
                 "exactly those of the training.",
                 stacklevel=2,
             )
-        for layer in self.layers():
-            if isinstance(layer, FrodLayer) and name in layer and layer.category[name] in found:
+        for layer in self.holders(name).values():
+            if layer.category[name] in found:
                 U = layer.counterpart(found[layer.category[name]])[0]
                 layer.frod_U[name] = U.to(layer.frod_U[name])
         return state
-
-
-def _progress(items: list[str], show: bool) -> Any:
-    if not show:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc="FRoD: shared bases")
