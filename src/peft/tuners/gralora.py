@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, option, positive, saves, targets
+from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, kaiming
 from ..core.slots import Aux, Trainable
