@@ -28,7 +28,7 @@ class Options:
     flag: bool = False
     names: Optional[Union[list[str], str]] = None  # noqa: UP007, UP045  # the old form must work too
     layers: list[int] | int | None = None
-    init: bool | Literal["gaussian", "eva"] = True
+    init: bool | Literal["gaussian", "pissa_niter_[number of iters]", "eva"] = True
     kind: Kind = Kind.RANDOM
     pattern: dict[str, int] = field(default_factory=dict)
     inner: Inner | None = None
@@ -44,12 +44,15 @@ class Options:
         ("flag=0", False),
         ("names=q_proj,v_proj", ["q_proj", "v_proj"]),
         ("names=all-linear", "all-linear"),
+        ("names=q_proj", ["q_proj"]),
+        ("names=.*[qv]_proj", ".*[qv]_proj"),
         ("names=none", None),
         ('names=["a.b"]', ["a.b"]),
         ("layers=3", 3),
         ("layers=0,1,2", [0, 1, 2]),
         ("init=gaussian", "gaussian"),
         ("init=false", False),
+        ("init=pissa_niter_4", "pissa_niter_4"),
         ("kind=text", Kind.TEXT),
         ('pattern={"q_proj": 2}', {"q_proj": 2}),
         ('inner={"rho": 3}', Inner(3)),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -14,15 +15,14 @@ from typing import Any
 from .errors import CliError, nearest
 
 _FIXED = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"}
-_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
-_NONE = {"none", "null"}
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def method_configs() -> dict[str, type]:
     """Registered methods by lower-case name."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.registry import methods
 
-    return {str(getattr(kind, "value", kind)).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    return {record.name: record.config for record in methods().values()}
 
 
 def config_class(method: str) -> type:
@@ -59,95 +59,75 @@ def parse_assignments(cls: type, pairs: Sequence[str]) -> dict[str, Any]:
 
 def convert(text: str, hint: Any) -> Any:
     """Read `text` as a value of type `hint`; ValueError says what was expected."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return _loose(text)
-    if origin is typing.Union or isinstance(hint, types.UnionType):
-        return _convert_union(text, args)
-    if origin is typing.Literal:
-        for choice in args:
-            if text == str(choice) or (isinstance(choice, bool) and text.lower() == str(choice).lower()):
-                return choice
-        raise ValueError(f"expected one of {', '.join(map(str, args))}")
-    if hint is type(None):
-        if text.lower() in _NONE:
-            return None
-        raise ValueError("expected none")
-    if origin in (list, set, tuple) or hint in (list, set, tuple):
-        return _convert_sequence(text, origin or hint, args)
-    if origin is dict or hint is dict:
-        value = _json(text)
-        if not isinstance(value, dict):
-            raise ValueError('expected a JSON object such as {"q_proj": 4}')
-        return value
-    return _convert_scalar(text, hint)
-
-
-def _convert_scalar(text: str, hint: Any) -> Any:
-    if hint is bool:
-        if text.lower() in _TRUE | _FALSE:
-            return text.lower() in _TRUE
-        raise ValueError("expected true or false")
-    if hint in (int, float):
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return _first_that_fits(text, args)
+    if kind is typing.Literal:
+        return _one_of(text, {str(choice): choice for choice in args})
+    if kind is bool:
+        return _one_of(text, _BOOLS, "true or false")
+    if kind is type(None):
+        return _one_of(text, dict.fromkeys(("none", "null")))
+    if kind in (int, float):
         try:
-            return hint(text)
+            return kind(text)
         except ValueError as error:
-            raise ValueError(f"expected {'a whole number' if hint is int else 'a number'}") from error
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        for member in hint:
-            if text.lower() in (str(member.value).lower(), member.name.lower()):
-                return member
-        raise ValueError(f"expected one of {', '.join(str(m.value) for m in hint)}")
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        value = _json(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"expected a JSON object with fields of {hint.__name__}")
-        known = {f.name for f in dataclasses.fields(hint)}
-        for key in value:
-            if key not in known:
-                raise ValueError(f"{hint.__name__} has no field '{key}'{nearest(key, known)}")
-        return hint(**value)
-    return text if hint is str else _loose(text)
+            raise ValueError(f"expected {'a whole number' if kind is int else 'a number'}") from error
+    if kind in (list, set, tuple):
+        if text.startswith("["):
+            return kind(_json(text, list))
+        element = args[0] if args else str
+        return kind(convert(part.strip(), element) for part in text.split(",") if part.strip())
+    if kind is dict:
+        return _json(text, dict)
+    if dataclasses.is_dataclass(kind):
+        return _record(kind, text)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return _one_of(text, {str(member.value): member for member in kind})
+    return text
 
 
-def _convert_union(text: str, args: tuple[Any, ...]) -> Any:
-    """First alternative that takes the text, strings last: 'none' -> None, 'true' -> bool, '4' -> int."""
-    has_list = any((typing.get_origin(a) or a) in (list, set, tuple) for a in args)
-    if has_list and not ("," in text or text.startswith("[")) and str in args:
-        return None if text.lower() in _NONE and type(None) in args else text
+def _first_that_fits(text: str, hints: Sequence[Any]) -> Any:
+    """First alternative that takes the text, the most special first: 'none' -> None, 'true' -> bool, '4' -> int.
+
+    Where both are allowed, names are a list of names, and anything else ('all-linear', a pattern) is a string.
+    """
+    lists = [hint for hint in hints if (typing.get_origin(hint) or hint) in (list, set, tuple)]
+    if lists and str in hints and not re.fullmatch(r"\[.*|[\w.]+|.*,.*", text, re.DOTALL):
+        hints = [hint for hint in hints if hint not in lists]
+    if text in ("0", "1") and {int, float}.intersection(hints):
+        hints = [hint for hint in hints if hint is not bool]
     rank = {type(None): 0, bool: 1, int: 2, float: 3, str: 9}
-    problem = "no alternative fits"
-    for hint in sorted(args, key=lambda a: rank.get(a, 5)):
-        if hint is bool and text in ("0", "1") and (int in args or float in args):
-            continue
+    problem = ""
+    for hint in sorted(hints, key=lambda hint: rank.get(hint, 5)):
         try:
             return convert(text, hint)
         except ValueError as error:
-            problem = str(error) if hint is not type(None) else problem
+            problem = str(error)
     raise ValueError(problem)
 
 
-def _convert_sequence(text: str, kind: Any, args: tuple[Any, ...]) -> Any:
-    if text.startswith("["):
-        value = _json(text)
-        if not isinstance(value, list):
-            raise ValueError("expected a list")
-        return kind(value)
-    element = next((a for a in args if a is not Ellipsis), str)
-    return kind(convert(part.strip(), element) for part in text.split(",") if part.strip())
+def _one_of(text: str, words: dict[str, Any], allowed: str = "") -> Any:
+    for word, value in words.items():
+        if re.fullmatch(re.sub(r"\[.*\]", ".+", word), text, re.IGNORECASE):  # 'pissa_niter_[number of iters]'
+            return text if "[" in word else value
+    raise ValueError(f"expected {allowed or 'one of ' + ', '.join(words)}")
 
 
-def _json(text: str) -> Any:
+def _json(text: str, kind: type) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"expected a JSON {'list' if kind is list else 'object'}")
+    return value
 
 
-def _loose(text: str) -> Any:
-    if text.lower() in _NONE:
-        return None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+def _record(cls: Any, text: str) -> Any:
+    value = _json(text, dict)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in value:
+        if key not in known:
+            raise ValueError(f"{cls.__name__} has no field '{key}'{nearest(key, known)}")
+    return cls(**value)
