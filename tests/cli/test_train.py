@@ -183,14 +183,14 @@ def test_interrupt_saves_and_resume_ends_where_a_whole_run_ends(train, monkeypat
     dropout = ("--set", "lora_dropout=0.2")
     _, whole = train(*dropout, output="whole")
 
-    class Interrupter(training.Recorder):
+    class Interrupter(training.Progress):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 7:
                 os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "Recorder", Interrupter)
+        patch.setattr(training, "Progress", Interrupter)
         code, out = train(*dropout, output="broken")
     assert code == 130 and signal.getsignal(signal.SIGINT) is before
     assert "--resume" in capsys.readouterr().out

@@ -22,9 +22,10 @@ _KEYS = ("text", "prompt", "completion", "messages")
 
 @dataclass(frozen=True)
 class Example:
-    """Text spans in order, and whether the end-of-text token is to be added and learned after them."""
+    """Text spans in order, and whether the tokenizer's start and end of text are added (the end is learned)."""
 
     spans: tuple[tuple[str, bool], ...]
+    start: bool = True
     end: bool = True
 
 
@@ -42,16 +43,17 @@ def check_data_file(path: Path) -> None:
 def load_examples(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
     """Examples of a .jsonl, .json or .txt file; a broken line is reported as `file:line: what is wrong`."""
     check_data_file(path)
-    if path.suffix == ".txt":
-        return _text_blocks(path, tokenizer, max_length)
-    examples = []
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    examples.append(_record_example(line, f"{path}:{number}", tokenizer))
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)
     except UnicodeDecodeError as error:
         raise CliError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    if path.suffix == ".txt":
+        examples = [Example(((text, True),), end=False) for text in _blocks(lines, tokenizer, max_length)]
+    else:
+        examples = [
+            _record_example(line, f"{path}:{number}", tokenizer) for number, line in enumerate(lines, 1) if line.strip()
+        ]
     if not examples:
         raise CliError(f"--data {path}: the file has no examples")
     return examples
@@ -101,27 +103,19 @@ def _chat_example(messages: Any, where: str, tokenizer: Any) -> Example:
             raise CliError(f"{where}: the chat template rewrites earlier turns; give one assistant turn per example")
         spans += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
-    return Example(tuple(spans), end=False)
+    return Example(tuple(spans), start=False, end=False)  # the template has them
 
 
-def _text_blocks(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
-    """A plain text file, cut at line ends into blocks of about `max_length` tokens."""
+def _blocks(lines: list[str], tokenizer: Any, max_length: int) -> list[str]:
+    """Plain text, cut at line ends into blocks of about `max_length` tokens."""
     blocks, block, size = [], "", 0
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except UnicodeDecodeError as error:
-        raise CliError(f"{path}: not UTF-8 text at byte {error.start}") from error
     for line in lines:
         length = len(tokenizer(line, add_special_tokens=False)["input_ids"])
         if block and size + length > max_length:
             blocks.append(block)
             block, size = "", 0
         block, size = block + line, size + length
-    blocks.append(block)
-    examples = [Example(((text, True),), end=False) for text in blocks if text.strip()]
-    if not examples:
-        raise CliError(f"--data {path}: the file is empty")
-    return examples
+    return [text for text in (*blocks, block) if text.strip()]
 
 
 def encode(example: Example, tokenizer: Any, max_length: int) -> dict[str, list[int]] | None:
@@ -129,8 +123,7 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> dict[str, list[
     ids: list[int] = []
     labels: list[int] = []
     for index, (text, learn) in enumerate(example.spans):
-        chat = index == 0 and example.end is False and not example.spans[0][1]
-        piece = tokenizer(text, add_special_tokens=index == 0 and not chat)["input_ids"]
+        piece = tokenizer(text, add_special_tokens=index == 0 and example.start)["input_ids"]
         if piece and piece[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token or "\0"):
             piece = piece[:-1]
         ids += piece
@@ -183,29 +176,25 @@ def collator(pad_id: int, last_logits_only: bool) -> Callable[[list[dict[str, An
     """
     import torch
 
-    def pad_right(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        width = max(len(row["input_ids"]) for row in rows)
-        gaps = [width - len(row["input_ids"]) for row in rows]
-        return {
-            "input_ids": torch.tensor([row["input_ids"] + [pad_id] * g for row, g in zip(rows, gaps, strict=True)]),
-            "labels": torch.tensor([row["labels"] + [IGNORE] * g for row, g in zip(rows, gaps, strict=True)]),
-            "attention_mask": torch.tensor([[1] * (width - g) + [0] * g for g in gaps]),
-        }
+    def padded(rows: list[dict[str, Any]], name: str, fill: int) -> torch.Tensor:
+        width = max(len(row[name]) for row in rows)
+        gaps = [[fill] * (width - len(row[name])) for row in rows]
+        lines = [gap + row[name] if last_logits_only else row[name] + gap for row, gap in zip(rows, gaps, strict=True)]
+        return torch.tensor(lines)
 
-    def pad_left(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        width = max(len(row["input_ids"]) for row in rows)
-        gaps = [width - len(row["input_ids"]) for row in rows]
-        mask = torch.tensor([[0] * g + [1] * (width - g) for g in gaps])
-        # nothing predicts a first token, and here padding would stand before it
-        labels = torch.tensor([[IGNORE] * (g + 1) + row["labels"][1:] for row, g in zip(rows, gaps, strict=True)])
-        first = int((labels != IGNORE).any(0).nonzero()[0])
-        keep = min(width, width - first + 1)
-        return {
-            "input_ids": torch.tensor([[pad_id] * g + row["input_ids"] for row, g in zip(rows, gaps, strict=True)]),
-            "labels": labels[:, width - keep :],
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-            "logits_to_keep": torch.arange(width - keep, width),
-        }
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        fills = {"input_ids": pad_id, "labels": IGNORE, "attention_mask": 0}
+        batch = {name: padded(rows, name, fill) for name, fill in fills.items()}
+        if last_logits_only:
+            mask, labels = batch["attention_mask"], batch["labels"]
+            # nothing predicts a first token, and here padding would stand before it
+            labels = labels.masked_fill(mask.cumsum(1) <= 1, IGNORE)
+            width = labels.shape[1]
+            first = max(0, int((labels != IGNORE).any(0).nonzero()[0]) - 1)
+            batch["labels"] = labels[:, first:]
+            batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+            batch["logits_to_keep"] = torch.arange(first, width)
+        return batch
 
-    return pad_left if last_logits_only else pad_right
+    return collate

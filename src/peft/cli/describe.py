@@ -39,8 +39,3 @@ def describe_targets(model: Any) -> Targets:
     if unmatched:
         lines.append("         matched nothing: " + ", ".join(unmatched))
     return Targets(counts, unmatched, lines)
-
-
-def parameter_line(model: Any) -> str:
-    trainable, total = model.get_nb_trainable_parameters()
-    return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"

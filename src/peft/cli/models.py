@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,8 +34,8 @@ def demo_gguf() -> Path:
 
 
 @contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bars and no advice from transformers while a model is read; errors are raised as ever."""
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from transformers; errors are raised as ever."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -53,12 +51,28 @@ def quiet_loading() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def load_tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
+def _load(source: str, what: str, **options: Any) -> Any:
+    """AutoTokenizer or AutoModelForCausalLM of a folder, a hub id or a .gguf file."""
+    import transformers
 
-    folder, extra = _gguf_arguments(source)
-    with _readable(source, "tokenizer"), quiet_loading():
-        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+    name = source
+    if source.endswith(".gguf"):
+        path = Path(source)
+        if not path.is_file():
+            raise CliError(f"--model {source}: no such file")
+        name, options["gguf_file"] = str(path.parent), path.name
+    auto = transformers.AutoTokenizer if what == "tokenizer" else transformers.AutoModelForCausalLM
+    try:
+        with quiet():
+            return auto.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        text = str(error).strip().splitlines()
+        here = "" if Path(source).exists() else "no such folder or file here, and from the hub "
+        raise CliError(f"--model {source}: {here}cannot read its {what}: {text[0] if text else error!r}") from error
+
+
+def load_tokenizer(source: str) -> Any:
+    tokenizer = _load(source, "tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -68,87 +82,41 @@ def load_tokenizer(source: str) -> Any:
 
 def load_model(source: str, dtype: Any) -> Any:
     """A causal language model with dense weights in `dtype`; it keeps no cache unless it is asked to."""
-    from transformers import AutoModelForCausalLM
-
-    folder, extra = _gguf_arguments(source)
-    if extra:
-        from ..import_utils import require
-
-        require("Reading a .gguf file", "gguf", error=CliError)
-        extra |= _dense_gguf()
-    with _readable(source, "model"), quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
-    model.config.use_cache = bool(extra)  # that of a .gguf file is only read to be written as a folder
-    return model
-
-
-def _gguf_arguments(source: str) -> tuple[str, dict[str, Any]]:
-    if not source.endswith(".gguf"):
-        return source, {}
-    path = Path(source)
-    if not path.is_file():
-        raise CliError(f"--model {source}: no such file")
-    return str(path.parent), {"gguf_file": path.name}
-
-
-def _dense_gguf() -> dict[str, Any]:
-    """Newer transformers can keep GGUF blocks packed, which cannot be trained against; ask for plain weights."""
     import transformers
 
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
+    from ..import_utils import require
 
-
-@contextlib.contextmanager
-def _readable(source: str, what: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        text = str(error).strip().splitlines()
-        here = "" if Path(source).exists() else "no such folder or file here, and from the hub "
-        raise CliError(f"--model {source}: {here}cannot read its {what}: {text[0] if text else error!r}") from error
+    options: dict[str, Any] = {}
+    gguf = source.endswith(".gguf")
+    if gguf:
+        require("Reading a .gguf file", "gguf", error=CliError)
+        if config := getattr(transformers, "GgufConfig", None):  # newer releases can keep blocks packed: no training
+            options["quantization_config"] = config(dequantize=True)
+    model = _load(source, "model", dtype=dtype, **options)
+    model.config.use_cache = gguf  # a .gguf file is only read to be written as a folder
+    return model
 
 
 def resolve_dtype(name: str) -> Any:
     """`auto` takes the faster of float32 and bfloat16 on the CPU here, bfloat16 on an accelerator."""
     import torch
+    from torch.utils.benchmark import Timer
 
     if name != "auto":
         return getattr(torch, name)
     if torch.accelerator.is_available():
         return torch.bfloat16
-    seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.randn(512, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
+        timer = Timer("x @ w.T", globals={"x": x, "w": w}, num_threads=torch.get_num_threads())
+        seconds[dtype] = timer.blocked_autorange(min_run_time=0.05).median
     # bfloat16 has to win clearly: everything that is no matrix product is slower in it
     return torch.bfloat16 if seconds[torch.bfloat16] < 0.75 * seconds[torch.float32] else torch.float32
 
 
-def _product_seconds(dtype: Any) -> float:
-    import torch
-
-    x, w = torch.randn(512, 576, dtype=dtype), torch.randn(1536, 576, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, w)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def keep_dense_copy(model: Any, tokenizer: Any, folder: Path) -> str:
+def keep_dense_copy(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model that was read from GGUF as a safetensors folder: it loads in a second and can be merged into."""
-    with quiet_loading():
+    with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    name = str(folder)
-    model.name_or_path = name
-    model.config._name_or_path = name
-    return name
-
-
-def limit_threads() -> None:
-    """On a laptop torch takes every core; under a launcher the processes would fight for them."""
-    import torch
-
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if local > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))

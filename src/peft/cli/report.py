@@ -4,9 +4,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+
+def write(args: argparse.Namespace, job: SimpleNamespace) -> list[str]:
+    """Write everything beside the adapter; returns the names of what is in the output folder now."""
+    folder = args.output
+    (folder / "metrics.json").write_text(json.dumps(metrics(args, job), indent=2) + "\n", encoding="utf-8")
+    pictures = ["loss.png"] if plot_loss(job, folder / "loss.png") else []
+    (folder / "report.md").write_text(markdown(args, job, pictures), encoding="utf-8")
+    return ["adapter/", "metrics.json", "report.md", *pictures]
 
 
 def metrics(args: argparse.Namespace, job: SimpleNamespace) -> dict[str, Any]:
@@ -29,11 +39,11 @@ def metrics(args: argparse.Namespace, job: SimpleNamespace) -> dict[str, Any]:
         "learning_rate": args.lr,
         "batch_size": args.batch_size,
         "steps": job.steps,
-        "tokens": job.recorder.tokens,
-        "tokens_per_second": job.recorder.tokens_per_second,
+        "tokens": job.tokens,
+        "tokens_per_second": job.tokens_per_second,
         "held_out_loss_before": job.before,
         "held_out_loss_after": job.after,
-        "held_out_loss_drop_percent": 100 * (1 - job.after / job.before),
+        "held_out_loss_drop_percent": job.drop,
         "checks": [
             {"what": c.what, "relative_difference": c.difference, "ok": c.ok, "note": c.skipped} for c in job.checks
         ],
@@ -41,22 +51,20 @@ def metrics(args: argparse.Namespace, job: SimpleNamespace) -> dict[str, Any]:
             {"prompt": p, "before": b, "after": a}
             for p, b, a in zip(job.samples, job.said_before, job.said_after, strict=True)
         ],
-        "seconds": dict(job.timings),
+        "seconds": job.timings,
         "history": job.history,
     }  # fmt: skip
 
 
-def plot_loss(job: SimpleNamespace, path: Path) -> Path | None:
-    """The loss curve with the held-out loss before and after; None where matplotlib is not installed."""
+def plot_loss(job: SimpleNamespace, path: Path) -> bool:
+    """The loss curve with the held-out loss before and after; False where matplotlib is not installed."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return None
+        return False
     steps = [point["step"] for point in job.history]
     losses = [point["loss"] for point in job.history]
     figure = Figure(figsize=(7, 3.6), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#9bb8d3", linewidth=1, label="training, each step")
     axes.plot(steps, smooth(losses), color="#1f5a94", linewidth=2, label="training, smoothed")
@@ -70,7 +78,7 @@ def plot_loss(job: SimpleNamespace, path: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)
-    return path
+    return True
 
 
 def smooth(values: list[float], keep: float = 0.9) -> list[float]:
@@ -95,22 +103,21 @@ def _one_line(text: str, width: int = 110) -> str:
     return line if len(line) <= width else line[: width - 1] + "\u2026"
 
 
-def markdown(args: argparse.Namespace, job: SimpleNamespace, picture: Path | None) -> str:
-    drop = 100 * (1 - job.after / job.before)
+def markdown(args: argparse.Namespace, job: SimpleNamespace, pictures: list[str]) -> str:
     rows = "\n".join(f"| {what} | {seconds:.1f} |" for what, seconds in job.timings.items())
     checks = "\n".join(f"- {check.text}" for check in job.checks)
-    image = f"\n![training and held-out loss]({picture.name})\n" if picture else ""
+    images = "".join(f"\n![training and held-out loss]({name})\n" for name in pictures)
     return f"""# Fine-tuning report
 
 | | |
 |---|---|
-| model | {args.model or "SmolLM2-135M-Instruct"}, {str(job.dtype).split(".")[-1]} |
+| model | {job.model_text} |
 | data | {job.data_text} |
 | method | {args.method}, {sum(job.targets.counts.values())} targets |
 | parameters | {job.parameters.replace("||", ";")} |
-| training | {job.steps} steps, {job.recorder.tokens:,} tokens, {job.recorder.tokens_per_second:,.0f} tokens/s |
-| held-out loss | **{job.before:.4f} before, {job.after:.4f} after ({drop:.1f} % lower)** |
-{image}
+| training | {job.steps} steps, {job.tokens:,} tokens, {job.tokens_per_second:,.0f} tokens/s |
+| held-out loss | **{job.before:.4f} before, {job.after:.4f} after ({job.drop:.1f} % lower)** |
+{images}
 ## Checks
 
 {checks}

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,26 +64,22 @@ def _above_zero(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     from ..import_utils import require
-    from . import models, options
+    from . import options
 
     started = time.perf_counter()
     require("peft train", "transformers", "accelerate", error=CliError)
     _check(args)
     config_cls = options.config_class(args.method)
     chosen = options.parse_assignments(config_cls, args.set)
-    models.limit_threads()
     _fill_defaults(args, config_cls)
     job = _prepare(args)
     job.timings["load and prepare"] = time.perf_counter() - started
-    job.config = _build_config(config_cls, chosen, args, job)
-    _wrap_model(args, job)
-    finished = _train(args, job)
-    if not finished:
+    _adapt(args, job, config_cls, chosen)
+    if not _train(args, job):
         _say(job, f"\ninterrupted; go on with the same command and --resume (checkpoints are in {args.output})")
         return 130
-    if not job.main:
-        return 0
-    _save_verify_report(args, job, started)
+    if job.main:
+        _save_verify_report(args, job, started)
     return 0
 
 
@@ -93,22 +90,19 @@ def _check(args: argparse.Namespace) -> None:
         raise CliError(f"--output {args.output}: is a file")
     if args.data is not None:
         check_data_file(args.data)
-    if args.model is not None and args.model.endswith(".gguf") and not Path(args.model).is_file():
-        raise CliError(f"--model {args.model}: no such file")
-    args.resume = _checkpoint(args.resume, args.output)
     if not 0 < args.eval_split < 1:
         raise CliError(f"--eval-split {args.eval_split}: expected a share between 0 and 1")
+    if args.resume is not None:
+        args.resume = _checkpoint(args.resume, args.output)
 
 
-def _checkpoint(resume: str | None, output: Path) -> str | None:
+def _checkpoint(resume: str, output: Path) -> str:
     """Folder for `--resume` (the newest in the output folder) or `--resume FOLDER`."""
-    if resume is None:
-        return None
-    found = output.glob("checkpoint-*") if resume == "" else [Path(resume)]
+    found = [Path(resume)] if resume else output.glob("checkpoint-*")
     found = [path for path in found if (path / "trainer_state.json").is_file()]
     if not found:
         raise CliError(f"--resume: no checkpoint in {resume or output}, one is written on Ctrl-C or with --save-steps")
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]) if len(found) > 1 else 0))
+    return str(max(found, key=lambda path: (len(path.name), path.name)))
 
 
 def _fill_defaults(args: argparse.Namespace, config_cls: type) -> None:
@@ -118,11 +112,9 @@ def _fill_defaults(args: argparse.Namespace, config_cls: type) -> None:
     demo = args.data is None
     if demo and args.steps is None and args.epochs is None:
         args.steps = DEMO_STEPS
-        if args.max_seconds is None:
-            args.max_seconds = DEMO_SECONDS
+        args.max_seconds = args.max_seconds or DEMO_SECONDS
     args.max_length = args.max_length or (96 if demo else 512)
-    if args.lr is None:
-        args.lr = 5e-3 if issubclass(config_cls, PromptLearningConfig) else 1e-3
+    args.lr = args.lr or (5e-3 if issubclass(config_cls, PromptLearningConfig) else 1e-3)
 
 
 def _say(job: Any, *lines: str) -> None:
@@ -130,26 +122,39 @@ def _say(job: Any, *lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
+@contextlib.contextmanager
+def _timed(job: SimpleNamespace, what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    job.timings[what] = time.perf_counter() - start
+
+
 def _prepare(args: argparse.Namespace) -> SimpleNamespace:
     """Distributed state, tokenizer, data and base model."""
-    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
     from transformers import set_seed
 
     from . import models, training
 
-    arguments = training.training_arguments(args, args.output)
+    arguments = training.training_arguments(args)
     job = SimpleNamespace(arguments=arguments, main=arguments.process_index == 0, timings={})
     set_seed(args.seed)
-    job.dtype = models.resolve_dtype(args.dtype)
-    if arguments.world_size > 1:  # timing decides, so the first process decides for all
-        choice = [job.dtype]
-        torch.distributed.broadcast_object_list(choice)
-        job.dtype = choice[0]
+    # timing decides, so the first process decides for all
+    (job.dtype,) = broadcast_object_list([models.resolve_dtype(args.dtype)])
     job.source = args.model or str(models.demo_gguf())
-    _say(job, f"model    {models.DEMO_NAME if args.model is None else args.model}, {str(job.dtype).split('.')[-1]}")
+    job.model_text = f"{args.model or models.DEMO_NAME}, {str(job.dtype).removeprefix('torch.')}"
+    _say(job, f"model    {job.model_text}")
     job.tokenizer = models.load_tokenizer(job.source)
     _load_data(args, job)
-    _load_base(args, job)
+    if job.source.endswith(".gguf"):
+        # kept as a folder, once, so that the adapter names a base that loads quickly
+        base = args.output / "base"
+        if job.main and not (args.resume and (base / "config.json").is_file()):
+            models.keep_dense_copy(models.load_model(job.source, job.dtype), job.tokenizer, base)
+        PartialState().wait_for_everyone()
+        job.source = str(base)
+    job.model = models.load_model(job.source, job.dtype)
     return job
 
 
@@ -162,117 +167,91 @@ def _load_data(args: argparse.Namespace, job: SimpleNamespace) -> None:
         names = [len({pair.module.split(".")[0] for pair in part}) for part in parts]
         train, held_out = ([data.pair_example(pair.prompt, pair.completion) for pair in part] for part in parts)
         held_out = held_out[:: max(1, len(held_out) // DEMO_HELD_OUT)][:DEMO_HELD_OUT]
-        about = (
+        job.data_text = (
             f"{len(pairs):,} functions of the standard library: {len(train):,} of {names[0]} modules to train, "
             f"{len(held_out)} of {names[1]} other modules held out"
         )
     else:
         examples = data.load_examples(args.data, job.tokenizer, args.max_length)
         train, held_out = data.split_examples(examples, args.eval_split, args.seed)
-        about = f"{args.data}: {len(train):,} examples to train, {len(held_out):,} held out"
+        job.data_text = f"{args.data}: {len(train):,} examples to train, {len(held_out):,} held out"
     job.train, left_out = data.encode_all(train, job.tokenizer, args.max_length)
     job.held_out, _ = data.encode_all(held_out, job.tokenizer, args.max_length)
     if not job.train or not job.held_out:
         raise CliError(f"nothing to learn within --max-length {args.max_length} tokens: prompts are longer than that")
-    job.samples = [example.spans[0][0] for example in held_out if not example.spans[0][1]][
-        :: max(1, len(held_out) // 2)
-    ]
-    job.samples = job.samples[:2] or [held_out[0].spans[0][0][:80]]
-    job.data_text = about
-    _say(job, f"data     {about}")
+    prompts = [text for example in held_out for text, learn in example.spans[:1] if not learn]
+    job.samples = prompts[:: max(1, len(held_out) // 2)][:2] or [held_out[0].spans[0][0][:80]]
+    _say(job, f"data     {job.data_text}")
     if left_out:
-        _say(
-            job, f"         {left_out} examples have nothing to learn within {args.max_length} tokens and are left out"
-        )
+        what = f"{left_out} examples have nothing to learn within {args.max_length} tokens and are left out"
+        _say(job, f"         {what}")
 
 
-def _load_base(args: argparse.Namespace, job: SimpleNamespace) -> None:
-    """A GGUF model is kept as a folder, once, so that the adapter names a base that loads quickly."""
-    from . import models
+def _adapt(args: argparse.Namespace, job: SimpleNamespace, config_cls: type, chosen: dict[str, Any]) -> None:
+    """Wrap the model: the user's options over defaults that make every method start."""
+    from peft import get_peft_model
+    from peft.status import trainable_line
 
-    base = args.output / "base"
-    if not job.source.endswith(".gguf"):
-        job.model = models.load_model(job.source, job.dtype)
-        return
-    if job.main and not (args.resume and (base / "config.json").is_file()):
-        models.keep_dense_copy(models.load_model(job.source, job.dtype), job.tokenizer, base)
-    job.arguments.distributed_state.wait_for_everyone()
-    job.source = str(base)
-    job.model = models.load_model(job.source, job.dtype)
-
-
-def _build_config(config_cls: type, chosen: dict[str, Any], args: argparse.Namespace, job: SimpleNamespace) -> Any:
-    """The method's config: the user's options over defaults that make every method start."""
+    from .describe import describe_targets
     from .options import settable_fields
 
-    fields = settable_fields(config_cls)
-    values: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    config = job.model.config
+    defaults = {
+        "num_virtual_tokens": 16,
+        "adapter_len": 10,
+        "adapter_layers": getattr(config, "num_hidden_layers", None),
+        "hidden_size": getattr(config, "hidden_size", None),
+        "total_step": args.steps or max(1, len(job.train) // (args.batch_size * args.accumulate)),
+    }
+    defaults = {name: value for name, value in defaults.items() if name in settable_fields(config_cls)}
     if args.method.lower() == "lora":
-        values |= {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-    if "num_virtual_tokens" in fields:
-        values["num_virtual_tokens"] = 16
-    if "adapter_len" in fields:
-        values |= {"adapter_len": 10, "adapter_layers": job.model.config.num_hidden_layers}
-    if "hidden_size" in fields:
-        values["hidden_size"] = job.model.config.hidden_size
-    if "total_step" in fields:
-        values["total_step"] = args.steps or max(1, len(job.train) // (args.batch_size * args.accumulate))
+        defaults |= {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     try:
-        return config_cls(**(values | chosen))
-    except (ValueError, TypeError) as error:
-        raise CliError(f"{config_cls.__name__}: {error}") from error
-
-
-def _wrap_model(args: argparse.Namespace, job: SimpleNamespace) -> None:
-    from peft import get_peft_model
-
-    from .describe import describe_targets, parameter_line
-
-    try:
+        job.config = config_cls(**{"task_type": "CAUSAL_LM", **defaults, **chosen})
         job.peft_model = get_peft_model(job.model, job.config)
     except (ValueError, TypeError) as error:
         raise CliError(f"{args.method}: {error}") from error
-    if job.peft_model.get_nb_trainable_parameters()[0] == 0:
+    counts = job.peft_model.get_nb_trainable_parameters()
+    if counts[0] == 0:
         raise CliError(f"{args.method}: nothing is trainable with these options, see `peft methods {args.method}`")
     job.targets = describe_targets(job.peft_model)
-    job.parameters = parameter_line(job.peft_model)
+    job.parameters = trainable_line(counts)
     _say(job, f"method   {args.method}", *job.targets.lines, job.parameters)
 
 
 def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
     """Held-out loss and samples, training, both again; False if the user stopped it."""
     from . import training
-    from .generate import sample
 
     stop = training.GracefulStop(args.max_seconds)
-    trainer, job.recorder = training.build_trainer(job.peft_model, job.arguments, job.tokenizer, job.train, stop)
-    clock = time.perf_counter()
-    job.before = training.held_out_loss(trainer, job.held_out)
+    trainer, progress = training.build_trainer(job.peft_model, job.arguments, job.tokenizer, job.train, stop)
+
+    def measure() -> tuple[float, list[str]]:
+        loss = training.held_out_loss(trainer, job.held_out)
+        return loss, training.sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
+
+    with _timed(job, "held-out loss before"):
+        job.before, job.said_before = measure()
     if not math.isfinite(job.before):
         raise CliError(f"{args.method}: the loss is {job.before} before training, with this model, data and options")
-    job.said_before = sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
-    job.timings["held-out loss before"] = time.perf_counter() - clock
     _say(job, f"held-out loss before: {job.before:.4f}")
-    clock = time.perf_counter()
-    with stop.watching():
+    with _timed(job, "training"), stop.watching():
         trainer.train(resume_from_checkpoint=args.resume)
-    job.timings["training"] = time.perf_counter() - clock
     if stop.interrupted:
         return False
+    state = trainer.state
     if stop.out_of_time:
-        _say(job, f"stopped after {trainer.state.global_step} steps: --max-seconds {args.max_seconds:g} are over")
-    clock = time.perf_counter()
-    job.after = training.held_out_loss(trainer, job.held_out)
+        _say(job, f"stopped after {state.global_step} steps: --max-seconds {args.max_seconds:g} are over")
+    with _timed(job, "held-out loss after"):
+        job.after, job.said_after = measure()
     trainer.accelerator.wait_for_everyone()
-    job.steps = trainer.state.global_step
-    logs = [log for log in trainer.state.log_history if "loss" in log]  # with those before an interruption
-    job.history = [{key: log[key] for key in ("step", "loss", "learning_rate") if key in log} for log in logs]
-    job.peft_model.eval()
-    job.said_after = sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
-    job.timings["held-out loss after"] = time.perf_counter() - clock
-    drop = 100 * (1 - job.after / job.before)
-    _say(job, f"held-out loss after:  {job.after:.4f} ({drop:.1f} % lower)" if drop >= 0 else
-         f"held-out loss after:  {job.after:.4f} (it rose by {-drop:.1f} %)")  # fmt: skip
+    job.steps, job.tokens = state.global_step, state.num_input_tokens_seen
+    job.tokens_per_second = progress.tokens_per_second
+    keys = ("step", "loss", "learning_rate")
+    job.history = [{key: log[key] for key in keys if key in log} for log in state.log_history if "loss" in log]
+    job.drop = 100 * (1 - job.after / job.before)
+    change = f"{job.drop:.1f} % lower" if job.drop >= 0 else f"it rose by {-job.drop:.1f} %"
+    _say(job, f"held-out loss after:  {job.after:.4f} ({change})")
     return True
 
 
@@ -282,17 +261,12 @@ def _save_verify_report(args: argparse.Namespace, job: SimpleNamespace, started:
     adapter = args.output / "adapter"
     job.peft_model.save_pretrained(str(adapter))
     job.tokenizer.save_pretrained(str(adapter))
-    clock = time.perf_counter()
-    job.checks = verify.verify(job.peft_model, adapter, job.source, job.dtype, job.held_out)
-    job.timings["reload, merge, verify"] = time.perf_counter() - clock
+    with _timed(job, "reload, merge, verify"):
+        job.checks = verify.verify(job.peft_model, adapter, job.source, job.dtype, job.held_out)
     _say(job, *(f"verified {check.text}" for check in job.checks))
-    job.timings["whole command"] = time.perf_counter() - started
-    metrics = report.metrics(args, job)
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    picture = report.plot_loss(job, args.output / "loss.png")
-    (args.output / "report.md").write_text(report.markdown(args, job, picture), encoding="utf-8")
-    _say(job, "", report.samples_text(job), f"wrote    {args.output}: adapter/, metrics.json, report.md"
-         + (", loss.png" if picture else "") + f" ({metrics['seconds']['whole command']:.0f} s in all)")  # fmt: skip
-    failed = [check for check in job.checks if not check.ok]
+    seconds = job.timings["whole command"] = time.perf_counter() - started
+    written = report.write(args, job)
+    _say(job, "", report.samples_text(job), f"wrote    {args.output}: {', '.join(written)} ({seconds:.0f} s in all)")
+    failed = [check.text for check in job.checks if not check.ok]
     if failed:
-        raise CliError("verification failed: " + "; ".join(check.text for check in failed))
+        raise CliError("verification failed: " + "; ".join(failed))

@@ -6,105 +6,76 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect as pyinspect
-import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .data import IGNORE, collator, method_inputs
+from .models import quiet
 
 
-def training_arguments(args: Any, output: Path) -> TrainingArguments:
+def training_arguments(args: Any) -> TrainingArguments:
     """TrainingArguments for the options of `peft train`, for the installed release of transformers."""
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
     cpu = not torch.accelerator.is_available()
     values: dict[str, Any] = {
-        "output_dir": str(output),
+        "output_dir": str(args.output),
         "per_device_train_batch_size": args.batch_size,
-        "per_device_eval_batch_size": 2 * args.batch_size,
         "gradient_accumulation_steps": args.accumulate,
         "learning_rate": args.lr,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 10 if args.steps is None or args.steps > 50 else 0,
-        "weight_decay": 0.0,
-        "max_steps": -1 if args.steps is None else args.steps,
+        "max_steps": args.steps or -1,
         "num_train_epochs": args.epochs or 1.0,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps" if args.save_steps else "no",
         "save_steps": args.save_steps or 500,
         "save_total_limit": 2,
-        "eval_strategy": "no",
         "report_to": "none",
-        "disable_tqdm": True,
+        "disable_tqdm": True,  # there is a bar of our own
         "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "prediction_loss_only": True,
         "seed": args.seed,
-        "data_seed": args.seed,
         "use_cpu": cpu,
         "dataloader_pin_memory": not cpu,
-        "include_num_input_tokens_seen": "non_padding",
     }
-    if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        values["ddp_backend"] = "gloo"
-    if "train_sampling_strategy" in known:
-        values["train_sampling_strategy"] = "group_by_length"
-    else:
+    if "train_sampling_strategy" in {field.name for field in dataclasses.fields(TrainingArguments)}:
+        values |= {"train_sampling_strategy": "group_by_length", "include_num_input_tokens_seen": "non_padding"}
+    else:  # transformers 4
         values |= {"group_by_length": True, "include_num_input_tokens_seen": True}
     return TrainingArguments(**values)
 
 
-class Recorder(TrainerCallback):
-    """Progress bar with loss, tokens/s and time left."""
+class Progress(ProgressCallback):
+    """The progress bar of transformers, with loss, tokens/s and time left in it instead of a line for each step."""
 
-    def __init__(self, shown: bool):
-        self.shown = shown
-        self.seconds = 0.0
-        self.tokens = 0
-        self._bar: tqdm | None = None
-        self._start = 0.0
-        self._seen_before = 0
+    tokens_per_second = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start, self._seen_before = time.perf_counter(), int(state.num_input_tokens_seen)
-        if self.shown:
-            layout = "{desc} {percentage:3.0f}% {bar:24} {n_fmt}/{total_fmt} [{elapsed}, left {remaining}{postfix}]"
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="training", bar_format=layout, mininterval=0.5
+        super().on_train_begin(args, state, control, **kwargs)
+        self.current_step, self._seen_before = state.global_step, state.num_input_tokens_seen
+        if self.training_bar is not None:
+            self.training_bar.initial = self.training_bar.n = state.global_step
+            self.training_bar.bar_format = (
+                "training {percentage:3.0f}% {bar:24} {n_fmt}/{total_fmt} [{elapsed}, left {remaining}{postfix}]"
             )
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The order of an epoch is drawn from torch's generator: seeded here, a resumed run sees the same order."""
-        torch.manual_seed(args.seed + int(state.epoch or 0))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.perf_counter() - self._start
-        self.tokens = int(state.num_input_tokens_seen) - self._seen_before
-        if self._bar is not None:
-            losses = [log["loss"] for log in state.log_history[-1:] if "loss" in log]
-            loss = f"loss {losses[0]:.3f}, " if losses else ""
-            self._bar.set_postfix_str(f"{loss}{self.tokens_per_second:,.0f} tokens/s", refresh=False)
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            seconds = self.training_bar.format_dict["elapsed"]
+            self.tokens_per_second = (state.num_input_tokens_seen - self._seen_before) / max(seconds, 1e-9)
+            text = f"loss {logs['loss']:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+            self.training_bar.set_postfix_str(text, refresh=False)
 
 
 class GracefulStop(TrainerCallback):
-    """Ctrl-C or the time limit ends training after the running step; Ctrl-C leaves a checkpoint to resume from.
+    """Ctrl-C or the time limit ends training after the running step; Ctrl-C leaves a checkpoint to resume from, and a
+    resumed run goes on as if it had not been stopped.
 
     Processes of one job agree on it, since a process that stops alone leaves the others waiting for its gradients.
     """
@@ -133,15 +104,17 @@ class GracefulStop(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The order of an epoch is drawn from torch's generator: seeded here, a resumed run sees the same order."""
+        torch.manual_seed(args.seed + int(state.epoch or 0))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         late = self._limit is not None and time.perf_counter() - self._start > self._limit
-        asked, late = _any_process(self._asked, args), _any_process(late, args)
-        if asked and state.global_step < state.max_steps:
-            self.interrupted = True
-            control.should_save = True
+        asked, late = map(any, zip(*gather_object([(self._asked, late)]), strict=True))
         if (asked or late) and state.global_step < state.max_steps:
-            self.out_of_time = late and not asked
+            self.interrupted, self.out_of_time = asked, not asked
             control.should_training_stop = True
+            control.should_save = control.should_save or asked
 
 
 class RankBudget(TrainerCallback):
@@ -154,19 +127,11 @@ class RankBudget(TrainerCallback):
         self._update(state.global_step)
 
 
-def _any_process(flag: bool, args: TrainingArguments) -> bool:
-    if args.world_size == 1:
-        return flag
-    votes = torch.tensor([float(flag)], device=args.device)
-    torch.distributed.all_reduce(votes)
-    return bool(votes.item())
-
-
 def build_trainer(
     model: Any, arguments: TrainingArguments, tokenizer: Any, train: list[Any], stop: GracefulStop
-) -> tuple[Trainer, Recorder]:
-    recorder = Recorder(shown=arguments.process_index == 0)
-    callbacks: list[TrainerCallback] = [recorder, stop]
+) -> tuple[Trainer, Progress]:
+    progress = Progress()
+    callbacks: list[TrainerCallback] = [progress, stop]
     update = getattr(model.base_model, "update_and_allocate", None)
     if update is not None:
         callbacks.append(RankBudget(update))
@@ -179,9 +144,8 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-    return trainer, recorder
+    trainer.remove_callback(PrinterCallback)
+    return trainer, progress
 
 
 def held_out_loss(trainer: Trainer, rows: list[Any]) -> float:
@@ -190,22 +154,36 @@ def held_out_loss(trainer: Trainer, rows: list[Any]) -> float:
     (`Trainer.evaluate` averages over batches, and repeats examples where processes would get unequal shares.)
     """
     args, model = trainer.args, trainer.model
+    size = 2 * args.per_device_train_batch_size
     mine = sorted(rows, key=lambda row: len(row["input_ids"]))[args.process_index :: args.world_size]
-    total = torch.zeros(2, dtype=torch.float64)
+    total, learned = 0.0, 0
     assert model is not None
     training = model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(mine), args.eval_batch_size):
-            batch = trainer.data_collator(mine[start : start + args.eval_batch_size])
+        for start in range(0, len(mine), size):
+            batch = trainer.data_collator(mine[start : start + size])
             count = int((batch["labels"][:, 1:] != IGNORE).sum())
             loss = model(**{name: value.to(args.device) for name, value in batch.items()}).loss
-            total += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+            total, learned = total + float(loss) * count, learned + count
     model.train(training)
-    if args.world_size > 1:
-        total = total.to(args.device)
-        torch.distributed.all_reduce(total)
-    return float(total[0] / total[1])
+    parts = gather_object([(total, learned)])
+    return sum(part[0] for part in parts) / sum(part[1] for part in parts)
+
+
+def sample(model: Any, tokenizer: Any, prompts: list[str], tokens: int = 24) -> list[str]:
+    """Short greedy continuations, to see what training changed."""
+    said = []
+    training = model.training
+    model.eval()
+    with torch.no_grad(), quiet():
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
+            ids = model.generate(**inputs, **method_inputs(model, 1), **options, pad_token_id=tokenizer.pad_token_id)
+            said.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    model.train(training)
+    return said
 
 
 def _takes_last_logits(model: Any) -> bool:
