@@ -117,6 +117,9 @@ def test_composition(safe, tmp_path):
     both = peft.PeftModel.from_pretrained(base("llama"), tmp_path / "both")
     assert both.peft_config["default"].num_virtual_tokens == 5
     assert torch.equal(both.get_prompt_embedding_to_save("default"), torch.cat(rows))
+    compose_cartridge_adapters(paths[::-1], output_path=tmp_path / "both", safe_serialization=not safe)
+    both = peft.PeftModel.from_pretrained(base("llama"), tmp_path / "both")  # the file of the other format is gone
+    assert torch.equal(both.get_prompt_embedding_to_save("default"), torch.cat(rows[::-1]))
     with pytest.raises(ValueError, match="at least two"):
         compose_cartridge_adapters(paths[:1], output_path=tmp_path / "x")
     adapted("llama", "prefix", "CAUSAL_LM").save_pretrained(tmp_path / "prefix")

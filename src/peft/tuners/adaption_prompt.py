@@ -23,15 +23,14 @@ from ..registry import register_method
 
 # Published: the bias of O is added once more, so with such a bias a new adapter is no identity. False: not added.
 OUTPUT_BIAS_TWICE = True
+NAMES = ("adaption_gate", "adaption_prompt")  # parameters of an adapter
 
 
 @dataclass
 class AdaptionPromptConfig(PeftConfig):
     """Options of LLaMA-Adapter."""
 
-    target_modules: str | None = option(
-        None, "Name of the attention modules in their blocks; known for the model type."
-    )
+    target_modules: str | None = option(None, "Name of the attention modules; known for the model type.")
     adapter_len: int | None = option(None, "Number of prompt tokens.")
     adapter_layers: int | None = option(None, "Number of attention modules adapted, counted from the top.")
 
@@ -59,32 +58,32 @@ def llama_apply_rotary_pos_emb(
     return q * cos + llama_rotate_half(q) * sin
 
 
+def heads(x: torch.Tensor, attention: Any) -> torch.Tensor:
+    """[b, t, heads · d] -> [b, heads, t, d]"""
+    return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+
 def llama_query(attention: Any, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     positions = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
     if positions is None:
         raise RuntimeError("LLaMA-Adapter needs the `position_embeddings` of the attention call.")
-    q = attention.q_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-    return llama_apply_rotary_pos_emb(q, *positions)
+    return llama_apply_rotary_pos_emb(heads(attention.q_proj(hidden), attention), *positions)
 
 
 def llama_keys(attention: Any, prompt: torch.Tensor) -> Iterator[torch.Tensor]:
     for projection in (attention.k_proj, attention.v_proj):
-        heads = projection(prompt).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        yield heads.repeat_interleave(attention.num_key_value_groups, 1)
+        yield heads(projection(prompt), attention).repeat_interleave(attention.num_key_value_groups, 1)
 
 
 def gpt2_query(attention: Any, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    q = (
-        attention.q_attn(hidden)
-        if attention.is_cross_attention
-        else attention.c_attn(hidden)[..., : attention.embed_dim]
-    )
-    return q.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    crossed = attention.is_cross_attention
+    q = attention.q_attn(hidden) if crossed else attention.c_attn(hidden)[..., : attention.embed_dim]
+    return heads(q, attention)
 
 
 def gpt2_keys(attention: Any, prompt: torch.Tensor) -> Iterator[torch.Tensor]:
     for part in attention.c_attn(prompt)[..., -2 * attention.embed_dim :].chunk(2, -1):
-        yield part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        yield heads(part, attention)
 
 
 class Architecture(NamedTuple):
@@ -132,10 +131,6 @@ class AdaptedAttention(nn.Module):
     def __contains__(self, name: str) -> bool:
         return name == self.name or name in self.others
 
-    @property
-    def empty(self) -> bool:
-        return self.name is None and not self.others
-
     def create(self, name: str, cfg: Any) -> None:
         """A new adapter, among the others."""
         weight = self.model.get_submodule(TRANSFORMERS_MODEL_CONFIG[self.model_type].dtype_from).weight
@@ -143,20 +138,16 @@ class AdaptedAttention(nn.Module):
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         prompt = torch.empty(1, cfg.adapter_len, self.model.config.hidden_size, device=weight.device, dtype=dtype)  # type: ignore[union-attr]
         gate = torch.zeros(1, device=weight.device, dtype=dtype)
-        self.others[name] = nn.ParameterDict(
-            {"adaption_prompt": nn.Parameter(prompt.normal_()), "adaption_gate": nn.Parameter(gate)}
-        )
+        self.others[name] = nn.ParameterDict({"adaption_prompt": prompt.normal_(), "adaption_gate": gate})
 
     def activate(self, name: str | None) -> None:
         """Move the parameters of adapter `name` to the published place; none if it is not on this module."""
         if self.name is not None and name != self.name:
-            self.others[self.name] = nn.ParameterDict(
-                {"adaption_prompt": self.adaption_prompt, "adaption_gate": self.adaption_gate}
-            )
+            self.others[self.name] = nn.ParameterDict({n: getattr(self, n) for n in NAMES})
             self.adaption_prompt = self.adaption_gate = self.name = None
         if name is not None and name in self.others:
-            parameters = self.others.pop(name)
-            self.adaption_prompt, self.adaption_gate = parameters["adaption_prompt"], parameters["adaption_gate"]  # type: ignore
+            for n, parameter in self.others.pop(name).items():  # type: ignore[operator]
+                setattr(self, n, parameter)
             self.name = name
 
     def holder(self, name: str) -> tuple[nn.Module, str]:
@@ -170,9 +161,8 @@ class AdaptedAttention(nn.Module):
 
     def set_requires_grad(self, name: str, requires_grad: bool) -> None:
         if name in self:
-            holder, _ = self.holder(name)
-            for parameter in (holder.adaption_prompt, holder.adaption_gate):
-                parameter.requires_grad_(requires_grad)  # type: ignore[union-attr]
+            for n in NAMES:
+                getattr(self.holder(name)[0], n).requires_grad_(requires_grad)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.model(*args, **kwargs)
@@ -193,8 +183,7 @@ class AdaptedAttention(nn.Module):
         if arch.o_proj_layer is None:
             return seen
         project = attention.get_submodule(arch.o_proj_layer)
-        bias = project.bias
-        return project(seen) if bias is None or OUTPUT_BIAS_TWICE else project(seen) - bias
+        return project(seen) if project.bias is None or OUTPUT_BIAS_TWICE else project(seen) - project.bias
 
 
 @register_method("adaption_prompt", config=AdaptionPromptConfig)
@@ -220,17 +209,15 @@ class AdaptionPromptModel(TunerModel):
         self.check_name(adapter_name)
         self.prepare(cfg, model)
         nodes = self._targets(cfg, model)
-        first = not self.wrapped()
-        if first:
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
+        active = adapter_name in self.switch.active
+        if not self.wrapped():
+            model.requires_grad_(False)
         for node in nodes:
             module = node.module
             if not isinstance(module, AdaptedAttention):
                 module = AdaptedAttention(module, self._model_type(model), self.switch).train(module.training)
                 setattr(node.parent, node.leaf, module)
             module.create(adapter_name, cfg)
-            active = adapter_name in self.switch.active
             module.set_requires_grad(adapter_name, active and not cfg.inference_mode)
             if active:
                 module.activate(adapter_name)
@@ -294,13 +281,11 @@ class AdaptionPromptModel(TunerModel):
         for key, module in self.wrapped().items():
             if name in module:
                 holder, path = module.holder(name)
-                for attr in ("adaption_gate", "adaption_prompt"):
+                for attr in NAMES:
                     yield f"model.{key}.{attr}", f"model.{key}.{path}{attr}", holder, attr
 
     def _check_merge_allowed(self) -> None:
-        raise NotImplementedError(
-            f"{self.method_label} depends on the input: it cannot be merged into the base weights."
-        )
+        raise NotImplementedError(f"{self.method_label} depends on the input: it cannot be merged into base weights.")
 
     def unload(self) -> nn.Module:
         """Put the original attention modules back; returns the base model."""

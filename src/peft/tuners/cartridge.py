@@ -6,7 +6,6 @@ stay frozen (attention sink). It starts from the cache of real text, and saved c
 """
 
 import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from ..config import PeftConfig, PromptLearningConfig, option
 from ..core.prompt import PROMPT_KEY, BasePromptEncoder, prompt_rows, sizes
 from ..registry import register_method
 from ..utils.peft_types import PeftType
-from .prefix_tuning import PrefixEncoder
 
 
 @dataclass
@@ -55,20 +53,14 @@ class CartridgeEncoder(BasePromptEncoder):
         width = 2 * size.layers * size.width
         self.num_frozen_tokens = config.num_frozen_tokens
         self.num_trainable_tokens = size.tokens - config.num_frozen_tokens
-        self.frozen_embedding: nn.Parameter | None = None
-        if self.num_frozen_tokens:
-            self.frozen_embedding = nn.Parameter(torch.randn(self.num_frozen_tokens, width), requires_grad=False)
-        self.trainable_embedding = nn.Parameter(
-            torch.randn(self.num_trainable_tokens, width), requires_grad=not config.inference_mode
-        )
+        frozen = torch.randn(self.num_frozen_tokens, width)
+        self.frozen_embedding = nn.Parameter(frozen, requires_grad=False) if len(frozen) else None
+        trained = torch.randn(self.num_trainable_tokens, width)
+        self.trainable_embedding = nn.Parameter(trained, requires_grad=not config.inference_mode)
 
     @property
     def rows(self) -> int:
         return self.num_frozen_tokens + self.num_trainable_tokens
-
-    @property
-    def device(self) -> torch.device:
-        return self.trainable_embedding.device
 
     @property
     def weight(self) -> torch.Tensor:
@@ -112,17 +104,15 @@ def _cached_layers(past_key_values: Any) -> list[tuple[torch.Tensor, torch.Tenso
     if hasattr(past_key_values, "to_legacy_cache"):
         past_key_values = past_key_values.to_legacy_cache()
     try:
-        layers = [tuple(layer)[:2] for layer in past_key_values]
+        layers: Any = [tuple(layer)[:2] for layer in past_key_values]
     except TypeError:
-        layers = None
-    if layers is None or any(
-        len(layer) != 2 or not all(isinstance(t, torch.Tensor) for t in layer) for layer in layers
-    ):
+        layers = [()]
+    if any([isinstance(t, torch.Tensor) for t in layer] != [True, True] for layer in layers):
         raise TypeError(
             f"past_key_values of type {type(past_key_values).__name__} is not supported: "
             "give a transformers cache or a sequence of (key, value)."
         )
-    return layers  # type: ignore[return-value]
+    return layers
 
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> torch.Tensor:
@@ -155,15 +145,15 @@ def initialize_kv_prefix_from_past_key_values(
     model: Any, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
 ) -> torch.Tensor:
     """Start a cartridge or prefix (without projection) from a cache; returns the rows."""
-    name = model.active_adapter if adapter_name is None else adapter_name
-    config = _kv_config(model, name)
-    nv = sizes(config).tokens if num_virtual_tokens is None else num_virtual_tokens
+    name, nv = _kv_prefix(model, adapter_name, num_virtual_tokens)
     rows = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=nv)
     model.prompt_encoder[name].load_prompt_embeddings(rows)
     return rows
 
 
-def _kv_config(model: Any, name: str) -> PromptLearningConfig:
+def _kv_prefix(model: Any, adapter_name: str | None, num_virtual_tokens: int | None) -> tuple[str, int]:
+    """The adapter and its number of virtual tokens, if it can start from a cache."""
+    name = model.active_adapter if adapter_name is None else adapter_name
     if name not in model.peft_config:
         raise ValueError(f"Adapter {name!r} does not exist. Known adapters: {sorted(model.peft_config)}.")
     config = model.peft_config[name]
@@ -171,12 +161,11 @@ def _kv_config(model: Any, name: str) -> PromptLearningConfig:
         raise ValueError(
             f"Adapter {name!r} is of type {config.peft_type}: only CARTRIDGE and PREFIX_TUNING start from a cache."
         )
-    encoder = model.prompt_encoder[name]
-    if isinstance(encoder, PrefixEncoder) and config.prefix_projection:
+    if getattr(config, "prefix_projection", False):
         raise ValueError(
             f"Adapter {name!r} has prefix_projection=True: its rows are the output of an MLP and cannot be set."
         )
-    return config
+    return name, sizes(config).tokens if num_virtual_tokens is None else num_virtual_tokens
 
 
 def _text_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: int | None) -> torch.Tensor:
@@ -208,9 +197,7 @@ def initialize_kv_prefix_from_text(
     max_length: int | None = None,
 ) -> torch.Tensor:
     """Start a cartridge or prefix from the base model's cache of `text`; returns the rows."""
-    name = model.active_adapter if adapter_name is None else adapter_name
-    config = _kv_config(model, name)
-    nv = sizes(config).tokens if num_virtual_tokens is None else num_virtual_tokens
+    name, nv = _kv_prefix(model, adapter_name, num_virtual_tokens)
     ids = _text_ids(tokenizer, text, use_chat_template, max_length)
     if ids.shape[1] < nv:
         raise ValueError(f"The text has {ids.shape[1]} tokens, fewer than num_virtual_tokens={nv}: give a longer text.")
@@ -237,7 +224,7 @@ def compose_cartridge_adapters(
     """Concatenate saved cartridges, in order, into one adapter folder."""
     if len(adapter_paths) < 2:
         raise ValueError(f"Composing needs at least two cartridges, got {len(adapter_paths)}.")
-    from ..utils.save_and_load import load_peft_weights
+    from ..io.files import load_peft_weights, save_adapter
 
     configs: list[Any] = [PeftConfig.from_pretrained(str(path)) for path in adapter_paths]
     for path, config in zip(adapter_paths, configs, strict=True):
@@ -250,15 +237,5 @@ def compose_cartridge_adapters(
                     f"not {getattr(configs[0], field)!r}."
                 )
     rows = torch.cat([prompt_rows(load_peft_weights(str(path), device="cpu")) for path in adapter_paths])
-    combined = configs[0]
-    combined.num_virtual_tokens = rows.shape[0]
-    os.makedirs(output_path, exist_ok=True)
-    combined.save_pretrained(str(output_path))
-    if safe_serialization:
-        from safetensors.torch import save_file
-
-        save_file(
-            {PROMPT_KEY: rows.contiguous()}, Path(output_path, "adapter_model.safetensors"), metadata={"format": "pt"}
-        )
-    else:
-        torch.save({PROMPT_KEY: rows}, Path(output_path, "adapter_model.bin"))
+    configs[0].num_virtual_tokens = rows.shape[0]
+    save_adapter(output_path, {PROMPT_KEY: rows}, configs[0], safe_serialization=safe_serialization)
