@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds one call of an adapted model: per-call data for the layers (mixed batches), and their repetition in
-beam search.
-"""
+"""What surrounds one call of an adapted model: data for the layers (mixed batches), repeated for beam search."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -137,9 +137,7 @@ class PeftConfigMixin:
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "PeftConfigMixin":
-        """Build the configuration of the method named by `peft_type`; unknown keys (newer files) are dropped with a
-        warning.
-        """
+        """The configuration of the method `peft_type`; unknown keys (newer files) are dropped with a warning."""
         from .registry import config_class
 
         target = config_class(kwargs["peft_type"]) if "peft_type" in kwargs else cls
@@ -292,9 +290,7 @@ class PeftConfig(PeftConfigMixin):
             warnings.warn(text + " It has no effect.", stacklevel=4)
 
     def with_values(self, **values: Any):
-        """A shallow copy with other values and without new validation: what a layer gets when a pattern changes an
-        option for it.
-        """
+        """A shallow copy with other values, not validated again: what a layer gets when a pattern names it."""
         other = copy.copy(self)
         for name, value in values.items():
             setattr(other, name, value)

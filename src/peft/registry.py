@@ -22,9 +22,7 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Method:
-    """What the library knows of one method. `tuner` is a TunerModel or PromptEncoder class, `layer` an AdapterLayer
-    class or None.
-    """
+    """What is known of one method. `tuner`: a TunerModel or PromptEncoder; `layer`: an AdapterLayer or None."""
 
     peft_type: PeftType
     config: type[PeftConfig]
@@ -126,9 +124,7 @@ def _name_unknown_options(config: type[PeftConfig]) -> None:
 def _alias_addresses(tuner: type) -> None:
     """Enter a one-file method under its published addresses `peft.tuners.<method>.{config,layer,model}`."""
     module = sys.modules.get(tuner.__module__)
-    if module is None or not module.__name__.startswith(__package__ + ".tuners.") or hasattr(module, "__path__"):  # type: ignore
-        return
-    if module.__name__.count(".") != 2:
+    if module is None or module.__name__.rpartition(".")[0] != f"{__package__}.tuners" or hasattr(module, "__path__"):
         return
     for leaf in ("config", "layer", "model"):
         sys.modules.setdefault(f"{module.__name__}.{leaf}", module)

@@ -17,9 +17,7 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class TunerLayerStatus:
-    """State of one adapter layer. `requires_grad` is "irregular" where some parameters of an adapter are trainable and
-    others not.
-    """
+    """State of one adapter layer; "irregular": some parameters of the adapter are trainable and others not."""
 
     name: str
     module_type: str
@@ -52,9 +50,7 @@ class TunerModelStatus:
 
 
 def count_parameters(model: nn.Module, packed: bool = True) -> tuple[int, int]:
-    """(trainable, all). Sharded parameters count in full; 4-bit ones count their elements, not their bytes (`packed`:
-    by storage size).
-    """
+    """(trainable, all). Sharded ones count in full, 4-bit ones by elements or, `packed`, by storage size."""
     trainable = total = 0
     parameter: Any
     for parameter in model.parameters():

@@ -79,7 +79,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     def _stand_in(self) -> nn.Module:
         """The module that answers for attributes that the wrapper does not have."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement _stand_in")
+        return self.original_module
 
     # ---- state
     def check_module(self) -> None:
@@ -169,8 +169,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """Delete one adapter here; what becomes active is said by the model."""
-        if len(new_active_adapters or ()) > 1:
-            self.check_set_adapter(new_active_adapters or ())
+        self.check_set_adapter(new_active_adapters or ())
         was_here = adapter_name in self._names
         self.drop(adapter_name)
         if was_here and new_active_adapters is not None:
@@ -362,9 +361,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
             return {}
         key = "token_adapter.trainable_tokens_delta"
         return {key: f"{key}.{adapter_name}"}
-
-    def _stand_in(self) -> nn.Module:
-        return self.token_adapter.get_base_layer()
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "token_adapter" in self.__dict__.get("_modules", {}):

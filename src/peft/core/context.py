@@ -15,9 +15,7 @@ import torch
 
 @dataclass
 class Call:
-    """Per-call data for layers. Kept until the next call starts while gradients are on, since backward may
-    recompute layers.
-    """
+    """Per-call data for layers. While gradients are on it stays until the next call: backward may recompute layers."""
 
     adapter_names: tuple[str, ...] | None = None
     task_ids: torch.Tensor | None = None
@@ -34,9 +32,7 @@ class Call:
 
     @contextlib.contextmanager
     def only(self, name: str, count: int) -> Iterator[None]:
-        """Inside the block the batch is `count` rows of one adapter: for layers inside a layer that takes a part of
-        the batch.
-        """
+        """Inside, the batch is `count` rows of one adapter: for layers in a layer that takes a part of the batch."""
         before = self.adapter_names, self.rows
         self.adapter_names, self.rows = (name,) * count, None
         try:

@@ -222,9 +222,7 @@ class ForwardPaths:
         return x if dtype is None or x.dtype == dtype else x.to(dtype)
 
     def _forward_rows(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Mixed batch: rows of the batch use different adapters ("__base__" = none); base rows are computed once
-        where possible.
-        """
+        """Mixed batch: rows use different adapters ("__base__": none); base rows are computed once where possible."""
         call = self.switch.call
         if self.merged:
             raise ValueError(

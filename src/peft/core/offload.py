@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules whose weights accelerate keeps elsewhere (CPU, disk) between calls: bring them in, let them be changed, put
-them back.
-"""
+"""Modules whose weights accelerate keeps elsewhere (CPU, disk) between calls: bring them in, keep what changes."""
 
 import contextlib
 import copy

@@ -31,9 +31,7 @@ def combined_config(
     weights: Sequence[float],
     fields: tuple[str, ...] = ("target_modules",),
 ) -> Any:
-    """A copy of the first adapter's configuration with the union of the `fields`; checks that the sources can be
-    combined.
-    """
+    """The first adapter's configuration with the union of the `fields`; checks that the sources can be combined."""
     if len(adapters) == 0:
         raise ValueError("Please give at least one adapter to combine.")
     if len(adapters) != len(weights):
