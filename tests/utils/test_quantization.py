@@ -280,3 +280,6 @@ def test_with_bitsandbytes(tmp_path):
     update = adapted.lora_B["default"].weight @ adapted.lora_A["default"].weight
     S = torch.linalg.svdvals(weight - dense)
     assert (weight - dense - update).norm().item() == pytest.approx(S[16:].norm().item(), rel=1e-3)
+    with torch.no_grad():
+        layer.eval()(torch.ones(2, 128))  # some CPUs pack the weight for a kernel now
+    torch.testing.assert_close(dequantize_module_weight(layer).float(), dense.float(), rtol=1e-2, atol=1e-3)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Glue to DeepSpeed, accelerate-style device maps, bitsandbytes, tensor parallelism, and initialisation on meta."""
 
-import importlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -63,26 +62,23 @@ def dequantize_module_weight(module: nn.Module) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
             return weight  # Parameter-like views, FSDP1
         raise TypeError(f"Input weight should be of type nn.Parameter, got {type(weight)} instead")
-    if not get_bnb_param_type(weight):
-        return weight
     return dequantize_bnb_weight(weight, state=getattr(module, "state", None))
 
 
 def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tensor:
     """A bitsandbytes weight as floats; anything else as it is. 8-bit weights need the `state` of their layer."""
-    bnb: Any = importlib.import_module("bitsandbytes")
+    from ..storage.bnb import INT4, INT8
+
     kind = get_bnb_param_type(weight)
     if not kind:
         return weight
     if kind == "4bit":
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+        return INT4.dequantise(None, weight)
     if state is None:
         raise ValueError("No `state` was passed for bnb 8bit quantized weights. Please open an issue.")
     if state.SCB is None:
         state.SCB = weight.SCB  # type: ignore[attr-defined]
-    if hasattr(bnb.functional, "int8_vectorwise_dequant"):
-        return bnb.functional.int8_vectorwise_dequant(weight.data, state.SCB)
-    return weight.data * state.SCB.view(-1, 1) / 127
+    return INT8.dequantise(None, (weight.data, state.SCB))
 
 
 # ---- device maps
