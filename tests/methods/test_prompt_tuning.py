@@ -6,6 +6,7 @@ from tests.models.prompt_models import base, close, config, tokenizer
 
 import peft
 from peft import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from peft.core.prompt import word_vectors
 
 
 def encoder(**kwargs):
@@ -13,6 +14,7 @@ def encoder(**kwargs):
 
 
 def test_random_is_the_draw_of_an_embedding():
+    base("llama")  # made once, with draws of its own
     torch.manual_seed(4)
     got = encoder().embedding.weight
     torch.manual_seed(4)
@@ -29,6 +31,17 @@ def test_sample_vocab_copies_word_vectors():
     torch.nn.Embedding(3, 16)
     ids = torch.randint(0, 50, (3,))
     assert torch.equal(got, base("llama").get_input_embeddings().weight[ids])
+
+
+def test_word_vectors_keep_the_scale_of_the_embedding_under_zero3():
+    class Scaled(torch.nn.Embedding):  # as in Gemma
+        def forward(self, ids):
+            return super().forward(ids) * 4.0
+
+    words = Scaled(5, 3)
+    want = words.weight[[1, 2]] * 4.0
+    words.weight.ds_id = 0  # DeepSpeed's mark on partitioned parameters
+    close(word_vectors(words, torch.tensor([1, 2])), want)
 
 
 @pytest.mark.parametrize(("text", "ids"), [("a b c d", [5, 6, 7]), ("b a", [6, 5, 6])])

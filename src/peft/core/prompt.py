@@ -105,14 +105,12 @@ def prompt_rows(state_dict: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def word_vectors(word_embeddings: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Rows `ids` of the word embeddings as new float32 data (gathered first under DeepSpeed ZeRO-3)."""
-    weight = word_embeddings.weight
-    if hasattr(weight, "ds_id"):
-        from ..utils.integrations import gather_params_ctx
+    """What the word embeddings make of `ids`, as new float32 data (gathered first under DeepSpeed ZeRO-3)."""
+    from ..utils.integrations import gather_params_ctx
 
-        with gather_params_ctx([weight]):
-            return weight.detach()[ids.to(weight.device)].clone().to(torch.float32)
-    return word_embeddings(ids.to(weight.device)).detach().clone().to(torch.float32)
+    weight = word_embeddings.weight
+    with gather_params_ctx([weight]):
+        return word_embeddings(ids.to(weight.device)).detach().to(torch.float32, copy=True)
 
 
 # ---- configuration

@@ -54,14 +54,8 @@ class PromptEncoder(BasePromptEncoder):
     def _make_heads(self, config: PromptEncoderConfig) -> None:
         d, h = self.token_dim, self.hidden_size
         if self.encoder_type == PromptEncoderReparameterizationType.LSTM:
-            self.lstm_head = nn.LSTM(
-                input_size=d,
-                hidden_size=h,
-                num_layers=config.encoder_num_layers,
-                dropout=config.encoder_dropout,
-                bidirectional=True,
-                batch_first=True,
-            )
+            layers, p = config.encoder_num_layers, config.encoder_dropout
+            self.lstm_head = nn.LSTM(d, h, layers, dropout=p, bidirectional=True, batch_first=True)
             self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
         elif self.encoder_type == PromptEncoderReparameterizationType.MLP:
             if config.encoder_num_layers != type(config).encoder_num_layers:

@@ -96,9 +96,11 @@ def dense_bases(r: int, shape: tuple[int, int, int], generator: torch.Generator)
     format.
     """
     large, bases, small = shape
-    draw = lambda *size: nn.init.kaiming_uniform_(  # noqa: E731
-        torch.empty(*size, dtype=torch.bfloat16, device="cpu"), a=math.sqrt(5), generator=generator
-    )
+
+    def draw(*size: int) -> torch.Tensor:
+        empty = torch.empty(*size, dtype=torch.bfloat16, device="cpu")
+        return nn.init.kaiming_uniform_(empty, a=math.sqrt(5), generator=generator)
+
     A = draw(r, 1, small)
     B = torch.cat([draw(large, 1, r) for _ in range(bases)], dim=1)
     return A / A.std(), B / B.std()
@@ -138,12 +140,10 @@ class RandLoraModel(TunerModel):
 
     def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Published files repeat the bases under every layer (gigabytes on real models). Readers get by with the
-        model's pair,
-        so the copies are only written while they are small.
+        model's pair, so the copies are only written while they are small.
         """
-        bases = {
-            k.rsplit(".", 1)[-1]: v for k, v in state.items() if k.rsplit(".", 1)[-1] in ("randlora_A", "randlora_B")
-        }
+        ends = {k.rpartition(".")[2]: v for k, v in state.items()}
+        bases = {slot: ends[slot] for slot in ("randlora_A", "randlora_B") if slot in ends}
         layers = [k.removesuffix("randlora_lambda") for k in state if k.endswith(".randlora_lambda")]
         if len(layers) * sum(v.numel() * v.element_size() for v in bases.values()) > COPIES_UP_TO:
             return state

@@ -63,12 +63,9 @@ class VBLoRALayer(AdapterLayer):
         # every layer draws the bank again and the last draw stays: the published order of random numbers
         bank = torch.empty(h, v).uniform_(-cfg.init_vector_bank_bound, cfg.init_vector_bank_bound)
         self.vblora_vector_bank[name] = nn.Parameter(bank)
-        self.vblora_logits_A[name] = nn.Parameter(
-            torch.empty(r, self.in_features // v, h).normal_(0, cfg.init_logits_std)
-        )
-        self.vblora_logits_B[name] = nn.Parameter(
-            torch.empty(self.out_features // v, r, h).normal_(0, cfg.init_logits_std)
-        )
+        A, B = torch.empty(r, self.in_features // v, h), torch.empty(self.out_features // v, r, h)
+        for slot, logits in ((self.vblora_logits_A, A), (self.vblora_logits_B, B)):
+            slot[name] = nn.Parameter(logits.normal_(0, cfg.init_logits_std))
 
     def factors(self, name: str) -> Factors:
         """Every piece of A [r, in] and B [out, r] is a mixture of its top-k vectors; both are composed at once."""
@@ -159,7 +156,5 @@ class VBLoRAModel(TunerModel):
 
     def print_savable_parameters(self) -> None:
         vblora, other = self.get_nb_savable_parameters()
-        print(
-            f"VB-LoRA params to-be-saved (float32-equivalent): {vblora:,d} || total params to-be-saved: "
-            f"{(vblora + other):,d}"
-        )
+        total = f"total params to-be-saved: {vblora + other:,d}"
+        print(f"VB-LoRA params to-be-saved (float32-equivalent): {vblora:,d} || {total}")
