@@ -110,6 +110,17 @@ def test_tied_embedding_shares_one_set_of_parameters(tmp_path):
     torch.testing.assert_close(again(input_ids=ids).logits, out)
 
 
+def test_a_failure_while_tying_leaves_the_tied_layer_as_it_was(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no")
+
+    base = llama(tie_word_embeddings=True)
+    monkeypatch.setattr("peft.tuners.lora.tied._tie", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        get_peft_model(base, LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
+    assert type(base.lm_head) is nn.Linear
+
+
 def test_tied_layer_without_the_flag_warns():
     with pytest.warns(UserWarning, match="ensure_weight_tying"):
         get_peft_model(llama(tie_word_embeddings=True), LoraConfig(target_modules=["embed_tokens"]))

@@ -105,7 +105,10 @@ def delta(x: Tensor, factors: Factors, training: bool = False) -> Tensor:
     h = x.to(factors.A.dtype)
     p = factors.dropout if training else 0.0
     h = dropout(h, p, draw_seed() if p > 0.0 and seedable(h) else None)
-    return F.linear(F.linear(h, factors.A), factors.B) if _is_one(factors.scale) else _scaled(h, factors)
+    z, s = F.linear(h, factors.A), factors.scale
+    if isinstance(s, Tensor) and s.dim() > 0:
+        return F.linear(z * s, factors.B)
+    return F.linear(z, factors.B) if _is_one(s) else F.linear(z, factors.B) * s
 
 
 def plain_accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: bool = False) -> Tensor:
@@ -118,13 +121,6 @@ def plain_accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], trainin
 
 def _is_one(scale: float | Tensor) -> bool:
     return not isinstance(scale, Tensor) and scale == 1.0
-
-
-def _scaled(h: Tensor, f: Factors) -> Tensor:
-    z = F.linear(h, f.A)
-    if isinstance(f.scale, Tensor) and f.scale.dim() > 0:
-        return F.linear(z * f.scale, f.B)
-    return F.linear(z, f.B) * f.scale
 
 
 def _seeds(x: Tensor, factors: tuple[Factors, ...], training: bool) -> Seeds:

@@ -89,19 +89,21 @@ class LoraFAOptimizer(Optimizer):
                 pairs.append((key, frozen[key], parameter, scaling))
             else:
                 others.append((name, parameter))
-        inverses = regularised_inverses([_rows(A, key) for key, A, _, _ in pairs], _REG)
+        for (layer, _), A, _, _ in pairs:
+            if A.dim() != 2:
+                raise ValueError(
+                    f"LoRA-FA supports linear and embedding layers; {layer} has a factor of shape {A.shape}."
+                )
+        states: Any = self.state  # keyed by names here, not by parameters
+        inverses = regularised_inverses([A for _, A, _, _ in pairs], _REG)
         for (key, _, B, scaling), inverse in zip(pairs, inverses, strict=True):
             grad = B.grad.to(inverse.dtype)
             projected = (grad @ inverse).to(B.grad.dtype)
             if scaling:
                 projected /= scaling**2
-            self._adam(B, projected, self._state_of(self._state_key(key, frozen)), group, suffix="_B")
+            self._adam(B, projected, states[self._state_key(key, frozen)], group, suffix="_B")
         for name, parameter in others:
-            self._adam(parameter, parameter.grad, self._state_of(name), group)
-
-    def _state_of(self, key: str) -> dict[str, Any]:
-        states: Any = self.state  # keyed by names here, not by parameters
-        return states[key]
+            self._adam(parameter, parameter.grad, states[name], group)
 
     @staticmethod
     def _state_key(key: tuple[str, str], known: Iterable[tuple[str, str]]) -> str:
@@ -144,12 +146,6 @@ def _pair_key(name: str) -> tuple[tuple[str, str] | None, bool]:
     return None, False
 
 
-def _rows(A: torch.Tensor, key: tuple[str, str]) -> torch.Tensor:
-    if A.dim() != 2:
-        raise ValueError(f"LoRA-FA supports linear and embedding layers; {key[0]} has a factor of shape {A.shape}.")
-    return A
-
-
 def create_lorafa_optimizer(
     model: "PeftModel",
     r: int,
@@ -168,12 +164,12 @@ def create_lorafa_optimizer(
         if any(part in _A for part in name.split(".")):
             parameter.requires_grad = False
     by_name = _scalings_by_parameter(model)
-    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
     group = {
-        "params": [parameter for _, parameter in model.named_parameters()],
+        "params": list(parameters.values()),
         "lr": lr,
-        "names": names,
-        "scaling_factors": [by_name.get(name) for name in names],
+        "names": list(parameters),
+        "scaling_factors": [by_name.get(name) for name in parameters],
         "scaling_factor": lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r,
         "betas": (0.9, 0.999),
         "weight_decay": weight_decay,

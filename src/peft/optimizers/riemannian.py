@@ -32,20 +32,15 @@ def _collect_lora_pairs(model: nn.Module) -> Pairs:
     return pairs
 
 
-class _RiemannianPreconditioner:
-    """Overwrites the gradients of pairs of factors by the preconditioned ones."""
-
-    def __init__(self, lora_pairs: Pairs, reg: float) -> None:
-        self.lora_pairs, self.reg = lora_pairs, reg
-
-    @torch.no_grad()
-    def step(self) -> None:
-        of_a = [(A, B) for A, B in self.lora_pairs if A.grad is not None]
-        of_b = [(A, B) for A, B in self.lora_pairs if B.grad is not None]
-        for (A, _), inverse in zip(of_a, regularised_inverses([B.T for _, B in of_a], self.reg), strict=True):
-            A.grad.copy_(inverse @ A.grad.to(inverse.dtype))  # type: ignore[union-attr]
-        for (_, B), inverse in zip(of_b, regularised_inverses([A for A, _ in of_b], self.reg), strict=True):
-            B.grad.copy_(B.grad.to(inverse.dtype) @ inverse)  # type: ignore[union-attr]
+@torch.no_grad()
+def _precondition(pairs: Pairs, reg: float) -> None:
+    """Overwrite the gradients of pairs of factors by the preconditioned ones."""
+    of_a = [(A, B) for A, B in pairs if A.grad is not None]
+    of_b = [(A, B) for A, B in pairs if B.grad is not None]
+    for (A, _), inverse in zip(of_a, regularised_inverses([B.T for _, B in of_a], reg), strict=True):
+        A.grad.copy_(inverse @ A.grad.to(inverse.dtype))  # type: ignore[union-attr]
+    for (_, B), inverse in zip(of_b, regularised_inverses([A for A, _ in of_b], reg), strict=True):
+        B.grad.copy_(B.grad.to(inverse.dtype) @ inverse)  # type: ignore[union-attr]
 
 
 def create_riemannian_optimizer(
@@ -70,7 +65,6 @@ def create_riemannian_optimizer(
             "create_riemannian_optimizer did not find any trainable lora_A/lora_B parameter pairs on the model. The "
             "Riemannian preconditioner only applies to LoRA-style adapters."
         )
-    preconditioner = _RiemannianPreconditioner(pairs, reg)
 
     class RiemannianPreconditionedOptimizer(optimizer_cls):
         def step(self, closure: Callable | None = None) -> Any:  # type: ignore[override]
@@ -80,7 +74,7 @@ def create_riemannian_optimizer(
                     "objective inside step(), which would overwrite the preconditioned gradients before the base "
                     "optimizer consumes them."
                 )
-            preconditioner.step()
+            _precondition(pairs, reg)
             return super().step()
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -93,13 +93,17 @@ def _delete_auxiliary_adapter(model: nn.Module, adapter_name: str, new_active_ad
             module.delete_adapter(adapter_name, new_active_adapters)
 
 
+# Model types whose fused kernels read these modules' weights directly.
+_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_MAMBA_LEAVES = ("out_proj", "conv1d")
+
+
 def _check_lora_target_modules_mamba(peft_config: "PeftConfig", model: nn.Module, target_name: str) -> None:
     """ValueError for modules of Mamba-like models whose weights are read by fused kernels."""
-    from .lora.model import _MAMBA_LEAVES, _MAMBA_TYPES
-
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     methods = ("LORA", "ADALORA", "XLORA", "RANDLORA")
-    if peft_config.peft_type in methods and model_type in _MAMBA_TYPES and target_name in _MAMBA_LEAVES:
+    leaf = target_name.rpartition(".")[2]
+    if leaf in _MAMBA_LEAVES and model_type in _MAMBA_TYPES and peft_config.peft_type in methods:
         raise ValueError(
             f"[PEFT:{peft_config.peft_type}] Module {target_name!r} is incompatible with Mamba-based models "
             f"(model_type={model_type!r}). Leave {', '.join(_MAMBA_LEAVES)} out of `target_modules`."

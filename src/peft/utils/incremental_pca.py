@@ -42,15 +42,12 @@ class IncrementalPCA:
         self.lowrank_seed = lowrank_seed
         self.n_features_: int | None = None
         if lowrank:
-            self._check_lowrank()
-
-    def _check_lowrank(self) -> None:
-        if self.n_components is None:
-            raise ValueError("n_components must be specified when using lowrank mode with lowrank_q=None.")
-        if self.lowrank_q is None:
-            self.lowrank_q = self.n_components * 2
-        elif self.lowrank_q < self.n_components:
-            raise ValueError("lowrank_q must be greater than or equal to n_components.")
+            if n_components is None:
+                raise ValueError("n_components must be specified when using lowrank mode with lowrank_q=None.")
+            if lowrank_q is None:
+                self.lowrank_q = n_components * 2
+            elif lowrank_q < n_components:
+                raise ValueError("lowrank_q must be greater than or equal to n_components.")
 
     def _svd(self, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not self.lowrank:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ..core.combine import split_svd
@@ -97,12 +98,13 @@ class _SafetensorLoader:
             path = next((path / name for name in (_FILE, _INDEX) if (path / name).exists()), path / _FILE)
         if not path.exists():
             raise FileNotFoundError(f"{path.parent} holds neither {_FILE} nor {_INDEX}; LoftQ needs safetensors files.")
-        self._folder, self._shards = path.parent, {}
         if path.suffix == ".json":
-            self._shards = json.loads(path.read_text())["weight_map"]
-        elif path.suffix != ".safetensors":
+            self._files = {k: path.parent / file for k, file in json.loads(path.read_text())["weight_map"].items()}
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as opened:
+                self._files = dict.fromkeys(opened.keys(), path)
+        else:
             raise ValueError(f"{path} is no safetensors file.")
-        self._single = path
 
     @staticmethod
     def _cached(base: nn.Module) -> Path:
@@ -124,17 +126,12 @@ class _SafetensorLoader:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """The original tensor of this name in the base model."""
-        from safetensors import safe_open
-
         tried = [name]
         if self._base_prefix and name.startswith(self._base_prefix + "."):
             tried.append(name.removeprefix(self._base_prefix + "."))
         for key in tried:
-            file = self._folder / self._shards[key] if key in self._shards else self._single
-            if file.suffix == ".json":
-                continue
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                if key in opened.keys():  # noqa: SIM118
+            if key in self._files:
+                with safe_open(self._files[key], framework="pt", device="cpu") as opened:
                     return opened.get_tensor(key)
         raise ValueError(f"The files of the base model have no tensor called {' or '.join(tried)}.")
 

@@ -174,6 +174,12 @@ class KasaConfig:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
 
 
+Scheme = Literal[
+    "gaussian", "eva", "olora", "pissa", "pissa_niter_[number of iters]", "corda", "loftq", "orthogonal", "lora_ga",
+    "mica",
+]  # fmt: skip
+
+
 @dataclass
 class LoraConfig(PeftConfig):
     """Options of LoRA. https://arxiv.org/abs/2106.09685
@@ -190,25 +196,10 @@ class LoraConfig(PeftConfig):
     bias: Literal["none", "all", "lora_only"] = biases("lora_only")
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead of alpha / r. https://arxiv.org/abs/2312.03732")
     modules_to_save: list[str] | None = saves()
-    init_lora_weights: (
-        bool
-        | Literal[
-            "gaussian",
-            "eva",
-            "olora",
-            "pissa",
-            "pissa_niter_[number of iters]",
-            "corda",
-            "loftq",
-            "orthogonal",
-            "lora_ga",
-            "mica",
-        ]
-    ) = option(
+    init_lora_weights: bool | Scheme = option(
         True,
-        "True (A uniform, B zero: no change at first), False (both random), or the name of a scheme: "
-        "gaussian, orthogonal, pissa, "
-        "pissa_niter_N, olora, loftq, mica, eva, corda, lora_ga.",
+        "True (A uniform, B zero: no change at first), False (both random), or the name of a scheme: gaussian, "
+        "orthogonal, pissa, pissa_niter_N, olora, loftq, mica, eva, corda, lora_ga.",
         lora_variants=["mica"],
     )
     layers_to_transform: list[int] | int | None = layer_range()
@@ -291,23 +282,19 @@ class LoraConfig(PeftConfig):
             raise TypeError(f"`loftq_config` must be a LoftQConfig or a dict, got {type(self.loftq_config).__name__}.")
         if init == "loftq" and not self.loftq_config:
             raise ValueError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+        for scheme in ("loftq", "eva", "corda"):
+            name = f"{scheme}_config"
+            if init == scheme and not getattr(self, name):
+                warnings.warn(
+                    f"`init_lora_weights` is {scheme!r} but `{name}` is not specified. Using the default.", stacklevel=4
+                )
+                setattr(self, name, self._sub_configs[name]())
+            elif init != scheme and getattr(self, name):
+                warnings.warn(
+                    f"`{name}` specified but will be ignored when `init_lora_weights` is {init!r}.", stacklevel=4
+                )
         if self.loftq_config and init != "loftq":
-            warnings.warn(
-                f"`loftq_config` specified but will be ignored when `init_lora_weights` is {init!r}.", stacklevel=4
-            )
             self.loftq_config = {}
-        for scheme, field_name in (("eva", "eva_config"), ("corda", "corda_config")):
-            given = getattr(self, field_name)
-            if init == scheme and given is None:
-                warnings.warn(
-                    f"`init_lora_weights` is {scheme!r} but `{field_name}` is not specified. Using the default.",
-                    stacklevel=4,
-                )
-                setattr(self, field_name, self._sub_configs[field_name]())
-            elif init != scheme and given is not None:
-                warnings.warn(
-                    f"`{field_name}` specified but will be ignored when `init_lora_weights` is {init!r}.", stacklevel=4
-                )
         if self.lora_bias and init not in (True, False):
             raise ValueError(
                 f"The argument lora_bias=True is only supported with init_lora_weights=True or False, got {init!r}."
@@ -315,9 +302,8 @@ class LoraConfig(PeftConfig):
         changes_base = isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "lora_ga"))
         if self.use_rslora and (self.rank_pattern or self.alpha_pattern) and changes_base:
             warnings.warn(
-                f"use_rslora together with rank_pattern or alpha_pattern and init_lora_weights={init!r}: "
-                "the adapter cannot be converted "
-                "to one for the unchanged base model later.",
+                f"use_rslora together with rank_pattern or alpha_pattern and init_lora_weights={init!r}: the adapter "
+                "cannot be converted to one for the unchanged base model later.",
                 stacklevel=4,
             )
 

@@ -48,10 +48,9 @@ def reduce_intruder_dimension(
         U, S, Vh = _intruders(W, W + (B.flatten(1) @ A.flatten(1)).float() * s, top_k, threshold_epsilon)
         log(f"{key}: {len(S)} intruder dimensions")
         if len(S):
-            parts = [(A, B, 1.0), (Vh, U * S, 1.0)]
-            like_a, like_b = A, B
-            A, B = truncated_factors(parts, [1.0, (mitigation_lambda - 1) / float(s)], A.shape[0], balanced=True)
-            A, B = A.reshape(like_a.shape), B.reshape(like_b.shape)
+            parts, weights = [(A, B, 1.0), (Vh, U * S, 1.0)], [1.0, (mitigation_lambda - 1) / float(s)]
+            new_a, new_b = truncated_factors(parts, weights, A.shape[0], balanced=True)
+            A, B = new_a.reshape(A.shape), new_b.reshape(B.shape)
         for parameter, value in zip(layer.factor_tensors(new_adapter_name), (A, B), strict=True):
             parameter.data = value.to(parameter.dtype).clone()
         if new_adapter_name in layer.lora_magnitude_vector:

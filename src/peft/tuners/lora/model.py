@@ -3,7 +3,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,14 +15,11 @@ from ...core.match import pattern_value
 from ...core.tuner import TunerModel
 from ...registry import register_method
 from ...storage.base import resolve
+from ..tuners_utils import _check_lora_target_modules_mamba
 from . import init
 from .config import LoraConfig
 from .layer import LoraLayer
 from .variants import variant_class
-
-# Model types whose fused kernels read these modules' weights directly.
-_MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-_MAMBA_LEAVES = ("out_proj", "conv1d")
 
 
 @register_method("lora", config=LoraConfig, mixed=True)
@@ -64,27 +61,18 @@ class LoraModel(TunerModel):
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
-        leaf = key.rsplit(".", 1)[-1]
-        if leaf in _MAMBA_LEAVES and self.get_model_config(self.model).get("model_type") in _MAMBA_TYPES:
-            raise ValueError(
-                f"Module {key!r} can't be adapted by {self.method_label}: the fused kernels of Mamba-like "
-                "models read its weight directly. "
-                "Leave it out of target_modules."
-            )
+        leaf = key.rpartition(".")[2]
+        _check_lora_target_modules_mamba(cfg, self.model, key)
         if self._custom_class(base, cfg) is not None:
             return
         kind = kinds.pick(base, self.layer_cls.kinds)
-        if kind is None or (cfg.target_parameters and self._is_parameter(key, base)):
+        if kind is None or (cfg.target_parameters and leaf in base._parameters):
             kind = kinds.parameter_kind(leaf)
         own, storage = self.layer_config(cfg, key, module), resolve(base)
         init.check(own, key, kind, base)
         variant = variant_class(cfg, storage.label == "gptq")
         if variant is not None:
             variant.check(own, key, kind, storage, base)
-
-    @staticmethod
-    def _is_parameter(key: str, base: nn.Module) -> bool:
-        return key.rsplit(".", 1)[-1] in base._parameters
 
     # ---- layers that the library does not know
     def _custom_class(self, module: nn.Module, cfg: Any) -> type[LoraLayer] | None:
@@ -111,17 +99,12 @@ class LoraModel(TunerModel):
         if cfg.layer_replication:
             from .replication import replicate_layers
 
-            self._undo.append(replicate_layers(model, cfg.layer_replication))
+            self._undo.callback(replicate_layers(model, cfg.layer_replication))
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self._undo: list[Callable[[], Any]] = []
-        try:
+        with contextlib.ExitStack() as self._undo:
             super().inject_adapter(*args, **kwargs)
-        except BaseException:
-            for step in reversed(self._undo):
-                step()
-            raise
-        self._undo = []
+            self._undo.pop_all()  # all went well: nothing is to be undone
 
     def convert_config(self, cfg: Any, model: nn.Module) -> None:
         """Configurations made for the expert layout of older transformers versions."""
@@ -137,7 +120,7 @@ class LoraModel(TunerModel):
         if getattr(cfg, "target_modules_to_tie", None):
             from .tied import tie_layers
 
-            self._undo.append(tie_layers(self, name, cfg, layers))
+            tie_layers(self, name, cfg, layers, self._undo)
 
     @staticmethod
     def _set_orientation(cfg: Any, layers: dict[str, AdapterLayer]) -> None:
@@ -159,9 +142,6 @@ class LoraModel(TunerModel):
     # ---- tied layers
     def _add_targets_to_tie(self, cfg: Any, names: list[str]) -> None:
         tied.add_targets_to_tie(cfg, names, self.model)
-
-    def _add_modules_to_save_to_tie(self, cfg: Any, names: list[str]) -> None:
-        tied.add_modules_to_save_to_tie(cfg, names, self.model)
 
     def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self._with_tied(name, state, keep=True)
@@ -222,12 +202,8 @@ class LoraModel(TunerModel):
         from .weighted import combine
 
         if adapter_name not in self.peft_config:
-            options = {
-                "clamp": svd_clamp,
-                "driver": svd_driver,
-                "density": density,
-                "majority_sign_method": majority_sign_method,
-            }
+            svd = {"clamp": svd_clamp, "driver": svd_driver}
+            options = {**svd, "density": density, "majority_sign_method": majority_sign_method}
             combine(self, adapters, weights, adapter_name, combination_type, svd_rank, options)
 
     # ---- calls

@@ -26,8 +26,7 @@ def find_stack(model: nn.Module) -> tuple[nn.Module, str]:
         return model, "h"
     raise ValueError(
         f"Could not locate the layers of {type(model).__name__} to replicate: `layer_replication` needs a "
-        "ModuleList called 'layers', "
-        "'bert.encoder.layer' or 'h'."
+        "ModuleList called 'layers', 'bert.encoder.layer' or 'h'."
     )
 
 
@@ -52,7 +51,7 @@ def replicate_layers(model: nn.Module, layer_map: Ranges) -> Callable[[], None]:
     for start, end in ranges:
         if not 0 <= start < end <= count:
             raise ValueError(f"layer_replication range ({start}, {end}) is outside of the model's {count} layers.")
-    indices = [(m, "layer_idx", m.layer_idx) for m in layers.modules() if hasattr(m, "layer_idx")]
+    indices = [(m, m.layer_idx) for m in layers.modules() if hasattr(m, "layer_idx")]
     order = [i for start, end in ranges for i in range(start, end)]
     new = nn.ModuleList()
     used: set[int] = set()
@@ -78,8 +77,8 @@ def replicate_layers(model: nn.Module, layer_map: Ranges) -> Callable[[], None]:
             config.num_hidden_layers = depth
         if types:
             config.layer_types = types
-        for module, name, value in indices:
-            setattr(module, name, value)
+        for module, index in indices:
+            module.layer_idx = index
 
     return undo
 

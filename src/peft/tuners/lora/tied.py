@@ -5,7 +5,7 @@ With embedding factors A [r, V], B [d, r] the tied linear layer has A' = Bᵀ [r
 parameters, whose gradients add up. Files hold both forms.
 """
 
-from collections.abc import Callable
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,40 +38,28 @@ class Transposed(nn.Module):
         return F.linear(x.to(weight.dtype), weight)
 
 
-def tie_layers(tuner: "LoraModel", name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> Callable[[], None]:
-    """Give adapter `name` to the layers tied to the embedding. Returns what takes it back."""
+def tie_layers(
+    tuner: "LoraModel", name: str, cfg: Any, layers: dict[str, AdapterLayer], undo: contextlib.ExitStack
+) -> None:
+    """Give adapter `name` to the layers tied to the embedding. `undo` gets what takes it back."""
     source = layers.get(embedding_name(tuner.model) or "")
-    undo: list[Callable[[], None]] = []
     for key in sorted(cfg.target_modules_to_tie):
-        parent = tuner.model.get_submodule(key.rpartition(".")[0])
-        leaf = key.rpartition(".")[2]
-        module = getattr(parent, leaf)
+        module = layer = tuner.model.get_submodule(key)
         if not isinstance(source, LoraLayer) or source.kind is not kinds.Embedding:
             raise ValueError(f"`ensure_weight_tying` needs an adapted input embedding to tie {key!r} to.")
-        if not isinstance(module, LoraLayer):
-            layer = LoraLayer.wrap(module, tuner.switch)
-            setattr(parent, leaf, layer)
-            undo.append(lambda parent=parent, leaf=leaf, module=module: setattr(parent, leaf, module))
+        if isinstance(layer, LoraLayer):
+            undo.callback(layer.drop, name)
         else:
-            layer = module
-            undo.append(lambda layer=layer: layer.drop(name))
-        assert isinstance(layer, LoraLayer)
+            layer = LoraLayer.wrap(module, tuner.switch)
+            tuner.model.set_submodule(key, layer)
+            undo.callback(tuner.model.set_submodule, key, module)
         _tie(layer, source, name, tuner.layer_config(cfg, key, module))
         layers[key] = layer
 
-    def take_back() -> None:
-        for step in reversed(undo):
-            step()
 
-    return take_back
-
-
-def _tie(layer: LoraLayer, source: LoraLayer, name: str, cfg: Any) -> None:
-    layer.r[name], layer.lora_alpha[name], layer.scaling[name] = (
-        source.r[name],
-        source.lora_alpha[name],
-        source.scaling[name],
-    )
+def _tie(layer: Any, source: LoraLayer, name: str, cfg: Any) -> None:
+    for slot in ("r", "lora_alpha", "scaling"):
+        getattr(layer, slot)[name] = getattr(source, slot)[name]
     layer.use_rslora[name], layer.lora_bias[name], layer.use_dora[name] = cfg.use_rslora, False, False
     layer.lora_dropout[name] = dropout(cfg.lora_dropout)
     layer.lora_A[name] = Transposed(source, "lora_embedding_B", name)

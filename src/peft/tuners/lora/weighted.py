@@ -50,12 +50,7 @@ def combine(
     cfg = cfg.with_values(
         r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=init, **_PLAIN
     )
-    tuner.peft_config[name] = cfg
-    try:
-        tuner.inject_adapter(tuner.model, name)
-    except BaseException:
-        del tuner.peft_config[name]
-        raise
+    tuner.add(name, cfg)
     try:
         tuner.set_requires_grad([name], False)
         for layer in tuner.layers():
@@ -78,9 +73,10 @@ def _combine_layer(
 ) -> None:
     sources = [(n, w) for n, w in zip(adapters, weights, strict=True) if n in layer]
     parameters = layer.factor_tensors(name)
-    if not sources or not isinstance(parameters[0], nn.Parameter):  # a tied layer follows its embedding
-        if not sources:
-            parameters[1].zero_()
+    if not isinstance(parameters[0], nn.Parameter):  # a tied layer follows its embedding
+        return
+    if not sources:
+        parameters[1].zero_()
         return
     factors = [layer.static_factors(n) for n, _ in sources]
     own_rank = rank if "svd" in kind else None
