@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from peft.cli import main
 from peft.cli.adapter_files import read_adapter, strengths
-from peft.cli.heatmap import make_grid, svg_heatmap, svg_spectra, text_heatmap
+from peft.cli.heatmap import html_heatmap, make_grid, svg_spectra, text_heatmap
 
 
 def lora(r=4, n_in=12, n_out=10, layers=2):
@@ -54,10 +55,14 @@ def test_page_is_self_contained_and_well_formed(write_adapter, tmp_path, capsys)
     text = page.read_text()
     assert "&lt;b&gt;&amp;" in text and "<b>&" not in text
     assert not re.search(r'(src|href)="', text) and "<script" not in text
-    pictures = re.findall(r"<svg.*?</svg>", text, re.S)
-    assert len(pictures) == 2
-    grid, spectra = (ElementTree.fromstring(svg) for svg in pictures)
-    assert len(grid.findall(".//{*}rect")) == 4
+    (grid,), (spectra,) = (
+        [ElementTree.fromstring(part) for part in re.findall(f"<{tag}.*?</{tag[:5].strip()}>", text, re.S)]
+        for tag in ('table class="heat"', "svg")
+    )
+    norms = {f"{layer.module}: {layer.norm:.6g}": f"{layer.norm:.3g}" for layer in strengths(read_adapter(str(folder)))}
+    cells = [cell for cell in grid.findall(".//td") if cell.text]
+    assert {cell.get("title"): cell.text for cell in cells} == norms and len(cells) == 4
+    assert all("background:hsl(" in cell.get("style") for cell in cells)
     assert len(spectra.findall(".//{*}polyline")) == 4
 
 
@@ -69,6 +74,21 @@ def test_another_method_is_shown_by_its_tensors(write_adapter, capsys):
     assert layer.module == "model.layers.0.self_attn.k_proj" and layer.norm == 3.0 and len(rest) == 2
     assert main(["inspect", str(folder)]) == 0
     assert "norm of the adapter's tensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("case", "modules"),
+    [
+        ("ln_tuning_gpt2", {"transformer.h.0.ln_1", "transformer.h.1.ln_1", "transformer.ln_f"}),
+        ("delora_llama", {f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"}),
+        ("glora_llama", {f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"}),
+        ("shadow_bert", {"transformer.h.0", "transformer.h.1"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_are_counted_for_the_module_they_change(case, modules):
+    folder = Path(__file__).parents[1] / "golden" / "cases" / case
+    assert {layer.module for layer in strengths(read_adapter(str(folder)))} == modules
 
 
 def test_values_that_are_not_finite_are_reported(write_adapter, capsys):
@@ -87,7 +107,7 @@ def test_grids_split_wide_tables_and_sort_naturally(write_adapter):
     assert grid.rows[0] == "" and grid.rows[3:5] == ["model.layers.2", "model.layers.3"]
     narrow = text_heatmap(grid, width=40)
     assert max(map(len, narrow.splitlines())) <= 40 and narrow.count("\n\n") == 1
-    ElementTree.fromstring(svg_heatmap(grid))
+    assert len(ElementTree.fromstring(html_heatmap(grid)).findall("tr")) == len(grid.rows) + 1
     assert svg_spectra([]) == ""
 
 

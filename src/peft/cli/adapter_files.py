@@ -7,8 +7,6 @@ Works on files alone: a look at an adapter needs no base model.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,9 @@ from typing import Any
 import torch
 
 from peft.core.match import pattern_value
+from peft.io.keys import PEFT_PREFIX as PREFIX
 
 from .errors import CliError
-
-PREFIX = "base_model.model."
-_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>A|B|magnitude_vector)(?P<tail>\.\w+)?$")
 
 
 @dataclass
@@ -42,10 +38,6 @@ class Adapter:
     @property
     def method(self) -> str:
         return self.record.name
-
-    @property
-    def parameters(self) -> int:
-        return sum(t.numel() for t in self.tensors.values())
 
 
 @dataclass
@@ -83,28 +75,36 @@ def read_adapter(name: str) -> Adapter:
 
 
 def strengths(adapter: Adapter) -> list[LayerStrength]:
-    """One entry per changed module, in file order of the first tensor.
-
-    For LoRA the norm is that of the weight change, from the factors alone: with A^T = Q1 R1 and B = Q2 R2 the
-    singular values of B A are those of the small R2 R1^T. For other methods it is the norm of the module's tensors.
-    """
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    rest: dict[str, torch.Tensor] = {}
+    """One entry per changed module, in file order of the first tensor."""
+    groups: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in adapter.tensors.items():
         key = key.removeprefix(PREFIX)
-        match = _LORA.match(key) if adapter.method == "lora" else None
-        if match is not None:
-            parts.setdefault(match["module"], {})[match["part"] + (match["tail"] or "")] = tensor
-        elif not key.startswith("base_model."):  # tensors that all layers share say nothing about one
-            rest[key] = tensor
-    return [_lora_strength(module, part, adapter) for module, part in parts.items()] + _tensor_strengths(rest)
+        if not key.startswith("base_model."):  # tensors that all layers share say nothing about one
+            module = _owner(key, adapter.record)
+            groups.setdefault(module, {})[key.removeprefix(module + ".")] = tensor
+    return [_strength(module, tensors, adapter) for module, tensors in groups.items()]
 
 
-def _lora_strength(module: str, tensors: dict[str, torch.Tensor], adapter: Adapter) -> LayerStrength:
-    A, B = (next((t for key, t in tensors.items() if key in (x, f"{x}.weight")), None) for x in "AB")
+def _owner(key: str, record: Any) -> str:
+    """Module that a tensor belongs to: the key up to the names of the method's own tensors."""
+    parts = key.split(".")
+    slots = getattr(record.layer, "slots", {})
+    ends = [i for i, part in enumerate(parts) if part in slots or part.startswith(record.prefix)]
+    ends += [i for i, part in enumerate(parts) if part in ("base_layer", "token_adapter")]
+    return ".".join(parts[: ends[0] if ends else -1]) or key
+
+
+def _strength(module: str, tensors: dict[str, torch.Tensor], adapter: Adapter) -> LayerStrength:
+    """For LoRA the norm is that of the weight change, from the factors alone: with A^T = Q1 R1 and B = Q2 R2 the
+    singular values of B A are those of the small R2 R1^T. For other methods it is the norm of the module's tensors.
+    """
+    count = sum(t.numel() for t in tensors.values())
+    A, B = (tensors.get(f"lora_{x}.weight", tensors.get(f"lora_embedding_{x}")) for x in "AB")
+    if adapter.method != "lora" or (A is None and B is None):
+        return LayerStrength(module, float(torch.stack([t.float().norm() for t in tensors.values()]).norm()), count)
     if A is None or B is None:
         raise CliError(f"{adapter.folder}: {module} has only {sorted(tensors)}, one factor of the pair is missing")
-    config, rank, count = adapter.config, A.shape[0], sum(t.numel() for t in tensors.values())
+    config, rank = adapter.config, A.shape[0]
     alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     A, B = A.float().flatten(1), B.float().flatten(1)
@@ -113,31 +113,3 @@ def _lora_strength(module: str, tensors: dict[str, torch.Tensor], adapter: Adapt
     R1, R2 = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
     values = torch.linalg.svdvals(R2 @ R1.T) * scaling
     return LayerStrength(module, float(values.norm()), count, values.tolist(), rank)
-
-
-def _tensor_strengths(tensors: Mapping[str, torch.Tensor]) -> list[LayerStrength]:
-    grouped: dict[str, list[torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        grouped.setdefault(_owner(key), []).append(tensor)
-    result = []
-    for module, group in grouped.items():
-        norm = float(torch.stack([t.float().norm() for t in group]).norm())
-        result.append(LayerStrength(module, norm, sum(t.numel() for t in group)))
-    return result
-
-
-def _owner(key: str) -> str:
-    """Module that a tensor belongs to: the key up to the method's own names (`...q_proj.hada_w1_a` -> `...q_proj`)."""
-    parts = key.split(".")
-    while len(parts) > 1 and (parts[-1] in ("weight", "bias") or re.search(r"_|^[A-Z]$", parts[-1])):
-        if re.match(r".*(proj|layer\d*|norm|embed\w*|head|attn|mlp|fc\w*)$", parts[-1]):
-            break
-        parts.pop()
-    return ".".join(parts)
-
-
-def rank_text(layers: list[LayerStrength], config: Mapping[str, Any]) -> str:
-    ranks = sorted({layer.rank for layer in layers if layer.rank is not None})
-    if not ranks:
-        return str(config.get("r", "-"))
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

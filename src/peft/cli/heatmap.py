@@ -74,80 +74,55 @@ def _short(column: str, width: int) -> str:
     return leaf if len(leaf) <= width else leaf[: width - 1] + "\u2026"
 
 
-def _colour(share: float) -> str:
-    """White to deep blue."""
-    low, high = (247, 250, 253), (20, 72, 130)
-    mix = [round(a + (b - a) * min(max(share, 0.0), 1.0) ** 0.7) for a, b in zip(low, high, strict=True)]
-    return f"rgb({mix[0]},{mix[1]},{mix[2]})"
+def html_heatmap(grid: Grid) -> str:
+    """The grid as a table; every cell has its place and value as a tooltip."""
+    lines = ["<tr><th/>" + "".join(f"<th>{html.escape(column)}</th>" for column in grid.columns) + "</tr>"]
+    for row in grid.rows:
+        cells = (_html_cell(row, column, grid) for column in grid.columns)
+        lines.append(f"<tr><th>{html.escape(row)}</th>{''.join(cells)}</tr>")
+    return '<table class="heat">\n' + "\n".join(lines) + "\n</table>"
 
 
-def svg_heatmap(grid: Grid) -> str:
-    """The grid as inline SVG; every cell has its numbers as a tooltip."""
-    cell_w, cell_h = 74, 20
-    left = 12 + 7 * max([len(row) for row in grid.rows] + [3])
-    head = 14 + 6 * max(len(column) for column in grid.columns)
-    width, height = left + cell_w * len(grid.columns) + head // 2 + 10, head + cell_h * len(grid.rows) + 8
-    out = [_svg_open(width, height, "norm of the change of each layer")]
-    for x, column in enumerate(grid.columns):
-        cx = left + x * cell_w + cell_w / 2
-        out.append(f'<text transform="translate({cx:.0f},{head - 6}) rotate(-40)">{html.escape(column)}</text>')
-    for y, row in enumerate(grid.rows):
-        top = head + y * cell_h
-        out.append(f'<text x="{left - 6}" y="{top + 14}" text-anchor="end">{html.escape(row)}</text>')
-        for x, column in enumerate(grid.columns):
-            value = grid.values.get((row, column))
-            if value is None:
-                continue
-            share = value / grid.top if math.isfinite(value) else 1.0
-            colour = _colour(share) if math.isfinite(value) else "#c4561b"
-            ink = "#fff" if share > 0.4 else "#123"
-            title = html.escape(f"{row}.{column}".strip(".") + f": {value:.6g}")
-            out.append(
-                f'<g><title>{title}</title><rect x="{left + x * cell_w}" y="{top}" width="{cell_w - 2}" '
-                f'height="{cell_h - 2}" rx="2" fill="{colour}"/><text x="{left + x * cell_w + cell_w / 2 - 1:.0f}" '
-                f'y="{top + 13}" text-anchor="middle" fill="{ink}">{value:.3g}</text></g>'
-            )
-    return "".join(out) + "</svg>"
-
-
-def _svg_open(width: float, height: float, label: str) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" viewBox="0 0 {width:.0f} '
-        f'{height:.0f}" width="{width:.0f}" height="{height:.0f}" font-family="system-ui,sans-serif" font-size="11">'
-    )
+def _html_cell(row: str, column: str, grid: Grid) -> str:
+    value = grid.values.get((row, column))
+    if value is None:
+        return "<td/>"
+    share = (value / grid.top) ** 0.7 if math.isfinite(value) else 1.0
+    colour = f"hsl(212,70%,{97 - 67 * share:.0f}%)" if math.isfinite(value) else "#c4561b"
+    title = html.escape(f"{row}.{column}".strip(".") + f": {value:.6g}")
+    ink = "#fff" if share > 0.5 else "#123"
+    return f'<td style="background:{colour};color:{ink}" title="{title}">{value:.3g}</td>'
 
 
 def svg_spectra(layers: list[LayerStrength]) -> str:
     """Singular values of each layer's change, sorted, one line a layer, coloured by depth; log scale."""
-    spectra = [(layer.module, [v for v in layer.singular_values if v > 0]) for layer in layers]
-    spectra = [(module, values) for module, values in spectra if values]
+    spectra = {layer.module: [v for v in layer.singular_values if v > 0] for layer in layers}
+    spectra = {module: values for module, values in spectra.items() if values}
     if not spectra:
         return ""
-    top = max(values[0] for _, values in spectra)
-    floor = max(min(values[-1] for _, values in spectra), top * 1e-6)
-    low, high = math.log10(floor), math.log10(top)
-    low = low if high - low > 1e-9 else high - 1
-    longest = max(len(values) for _, values in spectra)
+    top = max(values[0] for values in spectra.values())
+    high, low = math.log10(top), math.log10(max(min(values[-1] for values in spectra.values()), top * 1e-6))
+    low = min(low, high - 1)
+    longest = max(map(len, spectra.values()))
     left, width, height, pad = 58, 640, 300, 26
-    out = [_svg_open(left + width + 16, height + 2 * pad + 20, "singular values of each layer")]
-    for tick in range(math.floor(low), math.ceil(high) + 1):
-        if low <= tick <= high:
-            y = pad + (high - tick) / (high - low) * height
-            out.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e3e8ee"/>')
-            out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">1e{tick}</text>')
-    for index, (module, values) in enumerate(spectra):
+
+    def y(log: float) -> float:
+        return pad + (high - max(log, low)) / (high - low) * height
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="singular values of each layer" '
+        f'width="{left + width + 16}" height="{height + 2 * pad + 20}" font-family="system-ui,sans-serif" '
+        'font-size="11" fill="none" stroke-width="1.5" stroke-linecap="round">'
+    ]
+    for tick in range(math.ceil(low), math.floor(high) + 1):
+        out.append(f'<path d="M{left} {y(tick):.1f}h{width}" stroke="#e3e8ee"/>')
+        out.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end" fill="#123">1e{tick}</text>')
+    for index, (module, values) in enumerate(spectra.items()):
         hue = 210 + 130 * index / max(1, len(spectra) - 1)
-        points = " ".join(
-            f"{left + width * i / max(1, longest - 1):.1f},"
-            f"{pad + (high - max(math.log10(v), low)) / (high - low) * height:.1f}"
-            for i, v in enumerate(values)
-        )
-        colour = f"hsl({hue:.0f},60%,45%)"
-        mark = f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-opacity=".55"/>'
-        if len(values) == 1:
-            x, y = points.split(",")
-            mark = f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>'
-        out.append(f"<g><title>{html.escape(module)}: {values[0]:.4g} to {values[-1]:.4g}</title>{mark}</g>")
-    below = f'x="{left + width / 2}" y="{height + 2 * pad + 4}" text-anchor="middle"'
-    out.append(f"<text {below}>index (1 to {longest})</text>")
-    return "".join(out) + "</svg>"
+        points = [f"{left + width * i / max(1, longest - 1):.1f},{y(math.log10(v)):.1f}" for i, v in enumerate(values)]
+        points = " ".join(points if len(values) > 1 else 2 * points)  # a line without length shows its round ends
+        title = f"{html.escape(module)}: {values[0]:.4g} to {values[-1]:.4g}"
+        line = f'<polyline points="{points}" stroke="hsl({hue:.0f},60%,45%)" stroke-opacity=".55"/>'
+        out.append(f"<g><title>{title}</title>{line}</g>")
+    middle = f'x="{left + width / 2}" y="{height + 2 * pad + 4}" text-anchor="middle" fill="#123"'
+    return "\n".join([*out, f"<text {middle}>index (1 to {longest})</text></svg>"])
