@@ -32,6 +32,7 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.ecosystem: $(VENV)/.test
 	$(PIP) -e ".[ecosystem,quantization]"
+	-DS_BUILD_OPS=0 $(PIP) -e ".[deepspeed]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base
