@@ -73,6 +73,7 @@ def _tokens(peft_model: Any, encoder: BasePromptEncoder) -> torch.Tensor:
 
 
 def _embeds(peft_model: Any, encoder: BasePromptEncoder, batch: int, task_ids: torch.Tensor | None) -> torch.Tensor:
+    encoder.settle(encoder)
     rows = encoder(_tokens(peft_model, encoder), task_ids)
     if rows.shape[0] not in (1, batch):
         raise ValueError(

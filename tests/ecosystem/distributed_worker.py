@@ -27,11 +27,31 @@ CONFIGS: dict[str, Callable[[], peft.PeftConfig]] = {
     "vera": lambda: peft.VeraConfig(r=8, target_modules=TARGETS),
 }
 
+_IDS = {"cpt_token_ids": [5, 6, 7, 8, 9, 10], "cpt_tokens_type_mask": [1, 2, 2, 3, 4, 4]}
+PROMPTS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=5, prompt_tuning_init="SAMPLE_VOCAB"),
+    "p_tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=8),
+    "p_lstm": lambda: peft.PromptEncoderConfig(
+        num_virtual_tokens=5, encoder_hidden_size=8, encoder_reparameterization_type="LSTM", encoder_num_layers=1
+    ),
+    "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5),
+    "projected": lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=8),
+    "multitask": lambda: peft.MultitaskPromptTuningConfig(num_virtual_tokens=5, num_tasks=2, num_ranks=2),
+    "cpt": lambda: peft.CPTConfig(task_type="CAUSAL_LM", **_IDS, opt_weighted_loss_type="decay"),
+    "cartridge": lambda: peft.CartridgeConfig(num_virtual_tokens=5, num_frozen_tokens=2),
+}
+
+
+def extras(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the method wants to know besides the tokens."""
+    tasks = any(isinstance(m, peft.tuners.MultitaskPromptEmbedding) for m in model.modules())
+    return {"task_ids": tokens[:, 0] % 2} if tasks else {}
+
 
 def made(case: str, base: Any = None) -> peft.PeftModel:
     """The adapted model that all runs of a case start from: weights that have an effect, drawn from a seed."""
     torch.manual_seed(1)
-    config = CONFIGS[case]()
+    config = (CONFIGS | PROMPTS)[case]()
     config.task_type = "CAUSAL_LM"
     model = peft.get_peft_model(tiny.llama() if base is None else base, config)
     return tiny.spread(model, 0.05).train()  # type: ignore[return-value]
@@ -56,7 +76,7 @@ def train(model: nn.Module, rank: int = 0, world: int = 1, steps: int = STEPS) -
         return
     optim = optimizer(model)
     for tokens in batches(rank, world, steps):
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        model(input_ids=tokens, labels=tokens, **extras(model, tokens)).loss.backward()
         optim.step()
         optim.zero_grad()
 
@@ -105,7 +125,7 @@ class Engine(nn.Module):
         return self.engine(**batch)
 
     def fit(self, tokens: torch.Tensor) -> None:
-        self.engine.backward(self.engine(input_ids=tokens, labels=tokens).loss)
+        self.engine.backward(self.engine(input_ids=tokens, labels=tokens, **extras(self, tokens)).loss)
         self.engine.step()
 
 
@@ -132,9 +152,10 @@ def trained(mode: str, case: str, folder: Path) -> None:
     model.save_pretrained(folder, is_main_process=rank == 0)
     dist.barrier()
     with torch.no_grad():
-        live = spread.eval()(input_ids=tiny.ids()).logits
+        live = spread.eval()(input_ids=tiny.ids(), **extras(model, tiny.ids())).logits
     fresh = peft.PeftModel.from_pretrained(tiny.llama(), folder)
-    assert tiny.close(live, tiny.logits(fresh), 1e-5), f"{case}: the file gives other logits than the live model"
+    again = tiny.logits(fresh, **extras(model, tiny.ids()))
+    assert tiny.close(live, again, 1e-5), f"{case}: the file gives other logits than the live model"
     if mode != "ddp" and case in ("lora", "ia3"):
         reloaded_and_merged(model, spread, live, folder)
 

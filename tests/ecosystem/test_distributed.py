@@ -21,7 +21,7 @@ def launch(mode: str, folder: Path, *cases: str) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The adapters of all cases, trained by one process on whole batches."""
     folder = tmp_path_factory.mktemp("alone")
-    for case in worker.CONFIGS:
+    for case in worker.CONFIGS | worker.PROMPTS:
         model = worker.made(case)
         worker.train(model)
         model.save_pretrained(folder / case)
@@ -56,6 +56,16 @@ def test_sharded_training_equals_one_process(mode: str, alone: Path, tmp_path: P
     """With a trained head and gradient checkpointing as case "head"; the file gives one process the same logits."""
     launch(mode, tmp_path, *worker.CONFIGS)
     for case in worker.CONFIGS:
+        same_files(tmp_path / case, alone / case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp1", "fsdp2", "zero3"])
+def test_prompts_train_sharded_as_in_one_process(mode: str, alone: Path, tmp_path: Path) -> None:
+    if mode == "zero3":
+        pytest.importorskip("deepspeed")
+    launch(mode, tmp_path, *worker.PROMPTS)
+    for case in worker.PROMPTS:
         same_files(tmp_path / case, alone / case)
 
 

@@ -76,6 +76,9 @@ class BasePromptEncoder(nn.Module):
         """The method's own loss; `labels` [b, T] of the text, `logits` [b, n + T, vocab] with the prompt."""
         raise NotImplementedError(f"{type(self).__name__} does not implement loss")
 
+    def settle(self, unit: nn.Module) -> None:
+        """Change parameters before a forward, `unit` being the encoder or what wraps it: inside, they may be copies."""
+
     @classmethod
     def has_loss(cls) -> bool:
         return cls.loss is not BasePromptEncoder.loss

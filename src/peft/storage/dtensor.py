@@ -8,7 +8,7 @@ the same random numbers (dropout), as the libraries that split models demand for
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -54,6 +54,19 @@ def like(value: torch.Tensor, reference: Any) -> torch.Tensor:
 def put(reference: torch.Tensor, value: torch.Tensor) -> None:
     """Write a whole `value` into a tensor that may be sharded."""
     local(reference.data).copy_(like(value, reference))
+
+
+@torch.no_grad()
+def rewrite(parameter: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """`change` a whole parameter that may be sharded; with ZeRO also the optimiser's own copy, which overwrites it."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed import utils  # pyright: ignore[reportMissingImports]
+
+        value = utils.safe_get_full_fp32_param(parameter)
+        if value is not None:  # the engine has an optimiser
+            utils.safe_set_full_fp32_param(parameter, change(value))
+    with gathered([parameter]):
+        put(parameter, change(whole(parameter.detach())))
 
 
 class Split:

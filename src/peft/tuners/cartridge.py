@@ -18,6 +18,7 @@ from torch import nn
 from ..config import PeftConfig, PromptLearningConfig, option
 from ..core.prompt import PROMPT_KEY, BasePromptEncoder, prompt_rows, sizes
 from ..registry import register_method
+from ..storage.dtensor import whole
 from ..utils.peft_types import PeftType
 
 
@@ -79,7 +80,7 @@ class CartridgeEncoder(BasePromptEncoder):
         return rows if indices is None else rows.expand(indices.shape[0], -1, -1)
 
     def export(self) -> dict[str, torch.Tensor]:
-        return {PROMPT_KEY: self.weight.detach().clone().cpu()}
+        return {PROMPT_KEY: whole(self.weight.detach()).clone().cpu()}
 
     def load_prompt_embeddings(self, prompt_embeddings: torch.Tensor) -> None:
         """Copy rows [nv, 2 L d] into the frozen and the trained part."""

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import PromptLearningConfig, option
+from ..core.offload import unsharded
 from ..core.prompt import BasePromptEncoder, sizes, word_vectors
 from ..registry import register_method
+from ..storage.dtensor import rewrite
 from ..utils.peft_types import TaskType
 
 
@@ -109,16 +111,24 @@ class CPTEmbedding(BasePromptEncoder):
 
     def get_projection(self) -> torch.Tensor:
         """Delta with every row projected into its ball, [nv, d]."""
-        with torch.no_grad():
-            delta = self.delta_embedding.weight.detach()
-            norm = delta.norm(dim=1)
-            scale = torch.where(norm > 0, self.epsilon / norm.clamp(min=self.epsilon), torch.ones_like(norm))
-            return delta * scale.unsqueeze(1)
+        return self._projected(self.delta_embedding.weight.detach())
+
+    @torch.no_grad()
+    def _projected(self, delta: torch.Tensor) -> torch.Tensor:
+        norm = delta.norm(dim=1)
+        scale = torch.where(norm > 0, self.epsilon / norm.clamp(min=self.epsilon), torch.ones_like(norm))
+        return delta * scale.unsqueeze(1)
+
+    def settle(self, unit: nn.Module) -> None:
+        """Project delta where the optimiser sees it, if that is not where `forward` does."""
+        if self.training and torch.distributed.is_initialized():
+            with unsharded(unit, write=True):
+                rewrite(self.delta_embedding.weight, self._projected)
 
     def forward(self, indices: torch.Tensor, task_ids: Any = None) -> torch.Tensor:
         delta = self.delta_embedding.weight
         with torch.no_grad():
-            delta.copy_(self.get_projection())
+            delta.data.copy_(self.get_projection())  # .data: for FSDP1 it is a view that must not change
         delta = torch.where(self.moves, delta, delta.detach())
         return self.embedding(indices) + F.embedding(indices, delta)
 

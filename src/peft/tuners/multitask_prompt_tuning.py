@@ -14,6 +14,7 @@ from torch import nn
 from ..config import option
 from ..core.prompt import PROMPT_KEY, sizes
 from ..registry import register_method
+from ..storage.dtensor import whole
 from .prompt_tuning import PromptEmbedding, PromptTuningConfig
 
 
@@ -97,7 +98,7 @@ class MultitaskPromptEmbedding(PromptEmbedding):
 
     def export(self) -> dict[str, torch.Tensor]:
         tensors = {name: getattr(self, name) for name in _FACTORS} | {PROMPT_KEY: self.embedding.weight}
-        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        return {name: whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
 
     def load(self, state_dict: dict[str, Any]) -> None:
         super().load(state_dict)

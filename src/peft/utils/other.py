@@ -254,6 +254,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> functools.partial:
     from torch.distributed.fsdp.wrap import _or_policy, lambda_auto_wrap_policy, transformer_auto_wrap_policy
 
     from ..tuners.cartridge import CartridgeEncoder
+    from ..tuners.cpt import CPTEmbedding
     from ..tuners.p_tuning import PromptEncoder
     from ..tuners.prefix_tuning import PrefixEncoder
     from ..tuners.prompt_tuning import PromptEmbedding
@@ -267,8 +268,9 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> functools.partial:
             f"Could not find the transformer layer class to wrap in the model: {', '.join(missing)}. "
             "Set FSDP_TRANSFORMER_CLS_TO_WRAP to class names that the model contains."
         )
-    classes = {available[name] for name in names} | {PrefixEncoder, PromptEncoder, PromptEmbedding, CartridgeEncoder}
-    read = _read_leaves(model)
+    classes = {available[name] for name in names}
+    classes |= {PrefixEncoder, PromptEncoder, PromptEmbedding, CartridgeEncoder, CPTEmbedding}
+    read = _read_leaves(model) | {id(m.delta_embedding) for m in model.modules() if isinstance(m, CPTEmbedding)}
     leaves = functools.partial(
         lambda_auto_wrap_policy, lambda_fn=lambda module: _is_trainable_leaf(module) and id(module) not in read
     )
