@@ -257,8 +257,8 @@ class Mergeable:
 
     @torch.no_grad()
     def get_delta_weight(self: Any, adapter: str) -> torch.Tensor:
-        """The additive weight of an adapter in the orientation of the base weight."""
-        if self.hooks & {"delta_weight", "factors"}:
+        """What merging the adapter adds to the base weight, in the orientation of the base weight."""
+        if self.hooks & {"delta_weight", "factors"} and self.additive(adapter):
             return self._to_storage(self.delta_weight(adapter))
         weight = self.base_weight()
-        return self._to_storage(self.map_weight(adapter, weight) - weight)
+        return self._to_storage(self._applied(adapter, weight, None)[0] - weight)

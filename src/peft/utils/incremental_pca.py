@@ -7,10 +7,12 @@ variance: Youngs and Cramer 1971, in float64.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 
+@dataclass(eq=False, repr=False)
 class IncrementalPCA:
     """PCA fitted batch by batch; memory is that of one batch plus the components.
 
@@ -18,35 +20,25 @@ class IncrementalPCA:
     (default twice the components) and `lowrank_niter`, seeded by `lowrank_seed` without touching the global generator.
     """
 
-    mean_: torch.Tensor | None = None
-    var_: torch.Tensor | None = None
+    n_components: int | None = None
+    copy: bool | None = True
+    batch_size: int | None = None
+    svd_driver: str | None = None
+    lowrank: bool = False
+    lowrank_q: int | None = None
+    lowrank_niter: int = 4
+    lowrank_seed: int | None = None
 
-    def __init__(
-        self,
-        n_components: int | None = None,
-        copy: bool | None = True,
-        batch_size: int | None = None,
-        svd_driver: str | None = None,
-        lowrank: bool = False,
-        lowrank_q: int | None = None,
-        lowrank_niter: int = 4,
-        lowrank_seed: int | None = None,
-    ):
-        self.n_components = n_components
-        self.copy = copy
-        self.batch_size = batch_size
-        self.svd_driver = svd_driver
-        self.lowrank = lowrank
-        self.lowrank_q = lowrank_q
-        self.lowrank_niter = lowrank_niter
-        self.lowrank_seed = lowrank_seed
+    def __post_init__(self) -> None:
+        self.mean_: torch.Tensor | None = None
+        self.var_: torch.Tensor | None = None
         self.n_features_: int | None = None
-        if lowrank:
-            if n_components is None:
+        if self.lowrank:
+            if self.n_components is None:
                 raise ValueError("n_components must be specified when using lowrank mode with lowrank_q=None.")
-            if lowrank_q is None:
-                self.lowrank_q = n_components * 2
-            elif lowrank_q < n_components:
+            if self.lowrank_q is None:
+                self.lowrank_q = self.n_components * 2
+            elif self.lowrank_q < self.n_components:
                 raise ValueError("lowrank_q must be greater than or equal to n_components.")
 
     def _svd(self, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -120,8 +120,7 @@ class _SafetensorLoader:
             return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors*"]))
         except (LocalEntryNotFoundError, HFValidationError) as error:
             raise ValueError(
-                f"The weights of {name!r} are not in the local cache as safetensors files; download them or pass"
-                " `model_path`."
+                f"The local cache has no safetensors files of {name!r}; download them or pass `model_path`."
             ) from error
 
     def get_tensor(self, name: str) -> torch.Tensor:
@@ -165,8 +164,7 @@ def replace_lora_weights_loftq(
 
     if not is_bnb_4bit_available():
         raise ValueError(
-            "bitsandbytes must be installed (pip install 'peft[quantization]') and the model must be quantized in "
-            "4bits."
+            "bitsandbytes must be installed (pip install 'peft[quantization]') and the model be quantized in 4bits."
         )
     layers = _layers_4bit(peft_model, adapter_name)
     if not layers:

@@ -11,7 +11,6 @@ from torch import nn
 
 from ...config import CONFIG_NAME
 from .config import ArrowConfig, LoraConfig
-from .layer import LoraLayer
 from .variants.arrow import Arrow as Arrow
 
 _TASK, _GENERAL, _ROUTER = "task", "gks", "arrow_router"
@@ -71,29 +70,22 @@ def _location(path: str) -> dict[str, Any]:
     return {"path": "/".join(parts[:2]), **subfolder}
 
 
-def _check_experts(model: nn.Module, names: list[str]) -> tuple[int, set[str]]:
+def _check_experts(model: Any, names: list[str]) -> tuple[int, set[str]]:
     """Rank and target names (last parts) that all experts share."""
     shapes: dict[str, dict[str, Any]] = {n: {} for n in names}
-    leaves: dict[str, set[str]] = {n: set() for n in names}
-    for key, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    for key, layer in model.base_model.named_layers().items():
         for name in names:
             if name not in layer:
                 continue
             if not layer.kind.is_linear:
-                raise TypeError(
-                    f"Arrow only supports linear layers, but {name!r} adapts {key!r}, a "
-                    f"{type(layer.get_base_layer()).__name__}."
-                )
+                what = type(layer.get_base_layer()).__name__
+                raise TypeError(f"Arrow only supports linear layers, but {name!r} adapts {key!r}, a {what}.")
             shapes[name][key] = tuple(tuple(t.shape) for t in layer.factor_tensors(name))
-            leaves[name].add(key.rsplit(".", 1)[-1])
-    first = names[0]
-    for name in names[1:]:
-        if leaves[name] != leaves[first]:
+    first, *others = names
+    for name in others:
+        if differ := shapes[name].keys() ^ shapes[first].keys():
             raise ValueError(
-                f"All experts must target the same modules: {first!r} has {sorted(leaves[first])}, {name!r} "
-                f"has {sorted(leaves[name])}."
+                f"All experts must target the same modules: {first!r} and {name!r} differ in {sorted(differ)}."
             )
         if shapes[name] != shapes[first]:
             raise ValueError(
@@ -102,4 +94,4 @@ def _check_experts(model: nn.Module, names: list[str]) -> tuple[int, set[str]]:
     ranks = {A[0] for A, _ in shapes[first].values()}
     if len(ranks) != 1:
         raise ValueError(f"All layers of an expert must have the same rank, {first!r} has {sorted(ranks)}.")
-    return ranks.pop(), leaves[first]
+    return ranks.pop(), {key.rpartition(".")[2] for key in shapes[first]}

@@ -27,8 +27,7 @@ def target_layers(model: nn.Module, cfg: Any) -> dict[str, nn.Module]:
         found = default_targets("lora", model_type)
         if found is None:
             raise ValueError(
-                "Please specify `target_modules` in `peft_config`: there are no defaults for model type "
-                f"{model_type!r}."
+                f"Please specify `target_modules` in `peft_config`: no defaults for model type {model_type!r}."
             )
         cfg.target_modules = found if isinstance(found, str) else set(found)
     everything = isinstance(cfg.target_modules, str) and cfg.target_modules.lower() == ALL_LINEAR

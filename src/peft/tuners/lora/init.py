@@ -104,16 +104,12 @@ def corda(layer: "LoraLayer", name: str, cfg: Any) -> None:
     W = compute_weight(layer, name)
     U, S, V = (t.to(W.device, W.dtype) for t in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
     if not all(torch.isfinite(t).all() for t in (U, S, V)):
-        raise ValueError(
-            "Invalid value found in the CorDA decomposition (NaN or infinity). Please file an issue with "
-            "the covariance data."
-        )
+        raise ValueError("Invalid value found in the CorDA decomposition (NaN or infinity). Check the sample data.")
     sizes = {"U_WC": (U, (layer.out_features, r)), "S_WC": (S, (r,)), "V_WC": (V, (layer.in_features, r))}
     for label, (tensor, wanted) in sizes.items():
         if tuple(tensor.shape) != wanted:
             raise ValueError(
-                f"Size mismatch of {label}: {tuple(tensor.shape)}, expected {wanted}; was the rank the same "
-                "in `preprocess_corda`?"
+                f"{label} is {tuple(tensor.shape)}, expected {wanted}; was the rank the same in `preprocess_corda`?"
             )
     _replace(layer, name, W, *split_svd(U, S / s, V.T, r, balanced=True))
     del base.eigens
@@ -230,8 +226,7 @@ def check(cfg: Any, key: str, kind: type[kinds.LayerKind], base: nn.Module) -> N
             raise TypeError(f"{text}: a {resolve(base).label} weight cannot be read.")
         if function is not olora and (weight is None or weight.dtype not in ALLOWED_COMPUTE_DTYPES):
             raise TypeError(
-                f"{text}: it needs a float weight. Load the base model in float32, float16 or bfloat16, or "
-                "quantise it afterwards."
+                f"{text}: it needs a float weight. Load the base model in floats, or quantise it afterwards."
             )
         limit = min(kind.shape(base)[:2])
         if function in (pissa, olora, mica) and cfg.r > limit:

@@ -63,9 +63,8 @@ class LoraLayer(Rescaling, AdapterLayer):
         self.allocate(name, cfg)
         if cfg.lora_bias and self.kind.bias(self.get_base_layer()) is None:
             warnings.warn(
-                "`lora_bias=True` was passed but the targeted layer of type "
-                f"{type(self.get_base_layer()).__name__} has no bias. "
-                "This means that merging LoRA weights won't be possible.",
+                f"`lora_bias=True` was passed but the targeted {type(self.get_base_layer()).__name__} has no bias: "
+                "merging LoRA weights won't be possible.",
                 PeftWarning,
                 stacklevel=4,
             )
@@ -191,14 +190,6 @@ class LoraLayer(Rescaling, AdapterLayer):
     def check_merge(self, name: str) -> None:
         super().check_merge(name)
         self.variant_of(name).check_merge(self, name)
-
-    @torch.no_grad()
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """What merging the adapter adds to the base weight, in the orientation of the base weight."""
-        if self.additive(adapter):
-            return self._to_storage(self.delta_weight(adapter))
-        weight = self.base_weight()
-        return self._to_storage(self._applied(adapter, weight, None)[0] - weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.kind.is_linear and self.variant_of(adapter_name).standalone and self.storage.label is None

@@ -80,8 +80,7 @@ class LoraModel(TunerModel):
         found = next((c for t, c in mapping.items() if isinstance(module, t)), None)
         if found is not None and not issubclass(found, LoraLayer):
             raise TypeError(
-                f"The custom class {found.__name__} for {type(module).__name__} must be a subclass of "
-                "peft.tuners.lora.LoraLayer."
+                f"The class {found.__name__} for {type(module).__name__} must be a subclass of lora.LoraLayer."
             )
         return found
 
@@ -172,8 +171,7 @@ class LoraModel(TunerModel):
             raise ValueError(f"Adapter {adapter_name} does not exist; there are {sorted(self.peft_config)}.")
         if init.changes_base(self.peft_config[adapter_name].init_lora_weights):
             raise ValueError(
-                f"Adapter {adapter_name} holds the initial factors: load it with `init_lora_weights=True`, or they are "
-                "computed again."
+                f"Load adapter {adapter_name} with `init_lora_weights=True`, or its initial factors are computed again."
             )
         gathered = (kwargs or {}).get("state_dict")
         if gathered is not None:

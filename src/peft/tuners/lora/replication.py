@@ -39,8 +39,7 @@ def replicate_layers(model: nn.Module, layer_map: Ranges) -> Callable[[], None]:
     if done is not None:
         if done != ranges:
             raise ValueError(
-                f"The layers are replicated with {done} already; an adapter with layer_replication={ranges} "
-                "can't be added."
+                f"The layers are replicated with {done} already; layer_replication={ranges} can't be added."
             )
         return lambda: None
     if any(isinstance(m, AdapterLayer) for m in layers.modules()):

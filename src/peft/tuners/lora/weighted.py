@@ -40,8 +40,7 @@ def combine(
         raise ValueError(f"add_weighted_adapter does not support target_parameters, which {with_parameters} use.")
     if any(c.kasa_config or c.arrow_config for c in configs):
         raise ValueError(
-            "KaSA and Arrow adapters cannot be combined: they belong to a changed base model or route to "
-            "other adapters."
+            "KaSA and Arrow adapters cannot be combined: they belong to a changed base or route to other adapters."
         )
     ranks = [max([c.r, *(c.rank_pattern or {}).values()]) for c in configs]
     cfg = combined_config(tuner, adapters, weights)

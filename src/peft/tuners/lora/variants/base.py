@@ -45,8 +45,7 @@ class LoraVariant:
             names = ", ".join(k.name for k in cls.kinds)
             raise ValueError(
                 f"{cls.name} does not support {key!r}, which is a {what} layer (supported: {names}"
-                f"{', also quantised' if cls.quantised else ''}). Unsupported combination: leave that "
-                "module out of target_modules."
+                f"{', also quantised' if cls.quantised else ''}). Leave that module out of target_modules."
             )
 
     @property

@@ -45,8 +45,7 @@ def blocked_factor(options: Any, key: str) -> str | None:
         raise ValueError(f"{key!r} matches both target_modules_bd_a and target_modules_bd_b of BD-LoRA.")
     if not hits and options.match_strict:
         raise ValueError(
-            f"{key!r} matches neither target_modules_bd_a nor target_modules_bd_b of BD-LoRA; add it to "
-            "one, or set match_strict=False."
+            f"{key!r} is in neither target_modules_bd_a nor target_modules_bd_b; add it, or set match_strict=False."
         )
     return hits[0] if hits else None
 

@@ -35,8 +35,7 @@ class Dora(LoraVariant):
         super().check(cfg, key, kind, layer_storage, base)
         if not layer_storage.readable:
             raise ValueError(
-                f"DoRA needs the weight of {key!r}, but a {layer_storage.label} weight cannot be read. "
-                "Set use_dora=False."
+                f"DoRA needs the weight of {key!r}, but {layer_storage.label} cannot be read. Set use_dora=False."
             )
         if getattr(base, "groups", 1) != 1:
             raise ValueError(
