@@ -7,6 +7,7 @@ put in front of the input embeddings (`produces = "embeds"`) or are the keys and
 arguments of the base model.
 """
 
+import contextlib
 import sys
 import warnings
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -162,19 +163,15 @@ def _first(values: dict[str, Any], field: str, names: str) -> Any:
 
 def _cache_shape(config: PromptLearningConfig, values: dict[str, Any]) -> tuple[int, int]:
     """(head_dim, key/value heads) that the prefix is made for; the widest layer's when layers differ."""
-    heads = values["num_key_value_heads"]
+    heads, head_dim = values["num_key_value_heads"], values.get("head_dim")
     if values.get("global_head_dim") is not None:
         return values["global_head_dim"], values.get("num_global_key_value_heads") or heads
-    head_dim = values.get("head_dim")
-    own = head_dim if head_dim is not None else sizes(config).width // sizes(config).heads
-    overrides = values.get("per_layer_config")
-    if overrides is not None:
-        shapes = [(own, heads)]
-        for entry in (_as_dict(v) for v in (overrides.values() if isinstance(overrides, dict) else overrides)):
-            if entry.get("head_dim") is not None:
-                shapes.append((entry["head_dim"], entry.get("num_key_value_heads") or heads))
-        return max(shapes, key=lambda shape: shape[0])
-    return own, heads
+    if head_dim is None:
+        head_dim = sizes(config).width // sizes(config).heads
+    overrides = values.get("per_layer_config") or ()
+    layers = [_as_dict(layer) for layer in (overrides.values() if isinstance(overrides, dict) else overrides)]
+    own = [(v["head_dim"], v.get("num_key_value_heads") or heads) for v in layers if v.get("head_dim") is not None]
+    return max([(head_dim, heads), *own], key=lambda shape: shape[0])
 
 
 def _encoder_class(config: PromptLearningConfig) -> type[BasePromptEncoder]:
@@ -230,12 +227,9 @@ def find_word_embeddings(peft_model: Any) -> nn.Module:
     """The module that embeds token ids; looked up on each use, since resizing the vocabulary replaces it."""
     base = peft_model.base_model
     if callable(getattr(base, "get_input_embeddings", None)):
-        try:
-            words = base.get_input_embeddings()
-        except NotImplementedError:
-            words = None
-        if words is not None:
-            return words
+        with contextlib.suppress(NotImplementedError):
+            if (words := base.get_input_embeddings()) is not None:
+                return words
     values = _as_dict(base.config)
     vocab = values.get("vocab_size") or _as_dict(values.get("text_config") or {}).get("vocab_size")
     for name, parameter in base.named_parameters():

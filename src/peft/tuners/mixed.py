@@ -2,8 +2,7 @@
 """MixedModel: adapters of several methods in one model.
 
 Layers of different methods nest (the later one wraps the earlier one). One tuner a method does the injection and holds
-what that method shares between layers; switching, merging and deleting work on all layers at once, whatever their
-method.
+what that method shares between layers; switching, merging and deleting work on all layers at once, of any method.
 """
 
 import contextlib
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import PeftConfig
@@ -40,14 +38,8 @@ def check_mixable(config: PeftConfig) -> None:
 class MixedModel(TunerModel):
     """The tuner of a PeftMixedModel."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: PeftConfig | dict[str, PeftConfig],
-        adapter_name: str,
-        low_cpu_mem_usage: bool = False,
-    ):
-        super().__init__(model, config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    def __init__(self, model: nn.Module, config: Any, adapter_name: str, low_cpu_mem_usage: bool = False):
+        super().__init__(model, config, adapter_name, low_cpu_mem_usage)
         self.active_adapter = self.active_adapters
 
     def _surround(self, model: nn.Module, configs: dict[str, PeftConfig], switch: Switch | None = None) -> None:
@@ -65,14 +57,7 @@ class MixedModel(TunerModel):
                 setattr(self, name, container)
         return self._tuners[cls]
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject an adapter with the tuner of its method."""
         config = self.peft_config[adapter_name]
         check_mixable(config)
@@ -80,7 +65,7 @@ class MixedModel(TunerModel):
         tuner = self._tuner_of(config)
         tuner.peft_config[adapter_name] = config
         try:
-            tuner.inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            tuner.inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             tuner.peft_config.pop(adapter_name, None)
             raise

@@ -52,20 +52,18 @@ class OFTConfig(PeftConfig):
         if (self.r == 0) == (self.oft_block_size == 0):
             raise ValueError(
                 f"Either `r` or `oft_block_size` must be non-zero, and not both: got r={self.r} and "
-                f"oft_block_size={self.oft_block_size}. "
-                "To give r, pass oft_block_size=0 too."
+                f"oft_block_size={self.oft_block_size}. To give r, pass oft_block_size=0 too."
             )
 
     @classmethod
     def check_file_values(cls, values: dict[str, Any]) -> dict[str, Any]:
         if "oft_block_size" not in values:
             raise ValueError(
-                "OFT has been updated since PEFT 0.14.0. Your trained adapter weights are incompatible "
-                "with the latest version of OFT."
+                "OFT has been updated since PEFT 0.14.0. Your trained adapter weights are incompatible with the latest "
+                "version of OFT."
             )
-        if values.get("use_cayley_neumann") and version.parse(
-            str(values.get("peft_version") or "0.0.0")
-        ) < version.parse("0.18.0"):
+        written_by = version.parse(str(values.get("peft_version") or "0.0.0"))
+        if values.get("use_cayley_neumann") and written_by < version.parse("0.18.0"):
             warnings.warn(
                 "The Cayley-Neumann parameterization has been slightly changed; adapters trained with "
                 "PEFT < 0.18.0 may give slightly other outputs.",
@@ -126,8 +124,7 @@ class OFTLayer(FixedScale, AdapterLayer):
         if fitting != given:
             option_name = "oft_block_size" if cfg.oft_block_size else "r"
             warnings.warn(
-                f"Invalid `{option_name}` ({given}) for a width of {features}. Adjusted `{option_name}` "
-                f"to ({fitting}).",
+                f"Invalid `{option_name}` ({given}) for width {features}. Adjusted `{option_name}` to ({fitting}).",
                 stacklevel=2,
             )
         size, blocks = (fitting, features // fitting) if cfg.oft_block_size else (features // fitting, fitting)
@@ -155,9 +152,8 @@ class OFTLayer(FixedScale, AdapterLayer):
         return self._rotated(w, self._rotations(name))
 
     def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return self._rotated(
-            w, cayley.inverse(self._rotations(name), exact=not self._container()[name].use_cayley_neumann)
-        )
+        exact = not self._container()[name].use_cayley_neumann
+        return self._rotated(w, cayley.inverse(self._rotations(name), exact=exact))
 
     def _rotated(self, w: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         if self.kind is kinds.Embedding:

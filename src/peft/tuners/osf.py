@@ -2,8 +2,7 @@
 """OSF: Sculpting Subspaces, Constrained Full Fine-Tuning in LLMs for Continual Learning (arXiv 2504.07097).
 
 ΔW = U diag(S) V - U₀ diag(S₀) V₀ over the smallest singular triplets of W; gradients of U and V are projected so that
-the large singular
-subspaces stay untouched.
+the large singular subspaces stay untouched.
 """
 
 import re
@@ -133,6 +132,5 @@ class OSFModel(TunerModel):
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         if self._rank(cfg, key, module) == 0:
             raise ValueError(
-                f"Target module {key}: the preserved rank is 0 (effective_rank={cfg.effective_rank}); "
-                "it must be at least 1."
+                f"Target module {key}: the preserved rank is 0 (effective_rank={cfg.effective_rank}), the least is 1."
             )

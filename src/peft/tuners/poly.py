@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import PeftConfig, excludes, option, saves, targets
+from ..config import PeftConfig, excludes, option, positive, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.slots import Aux, Trainable
@@ -128,8 +128,7 @@ class PolyModel(TunerModel):
         if cfg.poly_type != "poly":
             raise ValueError(f"Unsupported poly_type {cfg.poly_type!r}: only 'poly' exists.")
         for option_name in ("r", "n_tasks", "n_skills", "n_splits"):
-            if (value := getattr(cfg, option_name)) <= 0:
-                raise ValueError(f"`{option_name}` should be a positive integer value but the value passed is {value}")
+            positive(option_name, getattr(cfg, option_name))
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         out, n_in = self.target_shape(module)[:2]

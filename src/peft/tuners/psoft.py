@@ -2,9 +2,8 @@
 """PSOFT: Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation (arXiv 2505.11235).
 
 ΔW = B (R - I) A on the top-r singular subspace W ≈ B A, R = diag(b) C diag(a), C the Cayley map of a trained skew
-matrix.
-A and B are recomputed from the base weight whenever an adapter is made or loaded. Another solver (a GPU's) may turn
-signs around, so the text part of a file says what they were.
+matrix. A and B are recomputed from the base weight whenever an adapter is made or loaded. Another solver (a GPU's) may
+turn signs around, so the text part of a file says what they were.
 """
 
 import json

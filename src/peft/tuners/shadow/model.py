@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...config import positive
 from ...core.layer import AdapterLayer
 from ...core.tuner import TunerModel
 from ...registry import register_method
@@ -47,8 +48,7 @@ class ShadowModel(TunerModel):
     # ---- injection
     def check_config(self, name: str, cfg: Any) -> None:
         super().check_config(name, cfg)
-        if cfg.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r}")
+        positive("r", cfg.r)
         others = [c for n, c in self.peft_config.items() if n != name]
         if others and any(c.task_type == "SEQ_CLS" for c in (cfg, *others)):
             raise ValueError(
