@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from .utils.peft_types import PeftType, TaskType
 from .version import __version__
@@ -66,6 +66,14 @@ def nearest(name: str, valid: Any, prefix: str = " Did you mean ") -> str:
     """Text like " Did you mean 'lora_alpha'?" or "" when nothing is close."""
     found = difflib.get_close_matches(str(name), [str(v) for v in valid], n=3, cutoff=0.6)
     return prefix + " or ".join(repr(f) for f in found) + "?" if found else ""
+
+
+def check_choice(options: Any, *names: str) -> None:
+    """The values must be among those of the fields' `Literal`."""
+    for name in names:
+        value, valid = getattr(options, name), get_args(inspect.get_annotations(type(options))[name])
+        if value not in valid:
+            raise ValueError(f"Unknown `{name}` {value!r}; use one of {', '.join(valid)}.{nearest(value, valid)}")
 
 
 def positive(name: str, value: Any) -> Any:

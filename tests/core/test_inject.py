@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, NoMatchingPeftModuleError, get_peft_model, inject_adapter_in_model
+from peft import (
+    C3AConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    LoraConfig,
+    NoMatchingPeftModuleError,
+    OSFConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 
@@ -49,6 +58,25 @@ def test_nothing_matched(options, said, not_said):
 def test_partly_matched():
     with pytest.warns(UserWarning, match=r"\['kye'\] matched no module. 'kye': nearest 'key'"):
         assert targets(target_modules=["q", "kye"]) == [f"layers.{i}.q" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "config, field",
+    [
+        (LoraConfig(r=2, rank_pattern={"nothing": 4}), "rank_pattern"),
+        (C3AConfig(block_size=4, block_size_pattern={"nothing": 2}), "block_size_pattern"),
+        (DeloraConfig(r=2, lambda_pattern={"nothing": 2}), "lambda_pattern"),
+        (FourierFTConfig(n_frequency=4, n_frequency_pattern={"nothing": 2}), "n_frequency_pattern"),
+        (OSFConfig(rank_pattern={r"s\.0": 1}), None),  # a regex that is searched for
+    ],
+)
+def test_pattern_keys_that_match_nothing_are_named(config, field):
+    config.target_modules = {"q"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        get_peft_model(Net(), config)
+    found = [str(w.message) for w in said if "did not match any targeted module" in str(w.message)]
+    assert len(found) == (field is not None) and all(f"['nothing'] of `{field}`" in text for text in found)
 
 
 def test_a_module_and_its_parameter_are_not_both_adapted():

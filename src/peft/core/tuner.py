@@ -358,8 +358,8 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
         names.extend(n for n in new if n not in known)
 
     def _check_patterns(self, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
-        for field in ("rank_pattern", "alpha_pattern"):
-            if lost := match.unmatched_patterns(getattr(cfg, field, None), layers):
+        for field in self.patterned.values():
+            if lost := match.unmatched_patterns(getattr(cfg, field), layers):
                 hint = match.suggestions(lost, list(layers))
                 warnings.warn(
                     f"Keys {lost} of `{field}` did not match any targeted module. {hint}".strip(),

@@ -102,8 +102,7 @@ class AdaLoraLayer(Rescaling, AdapterLayer):
         return Factors(self.lora_A[name], self.lora_B[name], scale, dropout_p(self.lora_dropout[name]))
 
     def delta_weight(self, name: str) -> torch.Tensor:
-        A, B, scale, _ = self.factors(name)
-        return ((B * scale) @ A).view(self.kind.shape(self.get_base_layer()))
+        return super().delta_weight(name).view(self.kind.shape(self.get_base_layer()))
 
 
 def orthogonality(layers: list["AdaLoraLayer"], name: str) -> torch.Tensor:
@@ -129,16 +128,11 @@ class RankAllocator:
         self.target_budget = cfg.target_r * len(layers)
         self.averages: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}  # by layer and slot
 
-    def budget(self, step: int) -> tuple[int, bool]:
-        """(triplets that may live, whether to mask now): a cubic decay between tinit and total_step - tfinal."""
-        cfg = self.cfg
-        last = cfg.total_step - cfg.tfinal
-        if step <= cfg.tinit:
-            return self.init_budget, False
-        if step > last:
-            return self.target_budget, True
-        rest = 1 - (step - cfg.tinit) / (last - cfg.tinit)
-        return int((self.init_budget - self.target_budget) * rest**3 + self.target_budget), step % cfg.deltaT == 0
+    def budget(self, step: int) -> int:
+        """How many triplets may live: a cubic decay between tinit and total_step - tfinal."""
+        start, last = self.cfg.tinit, self.cfg.total_step - self.cfg.tfinal
+        rest = 1 - min(max((step - start) / (last - start), 0), 1)
+        return int((self.init_budget - self.target_budget) * rest**3 + self.target_budget)
 
     def observe(self) -> None:
         """Update the averages of |p·grad| and of its deviation; parameters without gradient are skipped."""
@@ -152,23 +146,19 @@ class RankAllocator:
                     mean = b1 * mean + (1 - b1) * now
                     self.averages[key, slot] = mean, b2 * spread + (1 - b2) * (now - mean).abs()
 
-    def _scores(self, key: str) -> torch.Tensor | None:
-        """[r] importance of the triplets of one layer."""
-        parts = [self.averages[key, s] for s in ("lora_E", "lora_A", "lora_B") if (key, s) in self.averages]
-        if len(parts) < 3:
-            return None
-        e, a, b = (mean * spread for mean, spread in parts)
-        return e[:, 0] + a.mean(1) + b.mean(0)
-
     @torch.no_grad()
     def mask(self, budget: int) -> dict[str, list[bool]]:
         """Set E_k = 0 for the least important triplets; returns which survive."""
-        scores = {key: s for key in self.layers if (s := self._scores(key)) is not None}
+        scores, pattern = {}, {}
+        for key in self.layers:
+            parts = [self.averages[key, s] for s in ("lora_E", "lora_A", "lora_B") if (key, s) in self.averages]
+            if len(parts) == 3:
+                e, a, b = (mean * spread for mean, spread in parts)
+                scores[key] = e[:, 0] + a.mean(1) + b.mean(0)  # [r]
         surplus = self.init_budget - budget
-        pattern = {}
-        threshold = torch.cat(list(scores.values())).kthvalue(surplus)[0] if scores and surplus > 0 else None
+        threshold = torch.cat(list(scores.values())).kthvalue(surplus)[0] if scores and surplus > 0 else -torch.inf
         for key, s in scores.items():
-            dead = torch.zeros_like(s, dtype=torch.bool) if threshold is None else s <= threshold
+            dead = s <= threshold
             self.layers[key].lora_E[self.name].masked_fill_(dead[:, None], 0.0)
             pattern[f"{key}.lora_E.{self.name}"] = (~dead).tolist()
         return pattern
@@ -204,9 +194,6 @@ class AdaLoraModel(TunerModel):
                 return cfg.with_values(kept_r=sum(alive))
         return cfg
 
-    def _check_patterns(self, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
-        """Here rank_pattern holds masks, not ranks."""
-
     def _training(self) -> list[str]:
         return [n for n, c in self.peft_config.items() if isinstance(c, AdaLoraConfig) and not c.inference_mode]
 
@@ -234,9 +221,8 @@ class AdaLoraModel(TunerModel):
             return
         if global_step < last:
             allocator.observe()
-        budget, due = allocator.budget(global_step)
-        if due or global_step == last:
-            cfg.rank_pattern = allocator.mask(budget)
+        if global_step == last or (global_step > cfg.tinit and global_step % cfg.deltaT == 0):
+            cfg.rank_pattern = allocator.mask(allocator.budget(global_step))
         if global_step == last:
             allocator.averages.clear()
 

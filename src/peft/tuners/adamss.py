@@ -53,8 +53,7 @@ class AdamssConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init_weights is False:
-            self.init_weights = None
+        self.init_weights = self.init_weights or None
         if self.init_weights not in ("orthogonal", None):
             raise ValueError(f"`init_weights` must be 'orthogonal' or None, got {self.init_weights!r}.")
         if not self.use_asa:

@@ -16,11 +16,11 @@ from torch import nn
 from ..config import (
     PeftConfig,
     biases,
+    check_choice,
     excludes,
     fan_in_fan_out,
     layer_names,
     layer_range,
-    nearest,
     option,
     positive,
     saves,
@@ -34,8 +34,6 @@ from ..core.tuner import TunerModel
 from ..ops import low_rank
 from ..ops.low_rank import Factors
 from ..registry import register_method
-
-METHODS = ("relu", "qr")
 
 
 @dataclass
@@ -59,11 +57,7 @@ class DeftConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decomposition_method not in METHODS:
-            raise ValueError(
-                f"decomposition_method must be one of {METHODS}, got "
-                f"{self.decomposition_method!r}.{nearest(self.decomposition_method, METHODS)}"
-            )
+        check_choice(self, "decomposition_method")
 
 
 class DeftLayer(FixedScale, AdapterLayer):

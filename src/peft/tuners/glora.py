@@ -11,18 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import PeftConfig, biases, nearest, option, saves, targets
+from ..config import PeftConfig, biases, check_choice, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, kaiming
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
-
-CHOICES = {
-    "config_A_B": ("lora", "vector", "constant", "none"),
-    "config_C": ("lora", "vector", "none"),
-    "config_D_E": ("vector", "constant", "none"),
-}
 
 
 @dataclass
@@ -40,12 +34,7 @@ class GloraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, valid in CHOICES.items():
-            value = getattr(self, field)
-            if value not in valid:
-                raise ValueError(
-                    f"Invalid {field} value: {value!r}. Valid values: {list(valid)}.{nearest(value, valid)}"
-                )
+        check_choice(self, "config_A_B", "config_C", "config_D_E")
 
 
 class GloraPath(nn.Module):

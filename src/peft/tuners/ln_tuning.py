@@ -37,10 +37,7 @@ class LNTuningLayer(AdapterLayer):
     one_active = True
 
     def create(self, name: str, cfg: Any) -> None:
-        trained = copy.deepcopy(self.pristine_module())
-        for parameter in trained.parameters():
-            parameter.requires_grad_(True)
-        self.ln_tuning_layers[name] = trained
+        self.ln_tuning_layers[name] = copy.deepcopy(self.pristine_module()).requires_grad_(True)
 
     def replace(self, name: str) -> nn.Module:
         return self.ln_tuning_layers[name]

@@ -24,7 +24,6 @@ from ..config import (
 )
 from ..core import kinds
 from ..core.layer import AdapterLayer
-from ..core.match import pattern_value
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops import sparse, wavelet
@@ -123,6 +122,7 @@ class WaveFTModel(TunerModel):
     layer_cls = WaveFTLayer
     unsupported_error = TypeError
     example = {"n_frequency": 20}
+    patterned = {"n_frequency": "n_frequency_pattern"}
 
     def shared(self, name: str, cfg: Any, targets: dict[str, nn.Module]) -> None:
         """The budget of each layer when it is shared out by size."""
@@ -133,8 +133,8 @@ class WaveFTModel(TunerModel):
         )
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        n = self._budget.get(key, pattern_value(cfg.n_frequency_pattern, key, cfg.n_frequency))
-        return cfg.with_values(n_frequency=n)
+        cfg = super().layer_config(cfg, key, module)
+        return cfg.with_values(n_frequency=self._budget.get(key, cfg.n_frequency))
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         check_count(self, cfg, key, module)

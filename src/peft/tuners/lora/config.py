@@ -2,19 +2,18 @@
 """Options of LoRA (arXiv 2106.09685), of its initialisations and of its variants."""
 
 import functools
-import inspect
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from ...config import (
     PeftConfig,
     biases,
+    check_choice,
     excludes,
     fan_in_fan_out,
     layer_names,
     layer_range,
-    nearest,
     option,
     saves,
     targets,
@@ -25,14 +24,6 @@ def _check_positive(options: Any, *names: str) -> None:
     for name in names:
         if getattr(options, name) <= 0:
             raise ValueError(f"`{name}` must be greater than 0, got {getattr(options, name)}.")
-
-
-def _check_choice(options: Any, *names: str) -> None:
-    """The values must be among those of the fields' `Literal`."""
-    for name in names:
-        value, valid = getattr(options, name), get_args(inspect.get_annotations(type(options))[name])
-        if value not in valid:
-            raise ValueError(f"Unknown `{name}` {value!r}; use one of {', '.join(valid)}.{nearest(value, valid)}")
 
 
 @dataclass
@@ -82,7 +73,7 @@ class CordaConfig:
     prune_temporary_fields: bool = option(True, "Remove covariances from the modules once they are used.")
 
     def __post_init__(self) -> None:
-        _check_choice(self, "corda_method")
+        check_choice(self, "corda_method")
 
 
 @dataclass
@@ -96,7 +87,7 @@ class LoraGAConfig:
     stable_gamma: int = option(16, "Divisor of the scale 'stable'.")
 
     def __post_init__(self) -> None:
-        _check_choice(self, "direction", "scale")
+        check_choice(self, "direction", "scale")
 
 
 @dataclass
@@ -111,7 +102,7 @@ class VeloraConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "num_groups", "scale")
-        _check_choice(self, "init_type")
+        check_choice(self, "init_type")
 
 
 @dataclass

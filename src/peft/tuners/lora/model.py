@@ -11,7 +11,6 @@ from torch import nn
 
 from ...core import kinds, tied
 from ...core.layer import AdapterLayer
-from ...core.match import pattern_value
 from ...core.tuner import TunerModel
 from ...registry import register_method
 from ...storage.base import resolve
@@ -26,20 +25,17 @@ from .variants import variant_class
 class LoraModel(TunerModel):
     layer_cls = LoraLayer
     supports_parameters = True
+    patterned = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     inexact_gradients = {"lora.substituted.OUT_PROJ_COUNT": 1}
 
     # ---- before injection
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        changes: dict[str, Any] = {}
-        if cfg.rank_pattern:
-            changes["r"] = pattern_value(cfg.rank_pattern, key, cfg.r)
-        if cfg.alpha_pattern:
-            changes["lora_alpha"] = pattern_value(cfg.alpha_pattern, key, cfg.lora_alpha)
+        cfg = super().layer_config(cfg, key, module)
         if cfg.use_bdlora:
             from .variants.bdlora import blocked_factor
 
-            changes["_bd_factor"] = blocked_factor(cfg.use_bdlora, key)
-        return cfg.with_values(**changes) if changes else cfg
+            cfg = cfg.with_values(_bd_factor=blocked_factor(cfg.use_bdlora, key))
+        return cfg
 
     def check_config(self, name: str, cfg: Any) -> None:
         super().check_config(name, cfg)
