@@ -129,11 +129,19 @@ def _read_bin(path: Path, device: str) -> Tensors:
 
 
 def read_adapter(
-    path: str | os.PathLike, subfolder: str | None = None, device: str = "cpu", **hub: Any
+    path: str | os.PathLike, subfolder: str | None = None, device: str | None = "cpu", **hub: Any
 ) -> tuple[Any, Tensors]:
     """(configuration, tensors) of an adapter in a folder or hub repository, without any model."""
+    hub = _hub_options(hub)
     config = PeftConfig.from_pretrained(path, subfolder=subfolder, **hub)
     return config, load_peft_weights(path, device=device, subfolder=subfolder, **hub)
+
+
+def _hub_options(given: dict[str, Any]) -> dict[str, Any]:
+    hub = {k: v for k, v in given.items() if v is not None}
+    if "use_auth_token" in hub:
+        hub.setdefault("token", hub.pop("use_auth_token"))
+    return hub
 
 
 def local_weights(folder: str | os.PathLike) -> Path | None:
@@ -157,9 +165,7 @@ def load_peft_weights(
 
     `device` None: the accelerator if there is one. `key_mapping`: regex -> replacement, for the keys without prefix.
     """
-    hub = {k: v for k, v in hf_hub_download_kwargs.items() if v is not None}
-    if "use_auth_token" in hub:
-        hub.setdefault("token", hub.pop("use_auth_token"))
+    hub = _hub_options(hf_hub_download_kwargs)
     folder = Path(model_id, hub.get("subfolder", ""))
     path = local_weights(folder)
     if path is None and folder.is_dir():

@@ -7,7 +7,6 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from ..config import PeftConfig, nearest
 from ..core.layer import AdapterLayer
 from ..core.match import pattern_value
 from ..utils.peft_types import PeftType
-from .files import load_peft_weights
+from .files import read_adapter
 from .keys import COMPILE_INFIX, PEFT_PREFIX, Entry, clean, layer_entries, resolve, walk
 
 # Options that must agree, since they are part of the computation and not of the weights.
@@ -53,20 +52,13 @@ def hotswap_adapter(
     The adapter keeps its name; its configuration in `model.peft_config` becomes the one of the file. Modules that the
     new adapter lacks are turned off, modules that only it has are an error. A failing call changes nothing.
     """
-    hub = {k: v for k, v in kwargs.items() if v is not None}
-    subfolder = hub.pop("subfolder", None)
-    if "use_auth_token" in hub:
-        hub.setdefault("token", hub.pop("use_auth_token"))
-    config: Any = PeftConfig.from_pretrained(model_name_or_path, subfolder=subfolder, **hub)
+    config, state = read_adapter(model_name_or_path, device=torch_device, **kwargs)
     configs: dict[str, Any] = model.peft_config  # type: ignore[assignment]
     if adapter_name not in configs:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace.{nearest(adapter_name, configs)}")
     check_hotswap_configs_compatible(configs[adapter_name], config)
-    state = load_peft_weights(model_name_or_path, device=torch_device, subfolder=subfolder, **hub)
-    prefix = "lora_"
-    hotswap_adapter_from_state_dict(
-        model, _insert_adapter_name_into_state_dict(state, adapter_name, prefix), adapter_name, config, prefix
-    )
+    named = _insert_adapter_name_into_state_dict(state, adapter_name, "lora_")
+    hotswap_adapter_from_state_dict(model, named, adapter_name, config)
 
 
 def _insert_adapter_name_into_state_dict(
@@ -85,13 +77,8 @@ def _insert_adapter_name_into_state_dict(
     return named
 
 
-@dataclass
-class _Swap:
-    key: str
-    owner: nn.Module
-    attr: str
-    layer: AdapterLayer | None
-    value: torch.Tensor | None  # None: filled with zeros
+# A tensor of the model, and what takes its place (None: zeros).
+_Swap = tuple[Entry, torch.Tensor | None]
 
 
 def hotswap_adapter_from_state_dict(
@@ -105,9 +92,8 @@ def hotswap_adapter_from_state_dict(
     if it is big enough.
     """
     swaps, layers = _plan(model, state_dict, adapter_name, parameter_prefix)
-    with torch.no_grad():
-        for swap in swaps:
-            _write(swap)
+    for entry, value in swaps:
+        _write(entry, value)
     for path, layer in layers.items():
         _set_scaling(layer, path, adapter_name, config)
     _refresh_config(model, adapter_name, config)
@@ -123,99 +109,71 @@ def _plan(
         raise ValueError(
             f"Cannot hotswap when the adapter {name!r} is merged (in {merged[0]!r}). Call `unmerge_adapter` first."
         )
-    present = _present(layers, name, prefix)
-    swaps, unexpected = [], []
+    entries = (entry for path, layer in layers.items() for entry in layer_entries(path, layer, name))
+    present = {entry.memory.removeprefix(COMPILE_INFIX): entry for entry in entries if prefix in entry.memory}
     given = {clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}
+    swaps: list[_Swap] = [(entry, None) for key, entry in present.items() if key not in given]
+    unexpected = []
     for key, value in given.items():
-        held = present.get(key)
-        if held is None and (other := resolve(model, key)) is not None and prefix not in key:
-            held = (*other, None)  # biases, saved modules
-        if held is None:
-            unexpected.append(key)
+        if key in present:
+            swaps.append((present[key], value))
+        elif prefix not in key and (held := resolve(model, key)) is not None:  # biases, saved modules
+            swaps.append((Entry(key, key, *held), value))
         else:
-            swaps.append(_Swap(key, *held, value))
+            unexpected.append(key)
     if unexpected:
         hints = "".join(nearest(k, present, prefix=f" Nearest to {k!r}: ").rstrip("?") for k in unexpected[:2])
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:10])}"
             f"{' ...' if len(unexpected) > 10 else ''}.{hints} Only modules that the loaded adapter has can be swapped."
         )
-    swaps += [_Swap(key, *held, None) for key, held in present.items() if key not in given]
-    for swap in swaps:
-        _check(swap)
+    for entry, value in swaps:
+        if value is not None:
+            _check(entry, value)
     return swaps, layers
 
 
-def _present(layers: dict[str, AdapterLayer], name: str, prefix: str) -> dict[str, tuple[nn.Module, str, AdapterLayer]]:
-    return {
-        entry.memory.removeprefix(COMPILE_INFIX): (entry.owner, entry.attr, layer)
-        for path, layer in layers.items()
-        for entry in layer_entries(path, layer, name)
-        if prefix in entry.memory
-    }
-
-
-def _tensor(swap: _Swap) -> torch.Tensor:
-    tensor = swap.owner._parameters.get(swap.attr)
-    tensor = swap.owner._buffers[swap.attr] if tensor is None else tensor
-    assert tensor is not None
-    return tensor
-
-
-def _check(swap: _Swap) -> None:
-    old, new = _tensor(swap), swap.value
-    if new is None or old.shape == new.shape:
-        return
+def _check(entry: Entry, new: torch.Tensor) -> None:
+    """A bigger tensor takes the place of the old one, a smaller one must fit into it along one of two dimensions."""
+    old, key = entry.tensor, entry.memory
     if old.dim() != new.dim():
-        raise ValueError(f"{swap.key}: the loaded weight has shape {tuple(new.shape)}, expected {tuple(old.shape)}.")
-    if new.numel() < old.numel():
-        if old.dim() not in (2, 4) or _is_bias(swap):
-            raise NotImplementedError(
-                f"{swap.key}: weights of shape {tuple(new.shape)} cannot be padded to {tuple(old.shape)}; only linear "
-                "and Conv2d factors can."
-            )
-        grows_rows = old.shape[0] > new.shape[0] and old.shape[1:] == new.shape[1:]
-        grows_columns = old.shape[1] > new.shape[1] and old.shape[0] == new.shape[0] and old.shape[2:] == new.shape[2:]
-        if not (grows_rows or grows_columns):
-            raise ValueError(
-                f"{swap.key}: incompatible shapes {tuple(old.shape)} (loaded) and {tuple(new.shape)} (new)."
-            )
-
-
-def _is_bias(swap: _Swap) -> bool:
-    return swap.attr == "bias"
+        raise ValueError(f"{key}: the loaded weight has shape {tuple(new.shape)}, expected {tuple(old.shape)}.")
+    if new.numel() >= old.numel():
+        return
+    if old.dim() not in (2, 4) or entry.attr == "bias":
+        raise NotImplementedError(
+            f"{key}: weights of shape {tuple(new.shape)} cannot be padded to {tuple(old.shape)}; only linear and "
+            "Conv2d factors can."
+        )
+    other = [i for i, (a, b) in enumerate(zip(old.shape, new.shape, strict=True)) if a != b]
+    if other not in ([0], [1]):
+        raise ValueError(f"{key}: incompatible shapes {tuple(old.shape)} (loaded) and {tuple(new.shape)} (new).")
 
 
 @torch.no_grad()
-def _write(swap: _Swap) -> None:
-    old, new = _tensor(swap), swap.value
+def _write(entry: Entry, new: torch.Tensor | None) -> None:
+    old = entry.tensor
     if new is None:
         old.zero_()
-    elif old.shape == new.shape:
+    elif new.shape == old.shape:
         old.copy_(new)
     elif new.numel() < old.numel():
-        _write_smaller(old, new, swap)
+        _pad_into(old, new, 1 if entry.layer is None else _groups(entry.layer))
     else:
         _grow(old, new)
 
 
-def _write_smaller(old: torch.Tensor, new: torch.Tensor, swap: _Swap) -> None:
+def _pad_into(old: torch.Tensor, new: torch.Tensor, groups: int) -> None:
     """Zeros around the new values: the product of the factors does not change."""
-    new = new.to(old.device, old.dtype)
-    groups = _groups(swap) if old.shape[0] != new.shape[0] else 1
     old.zero_()
-    if groups > 1:  # the outputs of A feed the groups of B block by block
-        size, pad = new.shape[0] // groups, old.shape[0] // groups
-        for g in range(groups):
-            old[g * pad : g * pad + size].copy_(new[g * size : (g + 1) * size])
-    elif old.shape[0] != new.shape[0]:
-        old[: new.shape[0]].copy_(new)
-    else:
+    if old.shape[0] == new.shape[0]:
         old[:, : new.shape[1]].copy_(new)
+    else:  # the outputs of A feed the groups of B block by block
+        old.unflatten(0, (groups, -1))[:, : new.shape[0] // groups].copy_(new.unflatten(0, (groups, -1)))
 
 
-def _groups(swap: _Swap) -> int:
-    return 1 if swap.layer is None else int(getattr(swap.layer.get_base_layer(), "groups", 1))
+def _groups(layer: AdapterLayer) -> int:
+    return int(getattr(layer.get_base_layer(), "groups", 1))
 
 
 def _grow(old: torch.Tensor, new: torch.Tensor) -> None:
@@ -234,10 +192,8 @@ def _set_scaling(layer: Any, path: str, name: str, config: Any) -> None:
     if name not in getattr(layer, "scaling", {}):
         return
     module = _module_name(path, layer)
-    r, alpha = (
-        pattern_value(config.rank_pattern, module, config.r),
-        pattern_value(config.alpha_pattern, module, config.lora_alpha),
-    )
+    r = pattern_value(config.rank_pattern, module, config.r)
+    alpha = pattern_value(config.alpha_pattern, module, config.lora_alpha)
     scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
     current = layer.scaling[name]
     if isinstance(current, torch.Tensor):
@@ -292,7 +248,7 @@ def _trim(entries: list[Entry], name: str, config: Any) -> dict[str, torch.Tenso
     files = {id(e.tensor): e.file for e in entries}
     place = files[id(A)].removesuffix(".weight").rpartition(".")[0]
     rank = pattern_value(config.rank_pattern, _module_name(place, layer), config.r)
-    groups = int(getattr(layer.get_base_layer(), "groups", 1))
+    groups = _groups(layer)
     if rank >= A.shape[0] or rank % groups:
         return {}
     blocks = A.detach().unflatten(0, (groups, -1))
@@ -331,13 +287,14 @@ def prepare_model_for_compiled_hotswap(
         raise ValueError(
             "No LoRA layers were found on the model: load the first adapter before preparing it for hot swapping."
         )
-    if target_rank is not None:
-        for layer in layers:
-            _check_rank(layer, target_rank)
+    rank = target_rank or 0
+    padded = [] if target_rank is None else [m for m in layers if m.kind.class_name in ("Linear", "Conv2d")]
+    for layer in padded:
+        _check_rank(layer, rank)
     for layer in layers:
         _tensor_scaling(layer)
-        if target_rank is not None:
-            _pad(layer, target_rank)
+    for layer in padded:
+        _pad(layer, rank)
     if config is not None and target_rank is not None:
         for one in config.values() if isinstance(config, dict) else [config]:
             one.r = target_rank
@@ -352,49 +309,31 @@ def _tensor_scaling(layer: Any) -> None:
     layer._seen = None
 
 
-def _padded_kinds(layer: AdapterLayer) -> bool:
-    return layer.kind.class_name in ("Linear", "Conv2d")
-
-
 def _check_rank(layer: Any, rank: int) -> None:
-    if not _padded_kinds(layer):
-        return
-    groups = int(getattr(layer.get_base_layer(), "groups", 1))
+    groups = _groups(layer)
     for name, module in layer.lora_A.items():
-        if module.weight.shape[0] > rank:
+        own = module.weight.shape[0]
+        if own > rank:
             raise ValueError(
-                f"Trying to pad the adapter {name!r} to the target rank {rank}, but its rank is larger: "
-                f"{module.weight.shape[0]}."
+                f"Trying to pad the adapter {name!r} to the target rank {rank}, but its rank is larger: {own}."
             )
-        if rank % groups or module.weight.shape[0] % groups:
-            raise ValueError(
-                f"The ranks {module.weight.shape[0]} and {rank} must be multiples of the layer's {groups} groups."
-            )
+        if rank % groups or own % groups:
+            raise ValueError(f"The ranks {own} and {rank} must be multiples of the layer's {groups} groups.")
 
 
 @torch.no_grad()
 def _pad(layer: Any, rank: int) -> None:
-    if not _padded_kinds(layer):
-        return
-    for name in layer.lora_A:
-        A, B = layer.lora_A[name], layer.lora_B[name]
-        if A.weight.shape[0] == rank:
-            continue
-        for module, dim in ((A, 0), (B, 1)):
+    groups = _groups(layer)
+    for name, A in layer.lora_A.items():
+        B = layer.lora_B[name]
+        for module, dim, size in ((A, 0, rank), (B, 1, rank // groups)):
             old = module.weight
-            groups = int(getattr(layer.get_base_layer(), "groups", 1))
-            size = rank if dim == 0 else rank // groups
-            shape = list(old.shape)
-            shape[dim] = size
-            new = old.new_zeros(shape)
-            _write_smaller(new, old.data, _Swap("", module, "weight", layer, old.data))
-            module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
-        _rename_sizes(A, B, rank)
+            if old.shape[dim] != size:
+                shape = [*old.shape[:dim], size, *old.shape[dim + 1 :]]
+                module.weight = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+                _pad_into(module.weight.data, old.data, groups)
+        if isinstance(A, nn.Linear):
+            A.out_features = B.in_features = rank
+        else:
+            A.out_channels = B.in_channels = rank
     layer._seen = None
-
-
-def _rename_sizes(A: nn.Module, B: nn.Module, rank: int) -> None:
-    if isinstance(A, nn.Linear) and isinstance(B, nn.Linear):
-        A.out_features = B.in_features = rank
-    elif isinstance(A, nn.Conv2d) and isinstance(B, nn.Conv2d):
-        A.out_channels = B.in_channels = rank
