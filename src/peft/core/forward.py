@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import low_rank
-from ..ops.dropout import draw_seed, dropout, seedable
+from ..ops.dropout import drop
 from ..storage.dtensor import Split, is_sharded
 from . import kinds
 from .modules import dropout_p
@@ -103,9 +103,7 @@ class ForwardPaths:
         y = out = self.storage.guard(self.base_layer(x, *args, **kwargs))
         parts_in, parts_out = x.shape[-1] != self.in_features, y.shape[-1] != self.out_features
         for A, B, scale, p in (self.factors(n) for n in plan):
-            h = x.to(A.dtype)
-            if self.training and p > 0.0:
-                h = dropout(h, p, draw_seed() if seedable(h) else None)
+            h = drop(x.to(A.dtype), p if self.training else 0.0)
             z = split.summed(F.linear(h, split.part(A, 1))) if parts_in else F.linear(h, A)
             z = z * scale
             out = out + (F.linear(split.shared(z), split.part(B, 0)) if parts_out else F.linear(z, B))

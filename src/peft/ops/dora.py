@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import autocast_dtype, derived, fusable, is_plain, reshaped, settled
-from .dropout import draw_seed, dropout, keep_mask, rescale, seedable
+from .dropout import draw_seed, drop, dropout, keep_mask, rescale, seedable
 from .gain import TINY, keep_output, narrow, output_kept
 from .low_rank import Factors, dropped
 
@@ -98,9 +98,9 @@ def dora_accumulate(
     if p > 0.0:
         if product is None:
             raise RuntimeError(
-                "DoRA with dropout needs `product`, the base product without bias, for the dropped input"
+                "DoRA with dropout needs `product`: the base product, without bias, of the dropped input"
             )
-        x = dropout(x, p, draw_seed() if seedable(x) else None)
+        x = drop(x, p)
         inner = product(x)
         rest = y - inner
     else:
@@ -116,7 +116,7 @@ def _plain(x: Tensor, W: Tensor, b: Tensor | None, factors: Factors, g: Tensor, 
     y = F.linear(x, W, b)
     base = y if b is None else y - b
     if p > 0.0:
-        x = dropout(x, p, draw_seed() if seedable(x) else None)
+        x = drop(x, p)
         base = F.linear(x, W)
     delta = F.linear(F.linear(x.to(factors.A.dtype), factors.A), factors.B) * factors.scale
     return (y + (g - 1) * base + g * delta).to(y.dtype)

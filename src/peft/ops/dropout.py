@@ -51,6 +51,11 @@ def _dropped_of_65536(p: float) -> int:
     return max(1, round(p * 65536)) if p > 0.0 else 0
 
 
+def drop(x: Tensor, p: float) -> Tensor:
+    """Dropout of `x` by ordinary ops, with a fresh seed where one can be used."""
+    return dropout(x, p, draw_seed() if p > 0.0 and seedable(x) else None)
+
+
 def dropout(x: Tensor, p: float, seed: int | None) -> Tensor:
     """Plain differentiable dropout of `x`: by `seed`, or by the framework's own op where a seed cannot be used."""
     if p <= 0.0:

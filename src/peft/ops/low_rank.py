@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import DENSE, autocast_dtype, derived, fusable, is_plain, reshaped, settled
-from .dropout import draw_seed, dropout, keep_mask, rescale, seedable
+from .dropout import draw_seed, drop, dropout, keep_mask, rescale, seedable
 
 
 class Factors(NamedTuple):
@@ -102,9 +102,7 @@ def _wide(x: Tensor, W: Tensor, factors: tuple[Factors, ...], training: bool) ->
 
 def delta(x: Tensor, factors: Factors, training: bool = False) -> Tensor:
     """The plain low-rank product of one adapter, in its own dtype."""
-    h = x.to(factors.A.dtype)
-    p = factors.dropout if training else 0.0
-    h = dropout(h, p, draw_seed() if p > 0.0 and seedable(h) else None)
+    h = drop(x.to(factors.A.dtype), factors.dropout if training else 0.0)
     z, s = F.linear(h, factors.A), factors.scale
     if isinstance(s, Tensor) and s.dim() > 0:
         return F.linear(z * s, factors.B)
@@ -138,7 +136,7 @@ def _infer(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: bool, *
     flat = not torch.compiler.is_compiling() and x.numel() > _SMALL and fusable(x, y) and y.is_contiguous()
     out = y.view(-1, y.shape[-1]) if flat else y
     for A, B, s, p in factors:
-        hd = dropout(h, p, draw_seed() if seedable(h) else None) if training and p > 0.0 else h
+        hd = drop(h, p) if training else h
         if A.dtype != dtype or B.dtype != dtype:
             A, B = A.to(dtype), B.to(dtype)
         z = F.linear(hd, A)
