@@ -44,15 +44,17 @@ STORAGE = """
 
 Adapters on quantised linear layers, cell by cell from the tests of tests/storage. "merge": trains and merges; merging rounds to
 the format again, unmerging puts the very bytes back. "train": trains, and merging is refused with a TypeError that says whether method or format is
-the cause: lily and poly depend on the input, AQLM's codebooks come from optimisation over data, an EETQ weight is known to its kernel only.
-"no": refused when the adapter is made, because the method reads the weight in training (or, LN tuning, trains a copy of it).
+the cause: lily and poly depend on the input, AQLM's codebooks come from optimisation over data, EETQ, INC and TE weights are known to their kernels only.
+"no": refused when the adapter is made, because the method reads the weight in training (or, LN tuning, trains a copy of it). Single options
+that read it (MiSS 'bat', DoRA, PiSSA ...) are refused in the same way: tests/storage/test_unreadable.py tries every setting of every method.
 
 - bitsandbytes, torchao, HQQ, quanto and AQLM are tested with their packages on a CPU. torchao's packed Int4 formats need an
   accelerator or a further package: its 4 bits are tested as `IntxWeightOnlyConfig`.
 - **Stand-ins**: `gptq` and `awq` (GPTQModel) and `eetq` are tested with stand-ins that have the documented tensors of the packages'
   layers where these are not installed, as in CI: GPTQModel pins numpy or torch against the other packages and has a dependency
   without wheels. Where it is installed, the same tests use its own torch kernels. Kernels that rearrange the weight (Marlin, ExLlama ...)
-  are forward only, like `eetq`; so are Intel Neural Compressor (`inc`) and Transformer Engine (`te`), which are detected by class name and not tested.
+  are forward only, like `eetq`; so are Intel Neural Compressor (`inc`) and Transformer Engine (`te`), which are found by package and class name
+  and tested with stand-ins of the documented classes. Adapters on a LayerNormLinear or LayerNormMLP see the input before the norm.
 - **compressed-tensors** needs no column: the package makes the layers dense at the first forward, Inlay when it adapts the model.
 - A base that transformers marks `quantization_method == "gptq"` can be merged layer by layer, but LoRA's `merge_and_unload` refuses it, as
   the published library does.

@@ -6,6 +6,7 @@ tensors of the package's layer and a plainly written forward.
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -69,7 +70,9 @@ def quanto(layer: nn.Linear) -> nn.Module:
 
 def stand_in(package: str, *names: str, **methods: Any) -> Any:
     """An empty module whose class is the last of `names`, a chain of classes that say they come from `package`."""
-    sys.modules.setdefault(package, ModuleType(package))
+    module = sys.modules.setdefault(package, ModuleType(package))
+    if package == "transformer_engine" and module.__spec__ is None:  # accelerate looks for the spec, then for metadata
+        module.__spec__ = ModuleSpec(package, None)
     cls: type = nn.Module
     for name in names:
         cls = type(name, (cls,), {"__module__": f"{package}.nn"})
@@ -196,6 +199,45 @@ def eetq(layer: nn.Linear) -> nn.Module:
     return made
 
 
+def inc(layer: nn.Linear) -> nn.Module:
+    """Intel Neural Compressor: float8 values and a scale; attributes of the layer that it was made from."""
+    made = stand_in("neural_compressor", "PatchedModuleBase", "PatchedLinear", forward=_forward)
+    scale = layer.weight.data.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+    made.weight = nn.Parameter((layer.weight.data / scale).to(torch.float8_e4m3fn), requires_grad=False)
+    made.register_buffer("scale_weight", scale)
+    made.plain_weight = lambda: made.weight.float() * made.scale_weight
+    made.in_features, made.out_features, made.bias = layer.in_features, layer.out_features, layer.bias
+    return made
+
+
+def _normalised(module: Any, x: torch.Tensor) -> torch.Tensor:
+    x = F.layer_norm(x, x.shape[-1:], module.layer_norm_weight, module.layer_norm_bias)
+    if hasattr(module, "weight"):
+        return F.linear(x, module.weight, module.bias)
+    return F.linear(F.gelu(F.linear(x, module.fc1_weight, module.fc1_bias)), module.fc2_weight, module.fc2_bias)
+
+
+def _normalising(made: Any, width: int, **tensors: torch.Tensor) -> nn.Module:
+    more = {"layer_norm_weight": torch.linspace(0.5, 1.5, width), "layer_norm_bias": torch.linspace(-1, 1, width)}
+    for name, tensor in {**more, **tensors}.items():
+        made.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+    return made
+
+
+def te(layer: nn.Linear) -> nn.Module:
+    """Transformer Engine: LayerNorm and product in one module."""
+    made = stand_in("transformer_engine", "TransformerEngineBaseModule", "LayerNormLinear", forward=_normalised)
+    made.in_features, made.out_features = layer.in_features, layer.out_features
+    return _normalising(made, layer.in_features, weight=layer.weight.data, bias=layer.bias.data)
+
+
+def te_mlp(up: nn.Linear, down: nn.Linear) -> nn.Module:
+    """Transformer Engine: LayerNorm and MLP in one module, which has no `in_features`."""
+    made = stand_in("transformer_engine", "TransformerEngineBaseModule", "LayerNormMLP", forward=_normalised)
+    tensors = {"fc1_weight": up.weight, "fc1_bias": up.bias, "fc2_weight": down.weight, "fc2_bias": down.bias}
+    return _normalising(made, up.in_features, **{k: v.data for k, v in tensors.items()})
+
+
 class Format(NamedTuple):
     make: Callable[[nn.Linear], nn.Module]
     package: str = ""  # needed; otherwise there is a stand-in
@@ -220,6 +262,8 @@ FORMATS: dict[str, Format] = {
     "awq": Format(awq, "", "awq", close=1e-3, rounding=0.12),
     "aqlm": Format(aqlm, "aqlm", "aqlm", writable=False),
     "eetq": Format(eetq, "", "eetq", readable=False, writable=False),
+    "inc": Format(inc, "", "inc", readable=False, writable=False),
+    "te": Format(te, "", "te", readable=False, writable=False),
 }
 
 

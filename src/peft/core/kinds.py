@@ -100,7 +100,8 @@ class Linear(LayerKind):
         for names in (("out_features", "in_features"), ("outfeatures", "infeatures"), ("output_size", "input_size")):
             if hasattr(m, names[0]):
                 return (getattr(m, names[0]), getattr(m, names[1]))
-        return tuple(m.weight.shape)
+        norm = getattr(m, "layer_norm_weight", None)  # of Transformer Engine's LayerNormMLP, whose in and out are equal
+        return tuple(m.weight.shape) if norm is None else 2 * tuple(norm.shape)
 
     @classmethod
     def call(cls, m, x, w, b=None):

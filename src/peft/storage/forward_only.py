@@ -2,6 +2,7 @@
 """Storages whose weight only their own kernel can use: adapters work on activations, merging is refused by name."""
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ DETECTORS: dict[str, tuple[str, tuple[str, ...]]] = {
     "awq": ("gptqmodel", ("AwqGEMMQuantLinear", "AWQuantLinear", "AwqTorchQuantLinear", "WQLinear_GEMM")),
     "gptq": ("gptqmodel", ("BaseQuantLinear",)),
     "inc": ("neural_compressor", ("PatchedLinear",)),
-    "te": ("transformer_engine", ("Linear", "LayerNormLinear")),
+    "te": ("transformer_engine", ("Linear", "LayerNormLinear", "LayerNormMLP")),
 }
 
 
@@ -25,6 +26,9 @@ class ForwardOnlyStorage(QuantisedStorage):
 
     def __init__(self, label: str):
         self.label = label
+
+    def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
+        raise self.refusal("read")  # some have no attribute of that name
 
 
 _STORAGES = {label: ForwardOnlyStorage(label) for label in DETECTORS}

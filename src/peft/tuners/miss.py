@@ -20,6 +20,7 @@ from ..core.scaling import FixedScale
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
+from ..storage.base import resolve
 
 
 @dataclass
@@ -109,5 +110,10 @@ class MissModel(TunerModel):
             )
         if cfg.init_weights == "bat" and (n_in % cfg.r or out % cfg.r):
             raise ValueError(f"Target module {key}: the widths {(out, n_in)} must be divisible by r={cfg.r} for 'bat'.")
+        if cfg.init_weights == "bat" and not (storage := resolve(module)).readable:
+            raise TypeError(
+                f"Target module {key}: 'bat' reads the weight in every forward, which the {storage.label} format does "
+                "not allow. Load the base model unquantised, or set init_weights to True or 'mini'."
+            )
         if cfg.init_weights == "mini" and out % cfg.mini_r:
             raise ValueError(f"Target module {key}: the output width {out} must be divisible by mini_r={cfg.mini_r}.")

@@ -223,7 +223,10 @@ def check(cfg: Any, key: str, kind: type[kinds.LayerKind], base: nn.Module) -> N
     if function in _READ_BASE:
         weight = getattr(base, kind.weight_name, None)
         if not resolve(base).readable:
-            raise TypeError(f"{text}: a {resolve(base).label} weight cannot be read.")
+            raise TypeError(
+                f"{text}: a {resolve(base).label} weight cannot be read. Load the base model unquantised, or take "
+                "True or 'gaussian'."
+            )
         if function is not olora and (weight is None or weight.dtype not in ALLOWED_COMPUTE_DTYPES):
             raise TypeError(
                 f"{text}: it needs a float weight. Load the base model in floats, or quantise it afterwards."
