@@ -25,12 +25,12 @@ def matrix(w: Tensor) -> Tensor:
 def multiply(x: Tensor, w: Tensor, scale: float = 1.0, published: bool = False) -> Tensor:
     """x [..., N·b], w [M, N, b] -> scale · x Dᵀ [..., M·b] in x's dtype.
 
-    Plain: in w's dtype, through the dense matrix. Fused: keeps x and w only; transforms in float32 at least for blocks
-    of 4 and more, and for smaller ones the dense product in x's dtype, whose matrix is built again in backward.
+    Plain, and for blocks below 4: in w's dtype, through the dense matrix. Fused: keeps x and w only; transforms in
+    float32 at least.
     `published`: the input's gradient is the published library's, which reads the output's gradient backwards in each
     block (index -i mod b). Not the derivative; see tuners/c3a.py.
     """
-    if is_plain() or not fusable(x, w):
+    if _direct(x, w) or not fusable(x, w):
         if published and torch.is_grad_enabled() and x.requires_grad:
             y, mirrored = _plain(x.detach(), w, scale), _reflect(_plain(x, w.detach(), scale), w.shape[-1])
             return y + (mirrored - mirrored.detach())
@@ -41,7 +41,7 @@ def multiply(x: Tensor, w: Tensor, scale: float = 1.0, published: bool = False) 
 
 
 def _plain(x: Tensor, w: Tensor, scale: float) -> Tensor:
-    if is_plain():
+    if _direct(x, w):
         return ((x.to(w.dtype) @ matrix(w).t()) * scale).to(x.dtype)
     return _forward(x, w, scale).view(*x.shape[:-1], -1)
 
@@ -56,8 +56,9 @@ def _shifts(b: int, device: torch.device) -> Tensor:
     return (i[None, :] - i[:, None]) % b
 
 
-def _direct(b: int, x: Tensor) -> bool:
-    return b < _DIRECT or x.numel() == 0  # FFT libraries refuse empty batches
+def _direct(x: Tensor, w: Tensor) -> bool:
+    """Whether to build the matrix. FFT libraries refuse empty batches."""
+    return is_plain() or w.shape[-1] < _DIRECT or x.numel() == 0
 
 
 def _spectrum(x: Tensor, b: int) -> Tensor:
@@ -73,9 +74,6 @@ def _signal(X: Tensor, b: int, dtype: torch.dtype) -> Tensor:
 def _forward(x: Tensor, w: Tensor, scale: float) -> Tensor:
     """-> [rows, M·b]."""
     b = w.shape[-1]
-    if _direct(b, x):
-        h = x.reshape(-1, x.shape[-1])
-        return h @ (matrix(w) * scale).to(x.dtype).t()
     W = torch.fft.rfft(wide(w)).permute(2, 1, 0)
     return _signal(torch.bmm(_spectrum(x, b), W.conj()).mul(scale), b, x.dtype)
 
@@ -94,26 +92,13 @@ class _Circulant(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any):
         (g,) = grads
         x, w = ctx.saved_tensors
-        M, N, b = w.shape
-        need_x, need_w = ctx.needs_input_grad[:2]
-        dx = dw = None
-        if _direct(b, g):
-            g = g.reshape(-1, M * b)
-            if need_x:
-                h = _reflect(g, b) if ctx.published else g
-                dx = h @ (matrix(w) * ctx.scale).to(g.dtype)
-            if need_w:
-                D = (g.t() @ x.reshape(-1, N * b)).view(M, b, N, b).transpose(1, 2).to(w.dtype)
-                # entry (i, j) belongs to w[(j - i) mod b]: walk each row i from j = i on, then add the rows up
-                where = (torch.arange(b, device=w.device)[:, None] + torch.arange(b, device=w.device)) % b
-                dw = D.gather(-1, where.expand(D.shape)).sum(-2) * ctx.scale
-        else:
-            G = _spectrum(g, b)
-            if need_x:
-                W = torch.fft.rfft(wide(w)).permute(2, 0, 1)
-                # a reflected real signal has the conjugate spectrum
-                dx = _signal(torch.bmm(G.conj() if ctx.published else G, W).mul(ctx.scale), b, g.dtype)
-            if need_w:
-                product = torch.bmm(G.conj().transpose(1, 2), _spectrum(x, b)).mul(ctx.scale)
-                dw = torch.fft.irfft(product.permute(1, 2, 0), n=b).to(w.dtype)
-        return None if dx is None else dx.view(ctx.shape), dw, None, None
+        b, G, dx, dw = w.shape[-1], _spectrum(g, w.shape[-1]), None, None
+        if ctx.needs_input_grad[0]:
+            W = torch.fft.rfft(wide(w)).permute(2, 0, 1)
+            # a reflected real signal has the conjugate spectrum
+            product = torch.bmm(G.conj() if ctx.published else G, W).mul(ctx.scale)
+            dx = _signal(product, b, g.dtype).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            product = torch.bmm(G.conj().transpose(1, 2), _spectrum(x, b)).mul(ctx.scale)
+            dw = torch.fft.irfft(product.permute(1, 2, 0), n=b).to(w.dtype)
+        return dx, dw, None, None

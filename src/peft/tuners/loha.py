@@ -17,6 +17,7 @@ from ..core import kinds
 from ..core.layer import kaiming
 from ..core.slots import Trainable
 from ..ops import low_rank
+from ..ops.dispatch import recomputed
 from ..registry import register_method
 from .lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner, cp_weight
 
@@ -43,24 +44,9 @@ class LoHaConfig(LycorisConfig):
     modules_to_save: list[str] | None = saves()
 
 
-class Hadamard(torch.autograd.Function):
-    """(a b) ⊙ (c d) for a, c [out, r] and b, d [r, in]: keeps the factors alone and multiplies them again in
-    backward.
-    """
-
-    @staticmethod
-    def forward(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-        return (a @ b) * (c @ d)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        a, b, c, d = ctx.saved_tensors
-        first, second = grads[0] * (c @ d), grads[0] * (a @ b)
-        return first @ b.T, a.T @ first, second @ d.T, c.T @ second
+def hadamard(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """(a b) ⊙ (c d) for a, c [out, r] and b, d [r, in]."""
+    return (a @ b) * (c @ d)
 
 
 class LoHaLayer(LycorisLayer):
@@ -87,7 +73,7 @@ class LoHaLayer(LycorisLayer):
     def delta_weight(self, name: str) -> torch.Tensor:
         w1_a, w1_b, w2_a, w2_b = self.hada_w1_a[name], self.hada_w1_b[name], self.hada_w2_a[name], self.hada_w2_b[name]
         if name not in self.hada_t1:
-            product = Hadamard.apply(w1_a, w1_b, w2_a, w2_b)
+            product = recomputed(hadamard, w1_a, w1_b, w2_a, w2_b)
         else:
             t1, t2 = self.hada_t1[name], self.hada_t2[name]
             if PUBLISHED_TUCKER_GRADIENT and torch.is_grad_enabled():
