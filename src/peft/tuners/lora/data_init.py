@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from ...core import kinds
-from ...core.match import ALL_LINEAR, Matcher
+from ...core.match import Matcher
 from ...core.targets import default_targets
 from ...core.tuner import TunerModel
 from ...storage.base import is_quantised
+from ..tuners_utils import _maybe_include_all_linear_layers
 
 
 def target_layers(model: nn.Module, cfg: Any) -> dict[str, nn.Module]:
@@ -30,15 +31,9 @@ def target_layers(model: nn.Module, cfg: Any) -> dict[str, nn.Module]:
                 f"Please specify `target_modules` in `peft_config`: no defaults for model type {model_type!r}."
             )
         cfg.target_modules = found if isinstance(found, str) else set(found)
-    everything = isinstance(cfg.target_modules, str) and cfg.target_modules.lower() == ALL_LINEAR
-    head = model.get_output_embeddings() if everything and hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    matcher = Matcher(cfg.with_values(target_modules=".*") if everything else cfg)
-    layers = {}
-    for name, module in model.named_modules():
-        kind = kinds.kind_of(module)
-        if kind is not None and kind.is_linear and matcher.match(name) and module is not head:
-            layers[name] = module
-    return layers
+    matcher = Matcher(_maybe_include_all_linear_layers(cfg.with_values(), model))
+    matched = ((name, module) for name, module in model.named_modules() if matcher.match(name))
+    return {n: m for n, m in matched if (kind := kinds.kind_of(m)) is not None and kind.is_linear}
 
 
 def refuse_quantised(layers: dict[str, nn.Module], what: str) -> None:
