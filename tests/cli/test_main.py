@@ -1,5 +1,6 @@
 """The command itself: help, version, the list of methods."""
 
+import re
 import subprocess
 import sys
 
@@ -57,3 +58,26 @@ def test_methods_shows_options(capsys):
     assert "peft_version" not in out
     assert main(["methods", "lorra"]) == 2
     assert "did you mean 'lora'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["tran"], "invalid choice: 'tran'.*, did you mean 'train'\\?"),
+        (["mrege", "x"], "invalid choice: 'mrege'.*, did you mean 'merge'\\?"),
+        (
+            ["train", "--modell", "x"],
+            "peft train: error: unrec.*: --modell x, did you mean '--model'\\?",
+        ),
+        (["train", "--stepz=3"], "unrecognized arguments: --stepz=3, did you mean '--steps'\\?"),
+        (["merge", "a", "--out", "o", "--bsae", "b"], "unrecognized arguments: --bsae b, did you mean '--base'\\?"),
+        (["--verzion"], "peft: error: unrecognized arguments: --verzion, did you mean '--version'\\?"),
+        (["methods", "--zzzzzz"], "peft methods: error: unrecognized arguments: --zzzzzz$"),
+        (["inspect", "a", "b"], "unrecognized arguments: b$"),
+    ],
+)
+def test_misspelled_names(argv, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert re.search(text, capsys.readouterr().err, re.MULTILINE)

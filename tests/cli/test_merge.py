@@ -359,21 +359,23 @@ print("EXTRA", peak() - before)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
-@pytest.mark.parametrize("dora", [False, True])
-def test_memory_does_not_grow_with_the_model(write_adapter, tmp_path, dora):
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "ia3 inputs"])
+def test_memory_does_not_grow_with_the_model(write_adapter, tmp_path, kind):
     """Extra memory stays below twice the largest tensor (here 64 MiB), though the shard has three of them."""
     base, r = tmp_path / "base", 4
     base.mkdir()
-    weight = torch.zeros(8192, 4096, dtype=torch.bfloat16)
+    weight = torch.full((8192, 4096), float(kind.startswith("ia3")), dtype=torch.bfloat16)
     tensors = {f"layers.{i}.q_proj.weight": weight.clone() for i in range(3)}
     save_file(tensors, base / "model.safetensors")
-    changes = {}
-    for i in range(3):
-        changes[f"layers.{i}.q_proj.lora_A.weight"] = torch.ones(r, 4096)
-        changes[f"layers.{i}.q_proj.lora_B.weight"] = torch.ones(8192, r)
-        if dora:
-            changes[f"layers.{i}.q_proj.lora_magnitude_vector"] = torch.ones(8192)
-    adapter, out = write_adapter({"use_dora": dora}, changes), tmp_path / "out"
+    config, parts = {
+        "lora": ({}, {"lora_A.weight": torch.ones(r, 4096), "lora_B.weight": torch.ones(8192, r)}),
+        "ia3": ({"peft_type": "IA3", "feedforward_modules": []}, {"ia3_l": torch.full((8192, 1), 8.0)}),
+        "ia3 inputs": ({"peft_type": "IA3", "feedforward_modules": ["q_proj"]}, {"ia3_l": torch.full((1, 4096), 8.0)}),
+    }["lora" if kind == "dora" else kind]
+    if kind == "dora":
+        config, parts = {"use_dora": True}, parts | {"lora_magnitude_vector": torch.ones(8192)}
+    changes = {f"layers.{i}.q_proj.{name}": part.clone() for i in range(3) for name, part in parts.items()}
+    adapter, out = write_adapter(config, changes), tmp_path / "out"
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(adapter), "--base", str(base), "--out", str(out)],
         capture_output=True, text=True, timeout=300,
@@ -382,5 +384,5 @@ def test_memory_does_not_grow_with_the_model(write_adapter, tmp_path, dora):
     extra = int(done.stdout.split("EXTRA")[1])
     assert extra <= 2 * weight.nbytes, f"{extra / 2**20:.0f} MiB"
     new = load_file(out / "model.safetensors")
-    expected = torch.full((8192, 4096), 1 / 64 if dora else 8.0, dtype=torch.bfloat16)
+    expected = torch.full((8192, 4096), 1 / 64 if kind == "dora" else 8.0, dtype=torch.bfloat16)
     assert torch.equal(new["layers.2.q_proj.weight"], expected)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from . import inspect, merge, methods, train
-from .errors import CliError
+from .errors import CliError, Parser
 
 COMMANDS = (train, methods, inspect, merge)
 
@@ -31,7 +31,7 @@ def version_text() -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="peft",
         description="Inlay: fine-tune a model by training small added parts.",
         epilog="`peft train` without options fine-tunes a small language model on this machine and reports.",

@@ -8,7 +8,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class Merger:
         self.biases: dict[str, torch.Tensor] = {}
         record = adapter.record
         # These read no base weight when they are made: one skeleton of weights without memory serves all modules.
-        self.whole = record.name == "lora" or record.tuner.uses_shared_state or bool(record.layer.shared_slots)
+        self.whole = record.name in ("lora", "ia3") or record.tuner.uses_shared_state or bool(record.layer.shared_slots)
 
     @functools.cached_property
     def _skeleton(self) -> nn.Module:
@@ -170,6 +170,8 @@ class Merger:
 
     def new_bias(self, module: str) -> torch.Tensor:
         if module not in self.biases:
+            self._rows(module)
+        if module not in self.biases:
             self.whole_weight(module)
         return self.biases[module]
 
@@ -179,26 +181,49 @@ class Merger:
         dtype, blocks = entry.dtype, entry.spans()
 
         def pieces() -> Iterable[torch.Tensor]:
-            factors = self._plain_factors(module)
-            if factors is None:
+            rows = self._rows(module)
+            if rows is None:
                 yield self.whole_weight(module).to(dtype)
-                return
-            left, right, m = factors
-
-            def changed(begin: int, end: int) -> torch.Tensor:
-                return entry.rows(begin, end).to(left.dtype).flatten(1).addmm_(left[begin:end], right)
-
-            if m is None:
-                yield from (changed(*block).to(dtype) for block in blocks)
-            elif self._transposed(module):  # DoRA: m (W + s B A) / |W + s B A|, norms over the inputs
-                norms = sum(changed(*block).double().square().sum(0) for block in blocks).sqrt()  # type: ignore
-                yield from ((changed(*block) * (m / norms).to(left.dtype)).to(dtype) for block in blocks)
             else:
-                for begin, end in blocks:
-                    rows = changed(begin, end)
-                    yield (rows * (m[begin:end] / rows.norm(dim=1))[:, None]).to(dtype)
+                yield from (rows(*block).to(dtype) for block in blocks)
 
         return pieces
+
+    @torch.no_grad()
+    def _rows(self, module: str) -> Callable[[int, int], torch.Tensor] | None:
+        """Rows [begin, end) of the merged weight, as it is stored; None where they cannot be had alone. A bias that
+        changes with them is kept for later.
+        """
+        entry = self.entries[module]
+        if self.adapter.method == "ia3":
+            layer, bias = self.layer(module), self._bias(module)
+            scale = layer.weight_scale("default", layer.get_base_layer().weight)
+            scale = scale.T if self._transposed(module) else scale
+            if bias is not None:
+                self.biases[module] = layer.map_bias("default", bias)
+            return lambda begin, end: (
+                entry.rows(begin, end).to(scale.dtype) * (scale[begin:end] if len(scale) > 1 else scale)
+            )
+        factors = self._plain_factors(module)
+        if factors is None:
+            return None
+        left, right, m = factors
+
+        def changed(begin: int, end: int) -> torch.Tensor:
+            return entry.rows(begin, end).to(left.dtype).flatten(1).addmm_(left[begin:end], right)
+
+        if m is None:
+            return changed
+        if self._transposed(module):  # DoRA: m (W + s B A) / |W + s B A|, norms over the inputs
+            squares = sum(changed(*block).double().square().sum(0) for block in entry.spans())
+            scale = (m / squares.sqrt()).to(left.dtype)  # type: ignore[union-attr]
+            return lambda begin, end: changed(begin, end) * scale
+
+        def scaled(begin: int, end: int) -> torch.Tensor:
+            rows = changed(begin, end)
+            return rows * (m[begin:end] / rows.norm(dim=1))[:, None]
+
+        return scaled
 
     @torch.no_grad()
     def _plain_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:

@@ -53,7 +53,8 @@ class Entry:
         step = (self.end - self.begin) // self.shape[0]
         with self.path.open("rb") as file:
             file.seek(self.begin + begin * step)
-            block = bytearray(file.read((end - begin) * step))
+            block = bytearray((end - begin) * step)
+            file.readinto(block)
         return torch.frombuffer(block, dtype=_DTYPES[self.code]).view(end - begin, *self.shape[1:])
 
     def tensor(self) -> torch.Tensor:

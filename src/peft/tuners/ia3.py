@@ -78,21 +78,24 @@ class IA3Layer(AdapterLayer):
     def map_output(self, name: str, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return y if self.is_feedforward[name] else self._scale(name, y)
 
-    def _weight_scale(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        scale = self.ia3_l[name].flatten()
+    def weight_scale(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        """What merging multiplies the canonical weight by: one factor a row or, for inputs, a column."""
+        scale, ones = self.ia3_l[name].flatten(), (1,) * (w.dim() - 2)
         if not self.is_feedforward[name]:
-            return scale.view(-1, *(1,) * (w.dim() - 1))
+            return scale.view(-1, 1, *ones)
         groups = getattr(self.get_base_layer(), "groups", 1)  # each group of outputs sees its own slice of the inputs
-        return scale.view(groups, -1).repeat_interleave(len(w) // groups, 0).view(*w.shape[:2], *(1,) * (w.dim() - 2))
+        scale = scale.view(groups, -1)
+        scale = scale if groups == 1 else scale.repeat_interleave(len(w) // groups, 0)
+        return scale.view(*scale.shape, *ones)
 
     def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return w * self._weight_scale(name, w)
+        return w * self.weight_scale(name, w)
 
     def map_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
         return b if self.is_feedforward[name] else b * self.ia3_l[name].flatten()
 
     def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return w / (self._weight_scale(name, w) + 1e-8)
+        return w / (self.weight_scale(name, w) + 1e-8)
 
     def unmap_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
         return b if self.is_feedforward[name] else b / (self.ia3_l[name].flatten() + 1e-8)
