@@ -153,19 +153,15 @@ def rotate(x: Tensor, R: Tensor) -> Tensor:
     half-precision x is multiplied by R - I and added to the product, so that a rotation near the identity keeps its
     small entries; x and R are all that is kept for backward.
     """
-    if is_plain():
+    if is_plain() or not fusable(x, R) or not x.is_floating_point():
         return _rotate_plain(x, R)
-    shared = R.shape[0] == 1
-    if not fusable(x, R) or not x.is_floating_point():
-        return _rotate_plain(x, R)
-    if shared:
+    if R.shape[0] == 1:
         h = x.reshape(-1, R.shape[-1])
         D = _minus_identity(R, x.dtype)
         return (torch.mm(h, R[0].to(x.dtype)) if D is None else torch.addmm(h, h, D[0])).view(x.shape)
-    blocks, B = R.shape[0], R.shape[-1]
     if torch.is_grad_enabled() and (x.requires_grad or R.requires_grad):
         return _Rotate.apply(x, R)  # type: ignore[return-value]
-    return rotate_blocks(x.reshape(-1, blocks, B), R).view(x.shape)
+    return rotate_blocks(x.reshape(-1, *R.shape[:2]), R).view(x.shape)
 
 
 def rotate_weight(W: Tensor, R: Tensor) -> Tensor:

@@ -4,7 +4,6 @@
 ΔW = W ⊙ (B A) with the base weight W.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from ..config import PeftConfig, excludes, fan_in_fan_out, layer_names, layer_range, option, positive, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer, dropout
+from ..core.layer import AdapterLayer, dropout, kaiming
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
@@ -65,11 +64,9 @@ class HiraLayer(AdapterLayer):
             self.hira_embedding_A[name], self.hira_embedding_B[name] = nn.Parameter(A), nn.Parameter(B)
             return
         if init:
-            if isinstance(init, str) and not kernel:
-                nn.init.normal_(A, std=1 / r)
-            else:
-                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            nn.init.zeros_(B)
+            gaussian = isinstance(init, str) and not kernel
+            A = nn.init.normal_(A, std=1 / r) if gaussian else kaiming(*A.shape)
+            B = torch.zeros_like(B)
         self.hira_A[name], self.hira_B[name] = nn.Parameter(A), nn.Parameter(B)
 
     def _factor(self, name: str) -> torch.Tensor:
