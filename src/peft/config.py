@@ -70,8 +70,9 @@ def nearest(name: str, valid: Any, prefix: str = " Did you mean ") -> str:
 
 def check_choice(options: Any, *names: str) -> None:
     """The values must be among those of the fields' `Literal`."""
+    types: dict[str, Any] = {f.name: f.type for f in fields(options)} if names else {}
     for name in names:
-        value, valid = getattr(options, name), get_args(inspect.get_annotations(type(options))[name])
+        value, valid = getattr(options, name), get_args(types[name])
         if value not in valid:
             raise ValueError(f"Unknown `{name}` {value!r}; use one of {', '.join(valid)}.{nearest(value, valid)}")
 
@@ -269,6 +270,8 @@ class PeftConfig(PeftConfigMixin):
     _pattern_alone: ClassVar[bool] = False
     # Options that must be above 0.
     _positive: ClassVar[tuple[str, ...]] = ()
+    # Options whose value must be one of their `Literal`.
+    _choices: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,6 +282,7 @@ class PeftConfig(PeftConfigMixin):
                 setattr(self, name, set(getattr(self, name)))
         for name in self._positive:
             positive(name, getattr(self, name))
+        check_choice(self, *self._choices)
         self._check_layer_range()
 
     def _check_layer_range(self) -> None:

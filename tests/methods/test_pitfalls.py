@@ -475,6 +475,11 @@ def test_miss_variants_live_side_by_side():
     )
 
 
+def test_miss_refuses_mini_shards_of_no_width():
+    with pytest.raises(ValueError, match="divisible by mini_r=0"):
+        get_peft_model(base("Linear"), peft.MissConfig(target_modules=["lin0"], r=4, init_weights="mini", mini_r=0))
+
+
 def test_miss_with_a_rest_leaves_the_weight_alone_until_it_is_written():
     model = adapted(peft.MissConfig(target_modules=["lin0"], r=5))
     layer, x = model.base_model.layers()[0], inputs("Linear")

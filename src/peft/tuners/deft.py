@@ -16,7 +16,6 @@ from torch import nn
 from ..config import (
     PeftConfig,
     biases,
-    check_choice,
     excludes,
     fan_in_fan_out,
     layer_names,
@@ -54,10 +53,7 @@ class DeftConfig(PeftConfig):
     layers_pattern: list[str] | str | None = layer_names()
     bias: str = biases("deft_only")
     modules_to_save: list[str] | None = saves()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "decomposition_method")
+    _choices = ("decomposition_method",)
 
 
 class DeftLayer(FixedScale, AdapterLayer):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import PeftConfig, biases, check_choice, option, saves, targets
+from ..config import PeftConfig, biases, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, kaiming
 from ..core.slots import Aux, Trainable
@@ -31,10 +31,7 @@ class GloraConfig(PeftConfig):
     config_C: Literal["lora", "vector", "none"] = option("lora", "Form of C.")
     config_D_E: Literal["vector", "constant", "none"] = option("constant", "Form of D and E.")
     init_weights: bool = option(True, "Start at zero.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self, "config_A_B", "config_C", "config_D_E")
+    _choices = ("config_A_B", "config_C", "config_D_E")
 
 
 class GloraPath(nn.Module):

@@ -5,7 +5,6 @@
 "mini": M is repeated along the outputs. "bat": W + ΔW with ΔW_{a,c} = W_{a,c} M_a + M_a on r x r blocks.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer, dropout
+from ..core.layer import AdapterLayer, dropout, kaiming
 from ..core.scaling import FixedScale
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
@@ -56,10 +55,8 @@ class MissLayer(FixedScale, AdapterLayer):
         r, out = cfg.r, self.out_features
         self.miss_r[name], self.miss_mini_r[name], self.miss_dropout[name] = r, cfg.mini_r, dropout(cfg.miss_dropout)
         variant = self.variant[name] = cfg.init_weights if cfg.init_weights in ("bat", "mini") else "plain"
-        block = torch.zeros({"plain": (r, out), "mini": (r, cfg.mini_r), "bat": (out // r, r, r)}[variant])
-        if not cfg.init_weights:
-            nn.init.kaiming_uniform_(block, a=math.sqrt(5))
-        self.miss_block[name] = nn.Parameter(block)
+        shape = {"plain": (r, out), "mini": (r, cfg.mini_r), "bat": (out // r, r, r)}[variant]
+        self.miss_block[name] = nn.Parameter(torch.zeros(shape) if cfg.init_weights else kaiming(*shape))
 
     @property
     def miss_fn(self) -> Any:
@@ -115,5 +112,5 @@ class MissModel(TunerModel):
                 f"Target module {key}: 'bat' reads the weight in every forward, which the {storage.label} format does "
                 "not allow. Load the base model unquantised, or set init_weights to True or 'mini'."
             )
-        if cfg.init_weights == "mini" and out % cfg.mini_r:
+        if cfg.init_weights == "mini" and (cfg.mini_r <= 0 or out % cfg.mini_r):
             raise ValueError(f"Target module {key}: the output width {out} must be divisible by mini_r={cfg.mini_r}.")

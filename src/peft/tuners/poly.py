@@ -7,7 +7,6 @@ Skills are low-rank updates; each task mixes its own, separately for each head q
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from torch import nn
 
 from ..config import PeftConfig, excludes, option, positive, saves, targets
 from ..core import kinds
-from ..core.layer import AdapterLayer
+from ..core.layer import AdapterLayer, kaiming
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
@@ -81,8 +80,7 @@ class PolyLayer(AdapterLayer):
         for factor in (A,) if cfg.init_weights else (A, B):
             for s in range(cfg.n_skills):  # the order of the published draws
                 for q in range(cfg.n_splits):
-                    drawn = torch.empty(factor.shape[-1], factor.shape[-2])
-                    factor[q, s] = nn.init.kaiming_uniform_(drawn, a=math.sqrt(5)).T
+                    factor[q, s] = kaiming(factor.shape[-1], factor.shape[-2]).T
         self.poly_lora_A[name], self.poly_lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.poly_router[name] = Router(cfg)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import PeftConfig, excludes, fan_in_fan_out, layer_names, layer_range, nearest, option, saves, targets
+from ..config import PeftConfig, excludes, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.slots import Aux, BufferDict, Trainable
@@ -24,7 +24,6 @@ from ..ops.low_rank import Factors
 from ..registry import register_method
 
 LANDMARKS = "psoft_landmarks"  # in the text part of a file: {path of the layer: landmarks}
-SPLITS, SOLVERS = ("psoft_init", "pissa_init"), ("full", "lowrank")
 
 
 @dataclass
@@ -54,13 +53,10 @@ class PsoftConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     _positive = ("r",)
+    _choices = ("ab_svd_init", "psoft_svd")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, valid in (("ab_svd_init", SPLITS), ("psoft_svd", SOLVERS)):
-            value = getattr(self, field)
-            if value not in valid:
-                raise ValueError(f"`{field}` must be one of {valid}, got {value!r}.{nearest(value, valid)}")
         if self.psoft_svd == "full" and self.psoft_svd_lowrank_niter != 10:
             warnings.warn("`psoft_svd_lowrank_niter` only has an effect with psoft_svd='lowrank'.", stacklevel=3)
         if not self.use_cayley_neumann:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import PeftConfig, nearest, option, saves, targets
+from ..config import PeftConfig, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.slots import Aux, Trainable
@@ -33,13 +33,10 @@ class RoadConfig(PeftConfig):
     init_weights: bool = option(True, "Start at the identity; False draws angles and scales.")
     target_modules: list[str] | set[str] | str | None = targets()
     modules_to_save: list[str] | None = saves()
+    _choices = ("variant",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in VECTORS:
-            raise ValueError(
-                f"Invalid variant {self.variant!r}; choose from {list(VECTORS)}.{nearest(self.variant, VECTORS)}"
-            )
         if self.group_size <= 0 or self.group_size % 2:
             raise ValueError(f"The group_size must be a positive even number, got {self.group_size}.")
 

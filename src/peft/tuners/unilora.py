@@ -6,20 +6,18 @@ number of uses).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, nearest, option, saves, targets
+from ..config import PeftConfig, biases, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.slots import Aux, BufferDict, Saved, SharedTrainable
 from ..core.tuner import TunerModel
 from ..ops.low_rank import Factors
 from ..registry import register_method
-
-BIASES = ("none", "all", "unilora_only")
 
 
 @dataclass
@@ -32,7 +30,7 @@ class UniLoraConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = targets()
     unilora_dropout: float = option(0.0, "Dropout on the input.")
     fan_in_fan_out: bool = fan_in_fan_out()
-    bias: str = biases("unilora_only")
+    bias: Literal["none", "all", "unilora_only"] = biases("unilora_only")
     modules_to_save: list[str] | None = saves()
     init_theta_d_bound: float = option(0.02, "The vector starts as U(-bound, bound).")
     init_weights: bool = option(True, "False draws the vector from N(0, 1).")
@@ -42,6 +40,7 @@ class UniLoraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     _pattern_alone = True
+    _choices = ("bias",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,8 +49,6 @@ class UniLoraConfig(PeftConfig):
                 raise ValueError(f"`{field}` must be positive, got {getattr(self, field)}.")
         if not 0 <= self.unilora_dropout <= 1:
             raise ValueError(f"`unilora_dropout` must be in [0, 1], got {self.unilora_dropout}.")
-        if self.bias not in BIASES:
-            raise ValueError(f"`bias` must be one of {BIASES}, got {self.bias!r}.{nearest(self.bias, BIASES)}")
 
 
 class UniLoraLayer(AdapterLayer):
