@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .config import PeftConfig, hub_parameters, nearest
-from .mapping import name_warning, peft_model_class, unchanged_on_error
-from .registry import method_of
+from .core.rollback import unchanged_on_error
+from .mapping import peft_model_class
+from .registry import method_of, name_warning
 
 if TYPE_CHECKING:
     from .peft_model import PeftModel

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`get_peft_model`, `inject_adapter_in_model`, and the published lookup tables, which are views on the registry."""
 
-import contextlib
-import copy
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .config import PeftConfig
-from .registry import RecordView, method_of
+from .core.layer import AdapterLayer
+from .core.modules import tree
+from .core.rollback import unchanged_on_error
+from .peft_model import PeftModel
+from .registry import RecordView, method_of, name_warning
 
 if TYPE_CHECKING:
     from .mixed_model import PeftMixedModel
-    from .peft_model import PeftModel
 
 PEFT_TYPE_TO_CONFIG_MAPPING = RecordView(lambda m: m.config)
 PEFT_TYPE_TO_TUNER_MAPPING = RecordView(lambda m: m.tuner)
@@ -86,11 +86,9 @@ def get_peft_model(
         )
 
 
-def peft_model_class(config: PeftConfig, default: type | None = None) -> "type[PeftModel]":
+def peft_model_class(config: PeftConfig, default: type | None = None) -> type[PeftModel]:
     """The PeftModel class for the task of `config`; prompt methods only exist with a task."""
     if config.task_type is None and not config.is_prompt_learning:
-        from .peft_model import PeftModel
-
         return default or PeftModel
     from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -102,19 +100,8 @@ def peft_model_class(config: PeftConfig, default: type | None = None) -> "type[P
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
 
 
-def name_warning(adapter_name: str, prefix: str) -> str:
-    return (
-        f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. This may lead to "
-        "reinitialization of the adapter "
-        "weights during loading."
-    )
-
-
 def _note_base_model(model: nn.Module, config: PeftConfig, revision: str | None) -> None:
     """Write name and revision of the base model to the configuration, and say what is surprising about the model."""
-    from .core.layer import AdapterLayer
-    from .core.modules import tree
-
     # Only what the model itself was given: class attributes and attributes forwarded to inner modules do not name it.
     old, new = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     config.base_model_name_or_path = new
@@ -140,33 +127,6 @@ def _note_base_model(model: nn.Module, config: PeftConfig, revision: str | None)
                 stacklevel=3,
             )
         config.revision = revision
-
-
-@contextlib.contextmanager
-def unchanged_on_error(model: nn.Module | None, config: PeftConfig | None) -> Iterator[None]:
-    """Give the configuration its values and the parameters their requires_grad back when the body raises."""
-    values = (
-        {}
-        if config is None
-        else {k: copy.copy(v) if isinstance(v, (list, dict, set)) else v for k, v in vars(config).items()}
-    )
-    from .core.modules import parameters
-
-    trainable = [] if model is None else [(p, p.requires_grad) for p in parameters(model)]
-    attributes = {} if model is None else model.__dict__
-    had_configs = attributes.get("peft_config")
-    try:
-        yield
-    except BaseException:
-        if config is not None:
-            vars(config).clear()
-            vars(config).update(values)
-        for parameter, flag in trainable:
-            if parameter.is_leaf:
-                parameter.requires_grad_(flag)
-        if had_configs is None:
-            attributes.pop("peft_config", None)
-        raise
 
 
 def inject_adapter_in_model(

@@ -13,9 +13,9 @@ from . import loading, status
 from .config import PeftConfig, nearest
 from .core.aux_modules import as_names
 from .core.layer import AdapterLayer
-from .mapping import name_warning, unchanged_on_error
+from .core.rollback import unchanged_on_error
 from .peft_model import PeftModel, is_checkpointing
-from .registry import method_of
+from .registry import method_of, name_warning
 from .tuners.mixed import MixedModel, check_mixable
 
 _Single: Any = PeftModel

@@ -7,22 +7,25 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import loading, status
 from .adapter_call import SPECIAL_ARGUMENTS, adapter_call
 from .config import PeftConfig, nearest
-from .core import prompt
 from .core.modules import without_collector
+from .core.rollback import unchanged_on_error
 from .core.tuner import TunerModel
 from .core.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
-from .mapping import name_warning, unchanged_on_error
-from .registry import method_of
-from .status import TunerLayerStatus, TunerModelStatus
-from .utils._lazy import lazy_attributes, owners
+from .registry import method_of, name_warning
+from .utils._lazy import lazy_attributes, lazy_module, owners
+
+if TYPE_CHECKING:
+    from . import loading, status
+    from .core import prompt
+else:  # read on first use: `import peft` and injection do without them
+    loading, status, prompt = map(lazy_module, ("peft.loading", "peft.status", "peft.core.prompt"))
 
 # Published here too.
 __getattr__, __dir__ = lazy_attributes(
@@ -31,10 +34,9 @@ __getattr__, __dir__ = lazy_attributes(
         {
             "peft.task_models": (
                 "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
-                "PeftModelForSeq2SeqLM "
-                "PeftModelForSequenceClassification PeftModelForTokenClassification"
+                "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
             ),
-            "peft.status": "get_layer_status get_model_status",
+            "peft.status": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
             "peft.utils.save_and_load": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
         }
     ),
@@ -152,11 +154,11 @@ class PeftModel(nn.Module):
     def print_trainable_parameters(self) -> None:
         print(status.trainable_line(self.get_nb_trainable_parameters()))
 
-    def get_layer_status(self) -> list[TunerLayerStatus]:
+    def get_layer_status(self) -> "list[status.TunerLayerStatus]":
         """The state of each adapter layer."""
         return status.get_layer_status(self)
 
-    def get_model_status(self) -> TunerModelStatus:
+    def get_model_status(self) -> "status.TunerModelStatus":
         """The state of the model as a whole."""
         return status.get_model_status(self)
 
@@ -206,8 +208,7 @@ class PeftModel(nn.Module):
         if config.peft_type != self.peft_type:
             raise ValueError(
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}; "
-                "use "
-                "`get_peft_model(..., mixed=True)` for adapters of several methods."
+                "use `get_peft_model(..., mixed=True)` for adapters of several methods."
             )
         if name in (prefix := method_of(config).prefix):
             warnings.warn(name_warning(name, prefix), stacklevel=3)

@@ -177,6 +177,13 @@ def method_of(config: PeftConfig) -> Method:
     return method(config.peft_type)
 
 
+def name_warning(adapter_name: str, prefix: str) -> str:
+    return (
+        f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. This may lead to "
+        "reinitialization of the adapter weights during loading."
+    )
+
+
 def config_class(peft_type: PeftType | str) -> type[PeftConfig]:
     return method(peft_type).config
 

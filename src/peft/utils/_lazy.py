@@ -4,7 +4,18 @@
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any
+
+
+class _LazyModule(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def lazy_module(name: str) -> ModuleType:
+    """A stand-in for module `name`, which is imported when something of it is asked for."""
+    return _LazyModule(name)
 
 
 def owners(table: Mapping[str, str | Iterable[str]]) -> dict[str, str]:
