@@ -14,12 +14,12 @@ from torch import nn
 
 from .adapter_call import SPECIAL_ARGUMENTS, adapter_call
 from .config import PeftConfig, nearest
-from .core.modules import without_collector
 from .core.rollback import unchanged_on_error
 from .core.tuner import TunerModel
 from .core.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
 from .registry import method_of, name_warning
 from .utils._lazy import lazy_attributes, lazy_module, owners
+from .utils.collector import without_collector
 
 if TYPE_CHECKING:
     from . import loading, status

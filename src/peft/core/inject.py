@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from ..storage.base import resolve
+from ..utils.collector import without_collector
 from ..utils.error import NoMatchingPeftModuleError
 from . import kinds, match
 from .layer import AdapterLayer
-from .modules import without_collector
 from .wrappers import AuxiliaryTrainingWrapper
 
 if TYPE_CHECKING:

@@ -4,9 +4,7 @@
 A model gets ten new modules for each adapted layer, so these two costs are most of the time that injection takes.
 """
 
-import contextlib
 import functools
-import gc
 import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -87,21 +85,3 @@ def to_eval(module: nn.Module) -> None:
         module.eval()
     else:
         module.__dict__["training"] = False
-
-
-@contextlib.contextmanager
-def without_collector() -> Iterator[None]:
-    """Tens of thousands of new objects that all stay would make the garbage collector walk them again and again: it
-    waits, and then counts them among the old ones.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        if gc.get_freeze_count() == 0:  # freezing and thawing moves everything to the oldest generation, unwalked
-            gc.freeze()
-            gc.unfreeze()
-        gc.enable()

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..core.layer import AdapterLayer
-from ..core.modules import without_collector
 from ..core.offload import compute_device, is_offloaded, onload_layer, unsharded
 from ..core.tuner import TunerModel
 from ..registry import method_of
 from ..storage.dtensor import gathered
+from ..utils.collector import without_collector
 from ..utils.peft_types import PeftType
 from .files import Tensors
 from .keys import (

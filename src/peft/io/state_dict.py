@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..core.modules import without_collector
 from ..core.offload import unsharded
 from ..storage.dtensor import gathered
+from ..utils.collector import without_collector
 from ..utils.peft_types import PeftType
 from ..utils.warning import PeftWarning
 from .base_state import get_base_model_state_dict, set_base_model_state_dict

@@ -7,10 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
+from .collector import without_collector
+
+
+def _imported(name: str) -> ModuleType:
+    if name in sys.modules:
+        return importlib.import_module(name)  # waits where another thread is still importing it
+    with without_collector():
+        return importlib.import_module(name)
+
 
 class _LazyModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        return getattr(importlib.import_module(self.__name__), name)
+        return getattr(_imported(self.__name__), name)
 
 
 def lazy_module(name: str) -> ModuleType:
@@ -40,13 +49,13 @@ def lazy_attributes(
 
     def __getattr__(name: str) -> Any:
         if name in subs:
-            return importlib.import_module(f"{module_name}.{name}")
+            return _imported(f"{module_name}.{name}")
         home = homes.get(name)
         if home is None:
             raise AttributeError(f"module {module_name!r} has no attribute {name!r}")
         home, _, owned_name = home.partition(":")
         try:
-            value = getattr(importlib.import_module(home), owned_name or name)
+            value = getattr(_imported(home), owned_name or name)
         except ModuleNotFoundError as error:
             if error.name is None or not home.startswith(error.name):
                 raise  # a dependency of the owner is missing: say which one
