@@ -48,9 +48,8 @@ def python(code: str, executable: str = sys.executable, **kwargs: str) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy, so that no build folder is left in the working tree."""
     installed = {d.name for d in importlib.metadata.distributions()}
-    if (
-        not {"pip", "setuptools"} <= installed
-    ):  # asking the import system for pip would switch setuptools' distutils off
+    # asking the import system for pip would switch setuptools' distutils off
+    if not {"pip", "setuptools"} <= installed:
         pytest.skip("needs pip and setuptools to build a wheel without a network")
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
