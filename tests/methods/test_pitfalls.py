@@ -251,6 +251,19 @@ def test_convolutions_with_uncommon_options(method, options):
     agrees_with_merging(perturbed(model).eval(), x)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [4, 16])
+def test_boft_makes_its_rotations_once_a_step(bias, size, monkeypatch):
+    from peft.ops import cayley
+
+    calls, original = [], cayley.cayley
+    monkeypatch.setattr(cayley, "cayley", lambda Q: calls.append(Q) or original(Q))
+    config = peft.BOFTConfig(target_modules=["0"], boft_block_size=size)
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 8, bias=bias)), config)
+    model(torch.randn(3, 16)).sum().backward()
+    assert len(calls) == 1
+
+
 def test_two_boft_adapters_with_other_blocks():
     run_both(
         peft.BOFTConfig(target_modules=["lin0"], boft_block_size=4),

@@ -44,17 +44,18 @@ def linear(base: nn.Module, x: Tensor, s: Tensor, R: Tensor | None = None) -> Te
 
     None where ordinary ops serve: a bias, a trained weight, nothing to differentiate, other dtypes.
     """
-    if not _serves(base, x, s, R) or (R is not None and R.shape[0] == 1):
+    if not serves(base, x, s, R) or (R is not None and R.shape[0] == 1):
         return None
     return _Gain.apply(x, base.weight, s.flatten(), R)  # type: ignore[return-value]
 
 
 def turned(base: nn.Module, x: Tensor, theta: Tensor, alpha: Tensor, half: int) -> Tensor | None:
     """The same for outputs whose pairs (j, j + half), in groups of 2 half, are turned by θ and scaled by α (RoAd)."""
-    return _Turn.apply(x, base.weight, theta, alpha, half) if _serves(base, x, theta, alpha) else None  # type: ignore
+    return _Turn.apply(x, base.weight, theta, alpha, half) if serves(base, x, theta, alpha) else None  # type: ignore
 
 
-def _serves(base: nn.Module, x: Tensor, trained: Tensor, other: Tensor | None) -> bool:
+def serves(base: nn.Module, x: Tensor, trained: Tensor, other: Tensor | None) -> bool:
+    """Whether the functions here take x through `base`, with the gains `trained` and what else is trained."""
     W: Tensor = base.weight  # type: ignore[assignment]
     if is_plain() or not torch.is_grad_enabled() or not trained.requires_grad or base.bias is not None:
         return False

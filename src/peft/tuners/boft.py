@@ -112,9 +112,10 @@ class BOFTLayer(FixedScale, AdapterLayer):
         return self.boft_dropout[name](cayley.cayley((A - A.transpose(-2, -1)) / 2))
 
     def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base, y, A = self.base_layer, None, self.boft_R[names[0]]
-        if len(names) == len(A) == 1 and self.kind is kinds.Linear and not kwargs and self._base_is_plain(base):
-            y = gain.linear(base, x, self.boft_s[names[0]], self._rotations(names[0])[0])
+        base, y, A, s = self.base_layer, None, self.boft_R[names[0]], self.boft_s[names[0]]
+        simple = len(names) == len(A) == 1 and A.shape[1] > 1 and self.kind is kinds.Linear and not kwargs
+        if simple and self._base_is_plain(base) and gain.serves(base, x, s, A):
+            y = gain.linear(base, x, s, self._rotations(names[0])[0])
         return super()._adapt_activations(names, x, *args, **kwargs) if y is None else y
 
     def map_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
