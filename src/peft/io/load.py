@@ -152,7 +152,7 @@ def _checked(state_dict: Mapping[str, torch.Tensor], source: str) -> Tensors:
     return Tensors({clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}, metadata)
 
 
-_SUMMED = 64  # tensors at a time that are looked at for NaN
+_SUMMED = 32_768  # numbers that torch sums up in one thread: waking the others takes longer than the sum
 
 
 def _with_nan(state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -160,9 +160,12 @@ def _with_nan(state: Mapping[str, torch.Tensor]) -> list[str]:
     they looked at one by one.
     """
     groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, torch.Tensor]]] = {}
+    room: dict[tuple[torch.dtype, torch.device], int] = {}
     found: set[str] = set()
 
     def look(held: list[tuple[str, torch.Tensor]]) -> None:
+        if not held:
+            return
         flat = [tensor.detach().reshape(-1) for _, tensor in held]
         if not torch.isfinite((flat[0] if len(flat) == 1 else torch.cat(flat)).sum()):
             found.update(key for key, tensor in held if torch.isnan(tensor).any())
@@ -171,10 +174,12 @@ def _with_nan(state: Mapping[str, torch.Tensor]) -> list[str]:
         dtype = tensor.dtype
         if tensor.is_meta or dtype.itemsize == 1 or not (dtype.is_floating_point or dtype.is_complex):
             continue
-        group = groups.setdefault((dtype, tensor.device), [])
-        group.append((key, tensor))
-        if len(group) == _SUMMED or tensor.numel() > 1_000_000:
-            look(groups.pop((dtype, tensor.device)))
+        kind, size = (dtype, tensor.device), tensor.numel()
+        if size > room.get(kind, 0):
+            look(groups.pop(kind, []))
+            room[kind] = _SUMMED
+        room[kind] -= size
+        groups.setdefault(kind, []).append((key, tensor))
     for group in groups.values():
         look(group)
     return [key for key in state if key in found]
