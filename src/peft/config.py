@@ -9,13 +9,13 @@ one-line calls so that every method keeps its published field order.
 import copy
 import dataclasses
 import difflib
-import functools
 import inspect
 import json
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -34,32 +34,23 @@ def option(default: Any = MISSING, help: str = "", *, factory: Callable[[], Any]
     return field(default=default, metadata=metadata)
 
 
-def targets() -> Any:
-    return option(None, "Modules to adapt: names (exact or dotted suffix), one regex string, or 'all-linear'.")
-
-
-def excludes() -> Any:
-    return option(None, "Modules never adapted; same matching rules as target_modules, and stronger.")
-
-
-def saves() -> Any:
-    return option(None, "Further modules trained in full and stored with the adapter, e.g. a classification head.")
-
-
-def layer_range() -> Any:
-    return option(None, "Only adapt the layers with these indices (int or list).")
-
-
-def layer_names() -> Any:
-    return option(None, "Name of the ModuleList that layers_to_transform counts in, if it is not a common one.")
+# Options that many methods share: call them in the class body, for a field of its own.
+targets = partial(option, None, "Modules to adapt: names (exact or dotted suffix), one regex string, or 'all-linear'.")
+excludes = partial(option, None, "Modules never adapted; same matching rules as target_modules, and stronger.")
+saves = partial(
+    option, None, "Further modules trained in full and stored with the adapter, e.g. a classification head."
+)
+layer_range = partial(option, None, "Only adapt the layers with these indices (int or list).")
+layer_names = partial(
+    option, None, "Name of the ModuleList that layers_to_transform counts in, if it is not a common one."
+)
+fan_in_fan_out = partial(
+    option, False, "The base weight is stored as [in, out] (found out by itself; kept for old files)."
+)
 
 
 def biases(only: str) -> Any:
     return option("none", f"Which base biases are trained and saved: 'none', 'all' or '{only}'.")
-
-
-def fan_in_fan_out() -> Any:
-    return option(False, "The base weight is stored as [in, out] (found out by itself; kept for old files).")
 
 
 def nearest(name: str, valid: Any, prefix: str = " Did you mean ") -> str:
@@ -84,7 +75,7 @@ def positive(name: str, value: Any) -> Any:
     return value
 
 
-@functools.cache
+@cache
 def hub_parameters() -> frozenset[str]:
     from huggingface_hub import hf_hub_download
 

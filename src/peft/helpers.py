@@ -129,7 +129,7 @@ class DoraCaching:
 
     def __enter__(self) -> None:
         self.prev_value = self._switch().ENABLE_DORA_CACHING
-        self._switch().ENABLE_DORA_CACHING = self.enabled
+        self(self.enabled)
 
     def __exit__(self, *exc: Any) -> None:
         self._switch().ENABLE_DORA_CACHING = self.prev_value

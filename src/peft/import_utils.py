@@ -8,7 +8,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 GPTQMODEL_MINIMUM = "7.0.0"
@@ -165,6 +164,8 @@ _TRANSFORMERS = {
 def __getattr__(name: str) -> Any:
     if name not in _TRANSFORMERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from packaging.specifiers import SpecifierSet
+
     try:
         value = SpecifierSet(_TRANSFORMERS[name]).contains(_version("transformers"), prereleases=True)
     except metadata.PackageNotFoundError:

@@ -76,9 +76,7 @@ def train_biases(model: nn.Module, mode: str, layers: Iterable[AdapterLayer]) ->
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Float32 for the half and quarter precision weights of one adapter; saved modules and shared state stay."""
-    if not autocast_adapter_dtype:
-        return
-    for layer in model.modules():
+    for layer in model.modules() if autocast_adapter_dtype else ():
         if isinstance(layer, AdapterLayer) and adapter_name in layer:
             layer.cast_adapter(adapter_name)
 
