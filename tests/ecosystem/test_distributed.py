@@ -95,3 +95,26 @@ def test_tensor_parallel_training_equals_one_process(alone: Path, tmp_path: Path
     launch("tp", tmp_path, *worker.CONFIGS)
     for case in worker.CONFIGS:
         same_files(tmp_path / case, alone / case, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "world"), [("uneven", 2), ("compiled", 2), ("ddp", 4), ("fsdp2", 4)])
+def test_split_layers_equal_whole_ones(case: str, world: int, tmp_path: Path) -> None:
+    """Uneven parts, torch.compile, and a mesh whose other axis shares the batch (DDP, FSDP2): see the worker."""
+    script = Path(worker.__file__).with_name("distributed_tensor_worker.py")
+    run_ranks([sys.executable, str(script), case], tmp_path, world)
+
+
+def test_adapters_are_whole_under_tensor_parallelism(alone: Path) -> None:
+    """What other libraries import to split a file: there is nothing to split."""
+    from peft.utils.save_and_load import _maybe_shard_state_dict_for_tp
+
+    model = worker.made("lora")
+    for module in model.get_base_model().modules():
+        module._hf_tp_plan = "colwise"
+    state = load_file(alone / "lora" / "adapter_model.safetensors")
+    before = dict(state)
+    assert _maybe_shard_state_dict_for_tp(model, state, "default") is None
+    assert state.keys() == before.keys() and all(state[k] is v for k, v in before.items())
+    peft.set_peft_model_state_dict(model, state)
+    assert tiny.same(peft.get_peft_model_state_dict(model), before)

@@ -31,6 +31,9 @@ class ForwardPaths:
         self._plan = self._active_here(key)
         self._path = self._choose_path(self._plan)
         self._seen = key
+        self._find_split()
+
+    def _find_split(self: Any) -> None:
         weight = getattr(self.get_base_layer(), self.kind.weight_name, None) if self.kind.is_linear else None
         split = Split(weight, self.in_features, self.out_features) if is_sharded(weight) else None
         if split is not self._split:  # torch.compile guards on an attribute that appears
@@ -51,6 +54,8 @@ class ForwardPaths:
         """
         key = self._local or self.switch.key
         if torch.compiler.is_compiling():
+            if self._split is None:  # compiled before the first run
+                self._find_split()
             return self._active_here(key)
         if key != self._seen:
             self._replan(key)

@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Old address of the state-dict and file functions of `peft.io`."""
 
+import torch
+from torch import nn
+
 from ._lazy import lazy_attributes, owners
+
+
+def _maybe_shard_state_dict_for_tp(model: nn.Module, state_dict: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Does nothing, on purpose: under tensor parallelism adapters are whole on every process, as in their files."""
+
 
 _HOMES = owners(
     {
