@@ -11,23 +11,23 @@ from torch import nn
 from ..core.layer import AdapterLayer
 from ..core.tuner import TunerModel
 from ..core.wrappers import AuxiliaryTrainingWrapper
-from .keys import _join, clean
+from .keys import _join, clean, resolve, tensor_of
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ("missing_keys", "unexpected_keys"))
 
 
+def inside(module: nn.Module) -> str | None:
+    """Where a module that came with an adapter holds the one of the base model; None for the base model's own."""
+    if isinstance(module, AdapterLayer):
+        return "base_layer"
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return "token_adapter" if "token_adapter" in module._modules else "original_module"
+    return getattr(type(module), "base_attribute", None)
+
+
 def _base_modules(module: nn.Module, name: str, path: str) -> Iterator[tuple[str, str, nn.Module]]:
     """(original name, name now, module) of the modules of the base model; aliases included, as in a state dict."""
-    if isinstance(module, AdapterLayer):
-        yield from _base_modules(module.base_layer, name, _join(path, "base_layer"))
-        return
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        if "token_adapter" in module._modules:
-            yield from _base_modules(module.get_submodule("token_adapter"), name, _join(path, "token_adapter"))
-        else:
-            yield from _base_modules(module.get_submodule("original_module"), name, _join(path, "original_module"))
-        return
-    if inner := getattr(type(module), "base_attribute", None):  # a module put around one of the base model's
+    if inner := inside(module):
         yield from _base_modules(module.get_submodule(inner), name, _join(path, inner))
         return
     yield name, path, module
@@ -67,36 +67,29 @@ def set_base_model_state_dict(
         own: dict[str, torch.Tensor] = {}
         module._save_to_state_dict(own, "", keep_vars=True)
         for key in own:
-            renamed[_join(name, key)] = _join(path, key) if path else key
+            renamed[_join(name, key)] = _join(path, key)
     given = {clean(k): v for k, v in state_dict.items()}
     missing = [k for k in renamed if k not in given]
     unexpected = [k for k in given if k not in renamed]
     if strict and (missing or unexpected):
         lines = [f"Missing key(s): {missing}."] if missing else []
         lines += [f"Unexpected key(s): {unexpected}."] if unexpected else []
-        raise RuntimeError(
-            f"Error(s) in loading the base model state_dict of {type(base).__name__}: {' '.join(lines)} Nothing was "
-            "loaded."
-        )
+        raise RuntimeError(_nothing_loaded(base, " ".join(lines)))
     _check_shapes(base, renamed, given)
     base.load_state_dict({renamed[k]: v for k, v in given.items() if k in renamed}, strict=False)
     return IncompatibleKeys(missing, unexpected)
 
 
 def _check_shapes(base: nn.Module, renamed: dict[str, str], given: dict[str, torch.Tensor]) -> None:
-    from .keys import resolve
-
     wrong = []
     for key, value in given.items():
         held = resolve(base, renamed[key]) if key in renamed else None
-        if held is None:
-            continue
-        own = held[0]._parameters.get(held[1])
-        own = held[0]._buffers[held[1]] if own is None else own
-        if isinstance(value, torch.Tensor) and own is not None and own.shape != value.shape:
-            wrong.append(f"size mismatch for {key}: shape {value.shape} in the state dict, {own.shape} in the model")
+        shape = tensor_of(*held).shape if held else None
+        if shape is not None and isinstance(value, torch.Tensor) and shape != value.shape:
+            wrong.append(f"size mismatch for {key}: shape {value.shape} in the state dict, {shape} in the model")
     if wrong:
-        raise RuntimeError(
-            f"Error(s) in loading the base model state_dict of {type(base).__name__}: {'; '.join(wrong)}. Nothing was "
-            "loaded."
-        )
+        raise RuntimeError(_nothing_loaded(base, "; ".join(wrong) + "."))
+
+
+def _nothing_loaded(base: nn.Module, what: str) -> str:
+    return f"Error(s) in loading the base model state_dict of {type(base).__name__}: {what} Nothing was loaded."

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """When and under which keys the embeddings of the base model are stored with an adapter (`save_embedding_layers`)."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,10 +14,10 @@ from torch import nn
 
 from ..core.layer import AdapterLayer
 from ..core.match import ALL_LINEAR
-from ..core.wrappers import AuxiliaryTrainingWrapper
 from ..utils.constants import EMBEDDING_LAYER_NAMES
 from ..utils.peft_types import PeftType
-from .keys import Entry, _join, _tensors_below, clean, resolve, walk
+from .base_state import inside
+from .keys import PEFT_PREFIX, Entry, _join, _tensors_below, clean, walk
 
 
 def embedding_entries(model: nn.Module, name: str, config: Any, option: bool | str) -> list[Entry]:
@@ -31,8 +32,10 @@ def embedding_entries(model: nn.Module, name: str, config: Any, option: bool | s
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=4
         )
         return []
-    layers = [m for m in (_call(model, "get_input_embeddings"), _call(model, "get_output_embeddings")) if m is not None]
-    wanted = {id(m) for m in layers}
+    wanted = set()
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError):
+            wanted.add(id(getattr(model, method, lambda: None)()))
     found: list[Entry] = []
     for path, module in walk(model):
         if id(module) in wanted:
@@ -40,34 +43,15 @@ def embedding_entries(model: nn.Module, name: str, config: Any, option: bool | s
     return found
 
 
-def _call(model: Any, method: str) -> nn.Module | None:
-    function = getattr(model, method, None)
-    if not callable(function):
-        return None
-    try:
-        found = function()
-    except NotImplementedError:
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
 def _entries(path: str, module: nn.Module, name: str, targeted: bool) -> Iterator[Entry]:
-    if isinstance(module, AdapterLayer):
-        base: nn.Module = module
-        while isinstance(base, AdapterLayer):
-            path, base = _join(path, "base_layer"), base.base_layer
-        module = base
-    elif targeted:
+    if targeted and not isinstance(module, AdapterLayer):
         return
-    elif isinstance(module, AuxiliaryTrainingWrapper):
-        # A copy trained by this adapter is stored under the plain name already.
-        inside = "token_adapter.base_layer" if "token_adapter" in module._modules else "original_module"
-        if inside == "original_module" and name in module.adapter_names:
-            return
-        held = resolve(module, f"{inside}.weight")
-        if held is None:
-            return
-        path, module = _join(path, inside), held[0]
+    inner = inside(module)
+    if inner == "original_module" and name in module.adapter_names:  # type: ignore[operator]
+        return  # a copy trained by this adapter is stored under the plain name already
+    while inner:
+        path, module = _join(path, inner), module.get_submodule(inner)
+        inner = inside(module)
     for rest, owner, attr in _tensors_below(module):
         key = clean(_join(path, rest))
         yield Entry(key, key, owner, attr, None, "base")
@@ -84,12 +68,8 @@ def _is_targeted(model: nn.Module, config: Any) -> bool:
         pattern = re.compile(targets)
         names = (path for path, _ in walk(model))
         tails = (n for n in names if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
-        return any(pattern.fullmatch(n) or pattern.fullmatch(_in_base(n)) for n in tails)
+        return any(pattern.fullmatch(n) or pattern.fullmatch(n.removeprefix(PEFT_PREFIX)) for n in tails)
     return targets is not None and any(n in targets for n in EMBEDDING_LAYER_NAMES)
-
-
-def _in_base(path: str) -> str:
-    return path.removeprefix("base_model.model.")
 
 
 def _decide(model: nn.Module, config: Any, targeted: bool) -> bool:
@@ -102,10 +82,10 @@ def _decide(model: nn.Module, config: Any, targeted: bool) -> bool:
         )
         return True
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    origin = getattr(config, "base_model_name_or_path", None)
+    origin = config.base_model_name_or_path
     if not origin or size is None:
         return False
-    original = _vocab_size(origin, getattr(config, "revision", None))
+    original = _vocab_size(origin, config.revision)
     if original is None:
         warnings.warn(
             f"Could not find a config file in {origin} - will assume that the vocabulary was not modified.",

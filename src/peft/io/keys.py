@@ -29,6 +29,7 @@ from ..core.wrappers import AuxiliaryTrainingWrapper
 # Modules that training wrappers put between a module and its parent; they are no part of any name.
 FSDP_INFIX = "_fsdp_wrapped_module."
 COMPILE_INFIX = "_orig_mod."
+_INFIXES = (FSDP_INFIX[:-1], COMPILE_INFIX[:-1])
 PEFT_PREFIX = "base_model.model."
 
 
@@ -101,27 +102,24 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Roles(NamedTuple):
+    unsaved: frozenset[str]  # frozen parameters that are no weights (AdaLoRA's ranknum); buffers say so themselves
     shared: frozenset[str]  # owned by the tuner
-    unsaved: frozenset[
-        str
-    ]  # metadata that happens to be a frozen parameter (AdaLoRA's ranknum); buffers follow their own persistence
     bare: frozenset[str]  # modules whose weight is stored under the slot's name
+
+
+def _roles(slots: dict[str, Slot]) -> _Roles:
+    found = slots.values()
+    unsaved = (s for s in found if s.role == "aux" and not s.saved and issubclass(s.container, nn.ParameterDict))
+    return _Roles(
+        frozenset(s.name for s in unsaved),
+        frozenset(s.name for s in found if s.role == "shared"),
+        frozenset(s.name for s in found if s.bare),
+    )
 
 
 @functools.cache
 def _of_class(cls: type[AdapterLayer]) -> _Roles:
     return _roles(cls.slots)
-
-
-def _roles(slots: dict[str, Slot]) -> _Roles:
-    found = slots.values()
-    return _Roles(
-        frozenset(s.name for s in found if s.role == "shared"),
-        frozenset(
-            s.name for s in found if s.role == "aux" and not s.saved and issubclass(s.container, nn.ParameterDict)
-        ),
-        frozenset(s.name for s in found if s.bare),
-    )
 
 
 def _persistent(module: nn.Module) -> Iterator[str]:
@@ -141,7 +139,7 @@ def _tensors_below(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.
         yield path + attr, module, attr
     for child_name, child in module._modules.items():
         if child is not None:
-            inner = path if child_name in ("_fsdp_wrapped_module", "_orig_mod") else f"{path}{child_name}."
+            inner = path if child_name in _INFIXES else f"{path}{child_name}."
             yield from _tensors_below(child, inner)
 
 
@@ -151,11 +149,9 @@ def _container_entries(
     """Entries of adapter `name` in a container keyed by adapter name, which is found at `path`."""
     held = container._modules.get(name)
     if held is None:
-        if name not in container._parameters and name not in container._buffers:
-            return []
-        if name in container._non_persistent_buffers_set:
-            return []
-        return [Entry(path, f"{path}.{name}", container, name, layer, role)]
+        own = name in container._parameters or name in container._buffers
+        saved = own and name not in container._non_persistent_buffers_set
+        return [Entry(path, f"{path}.{name}", container, name, layer, role)] if saved else []
     if not held._modules and not held._buffers and not bare:  # nearly always: a Linear, a Dropout
         return [
             Entry(f"{path}.{attr}", f"{path}.{name}.{attr}", held, attr, layer, role)
@@ -180,20 +176,16 @@ def _file_key(path: str, name: str, rest: str, bare: bool) -> str:
 _CONTAINERS = (nn.ModuleDict, nn.ParameterDict, BufferDict)
 
 
-def _is_container(module: nn.Module | None) -> bool:
-    return isinstance(module, _CONTAINERS)
-
-
 def layer_entries(path: str, layer: AdapterLayer, name: str, with_shared: bool = False) -> list[Entry]:
     """Saved tensors of adapter `name` on one layer."""
     own = layer.__dict__.get("slots")  # variants add slots to single layers
-    shared, unsaved, bare = _of_class(type(layer)) if own is None else _roles(own)
+    unsaved, shared, bare = _of_class(type(layer)) if own is None else _roles(own)
     dot = path + "." if path else ""
     entries: list[Entry] = []
     for slot, container in layer._modules.items():
-        if container is None or slot == "base_layer" or slot in unsaved or (slot in shared and not with_shared):
+        if slot == "base_layer" or slot in unsaved or (slot in shared and not with_shared):
             continue
-        if _is_container(container):
+        if isinstance(container, _CONTAINERS):
             entries += _container_entries(dot + slot, container, name, slot in bare, layer, "slot")
     if (fixed := type(layer).name_in_files) is not None:
         start = len(dot)
@@ -225,7 +217,7 @@ def tuner_entries(path: str, tuner: TunerModel, name: str) -> Iterator[Entry]:
             yield Entry(_join(path, file), clean(_join(path, memory)), owner, attr)
         return
     for slot, container in tuner._modules.items():
-        if slot != "model" and container is not None and _is_container(container):
+        if slot != "model" and isinstance(container, _CONTAINERS):
             yield from _container_entries(_join(path, slot), container, name, False, None, "shared")
 
 
@@ -245,24 +237,21 @@ def wrapper_entries(path: str, wrapper: AuxiliaryTrainingWrapper, name: str) -> 
 def resolve(root: nn.Module, key: str) -> tuple[nn.Module, str] | None:
     """(owner, attribute) of the tensor called `key` below `root`, or None. Wrapper infixes may be left out of `key`."""
     *path, attr = key.split(".")
-    module = root
+    module: nn.Module | None = root
     for part in path:
-        child = module._modules.get(part)
-        while child is None:
-            inner = module._modules.get("_fsdp_wrapped_module") or module._modules.get("_orig_mod")
-            if inner is None:
-                return None
-            module, child = inner, inner._modules.get(part)
-        module = child
-    while attr not in module._parameters and attr not in module._buffers:
-        inner = module._modules.get("_fsdp_wrapped_module") or module._modules.get("_orig_mod")
-        if inner is None:
-            return None
-        module = inner
-    tensor = module._parameters.get(attr)
-    if tensor is None and module._buffers.get(attr) is None:
+        module = _holder(module, part, "_modules")
+        module = None if module is None else module._modules[part]
+    owner = _holder(module, attr, "_parameters", "_buffers")
+    if owner is None or (owner._parameters.get(attr) is None and owner._buffers.get(attr) is None):
         return None
-    return module, attr
+    return owner, attr
+
+
+def _holder(module: nn.Module | None, name: str, *tables: str) -> nn.Module | None:
+    """The module itself, or the one that training wrappers hold for it, that has `name` in one of its tables."""
+    while module is not None and all(name not in module.__dict__[table] for table in tables):
+        module = next((module._modules[n] for n in _INFIXES if n in module._modules), None)
+    return module
 
 
 # ---- the whole adapter
@@ -301,10 +290,7 @@ def find_tuner(model: nn.Module) -> TunerModel | None:
     for _ in range(8):
         if isinstance(model, TunerModel):
             return model
-        inner = next(
-            (model._modules[n] for n in ("base_model", "_fsdp_wrapped_module", "_orig_mod") if n in model._modules),
-            None,
-        )
+        inner = next((model._modules[n] for n in ("base_model", *_INFIXES) if n in model._modules), None)
         if inner is None:
             return None
         model = inner
