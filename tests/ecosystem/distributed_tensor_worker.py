@@ -119,7 +119,7 @@ def shared(spread: str) -> None:
 
 def compiled() -> None:
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    for case in ("lora", "ia3"):
+    for case in ("lora", "ia3", "dora"):
         model, alone = made(case, 32, mesh), made(case, 32)
         y, expected = train(torch.compile(model, backend="aot_eager")), train(alone)
         assert tiny.close(y, expected), case

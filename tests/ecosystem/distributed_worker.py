@@ -7,6 +7,7 @@ process that saw both halves of the batches. What needs no second process to jud
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -158,6 +159,34 @@ def trained(mode: str, case: str, folder: Path) -> None:
     assert tiny.close(live, again, 1e-5), f"{case}: the file gives other logits than the live model"
     if mode != "ddp" and case in ("lora", "ia3"):
         reloaded_and_merged(model, spread, live, folder)
+    if mode in ("fsdp1", "fsdp2") and case == "lora":
+        checkpointed_by_accelerate(mode, model, spread, live, folder)
+
+
+def checkpointed_by_accelerate(
+    mode: str, model: peft.PeftModel, spread: nn.Module, live: torch.Tensor, folder: Path
+) -> None:
+    """accelerate's own checkpoint of a sharded model. Its Accelerator ignores FSDP without a GPU (it says MULTI_CPU, and
+    prepares DDP), so a stand-in has the attributes that these functions read.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin, load_fsdp_model, save_fsdp_model
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=int(mode[-1]), state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=False
+    )
+    accelerator = SimpleNamespace(
+        num_processes=dist.get_world_size(), process_index=dist.get_rank(), is_main_process=dist.get_rank() == 0,
+        wait_for_everyone=dist.barrier, is_fsdp2=mode == "fsdp2", device=torch.device("cpu"),
+        state=PartialState(cpu=True), parallelism_config=None,
+    )  # fmt: skip
+    there = str(folder / "accelerate")
+    save_fsdp_model(plugin, accelerator, spread, there, adapter_only=True)
+    state = peft.load_peft_weights(str(folder), device="cpu")
+    peft.set_peft_model_state_dict(model, {k: torch.zeros_like(v) for k, v in state.items()})
+    assert tiny.apart(tiny.logits(spread), live), "zeros loaded"
+    load_fsdp_model(plugin, accelerator, spread, there, adapter_only=True)
+    assert tiny.close(tiny.logits(spread), live, 1e-6), "accelerate's checkpoint"
 
 
 def reloaded_and_merged(model: peft.PeftModel, spread: nn.Module, live: torch.Tensor, folder: Path) -> None:

@@ -31,13 +31,14 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "placements") and any(p.is_shard() for p in tensor.placements)
 
 
+# `placements` tells a DTensor: torch.compile finds attributes by `hasattr`, but not its methods.
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with the parts of all processes; they must all come here. An ordinary tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if hasattr(tensor, "placements") else tensor  # type: ignore[attr-defined]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor  # type: ignore[attr-defined]
 
 
 def like(value: torch.Tensor, reference: Any) -> torch.Tensor:
