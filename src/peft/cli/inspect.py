@@ -8,10 +8,10 @@ import html
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .adapter_files import Adapter, LayerStrength, read_adapter, strengths
-from .heatmap import html_heatmap, make_grid, svg_spectra, text_heatmap
+if TYPE_CHECKING:
+    from .adapter_files import Adapter, LayerStrength
 
 _EXTRAS = {"use_dora": "DoRA", "use_rslora": "rank-stabilised", "lora_bias": "with bias"}
 _PAGE = """<!doctype html>
@@ -45,6 +45,9 @@ def register(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from .adapter_files import read_adapter, strengths  # they need torch, which `peft --version` does without
+    from .heatmap import make_grid, text_heatmap
+
     adapter = read_adapter(args.adapter)
     layers = strengths(adapter)
     for name, value in facts(adapter, layers).items():
@@ -99,6 +102,8 @@ def _scaling(config: dict[str, Any]) -> str:
 
 def page(adapter: Adapter, layers: list[LayerStrength]) -> str:
     """One self-contained HTML file."""
+    from .heatmap import html_heatmap, make_grid, svg_spectra
+
     rows = facts(adapter, layers).items()
     spectra = svg_spectra(layers)
     return _PAGE.format(
