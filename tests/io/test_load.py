@@ -22,7 +22,7 @@ from peft import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.io.load import load_adapter_state
+from peft.io.load import _with_nan, load_adapter_state
 from peft.utils.warning import PeftWarning
 
 from .models import fill, ids, net, snapshot, unchanged
@@ -158,6 +158,13 @@ def test_nan(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         set_peft_model_state_dict(model, state)
+
+
+def test_nan_next_to_tensors_without_elements():
+    """AdaLoRA writes factors of rank 0."""
+    state = {"first": torch.empty(0, 4), "second": torch.full((2,), torch.nan), "third": torch.empty(0)}
+    assert _with_nan(state) == ["second"]
+    assert _with_nan({f"t{i}": torch.zeros(9_000) for i in range(9)} | state) == ["second"]
 
 
 def test_not_tensors(model):

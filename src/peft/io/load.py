@@ -175,7 +175,7 @@ def _with_nan(state: Mapping[str, torch.Tensor]) -> list[str]:
         if tensor.is_meta or dtype.itemsize == 1 or not (dtype.is_floating_point or dtype.is_complex):
             continue
         kind, size = (dtype, tensor.device), tensor.numel()
-        if size > room.get(kind, 0):
+        if size > room.get(kind, -1):
             look(groups.pop(kind, []))
             room[kind] = _SUMMED
         room[kind] -= size
