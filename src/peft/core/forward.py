@@ -212,7 +212,7 @@ class ForwardPaths:
 
     def weight_path_allowed(self: Any, names: tuple[str, ...]) -> bool:
         """False while the method must see activations: dropout in training, or what a method adds."""
-        live = [self._modules[s] for s in self.module_slots if s.endswith("dropout")] if self.training else ()
+        live = [self._modules[s] for s in self.dropout_slots] if self.training else ()
         return not any(dropout_p(held[n]) > 0 for held in live for n in names if n in held)
 
     def adapter_dtype(self: Any, name: str) -> torch.dtype | None:

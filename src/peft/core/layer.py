@@ -58,6 +58,7 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
 
     slots: ClassVar[dict[str, Slot]] = {}
     module_slots: ClassVar[tuple[str, ...]] = ()  # of these, the registered containers
+    dropout_slots: ClassVar[tuple[str, ...]] = ()  # of these, the dropouts
     hooks: ClassVar[frozenset[str]] = frozenset()
     kind: type[LayerKind]
     storage: WeightStorage
@@ -80,6 +81,7 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
         super().__init_subclass__(**kwargs)
         cls.slots = read_slots(cls)
         cls.module_slots = tuple(s.name for s in cls.slots.values() if s.is_module)
+        cls.dropout_slots = tuple(n for n in cls.module_slots if n.endswith("dropout"))
         cls.shared_slots = tuple(s.name for s in cls.slots.values() if s.role == "shared")
         cls.adapter_layer_names = tuple(s.name for s in cls.slots.values() if s.trains)
         cls.other_param_names = tuple(s.name for s in cls.slots.values() if s.role == "aux")

@@ -155,6 +155,7 @@ def _checked(state_dict: Mapping[str, torch.Tensor], source: str) -> Tensors:
 _SUMMED = 32_768  # numbers that torch sums up in one thread: waking the others takes longer than the sum
 
 
+@torch.no_grad()
 def _with_nan(state: Mapping[str, torch.Tensor]) -> list[str]:
     """Keys of tensors that hold NaN. Small tensors are summed up many at a time; only when a sum is not finite are
     they looked at one by one.
@@ -166,7 +167,7 @@ def _with_nan(state: Mapping[str, torch.Tensor]) -> list[str]:
     def look(held: list[tuple[str, torch.Tensor]]) -> None:
         if not held:
             return
-        flat = [tensor.detach().reshape(-1) for _, tensor in held]
+        flat = [tensor.reshape(-1) for _, tensor in held]
         if not torch.isfinite((flat[0] if len(flat) == 1 else torch.cat(flat)).sum()):
             found.update(key for key, tensor in held if torch.isnan(tensor).any())
 

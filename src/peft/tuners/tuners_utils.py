@@ -100,10 +100,10 @@ _MAMBA_LEAVES = ("out_proj", "conv1d")
 
 def _check_lora_target_modules_mamba(peft_config: "PeftConfig", model: nn.Module, target_name: str) -> None:
     """ValueError for modules of Mamba-like models whose weights are read by fused kernels."""
+    if target_name.rpartition(".")[2] not in _MAMBA_LEAVES:
+        return
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    methods = ("LORA", "ADALORA", "XLORA", "RANDLORA")
-    leaf = target_name.rpartition(".")[2]
-    if leaf in _MAMBA_LEAVES and model_type in _MAMBA_TYPES and peft_config.peft_type in methods:
+    if model_type in _MAMBA_TYPES and peft_config.peft_type in ("LORA", "ADALORA", "XLORA", "RANDLORA"):
         raise ValueError(
             f"[PEFT:{peft_config.peft_type}] Module {target_name!r} is incompatible with Mamba-based models "
             f"(model_type={model_type!r}). Leave {', '.join(_MAMBA_LEAVES)} out of `target_modules`."
