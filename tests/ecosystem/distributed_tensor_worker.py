@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tests.ecosystem import tiny
+from tests.processes import leave
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
@@ -130,5 +131,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     case = sys.argv[1]
     {"uneven": uneven, "compiled": compiled}.get(case, lambda: shared(case))()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
