@@ -129,6 +129,8 @@ class PeftConfigMixin:
         """Read a configuration file as a dict."""
         with open(path_json_file, encoding="utf-8") as file:
             values = json.load(file)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path_json_file} holds a JSON {type(values).__name__}, expected an object of options.")
         if values.pop("runtime_config", None) is not None:
             warnings.warn(
                 "runtime_config in the configuration file is ignored: it only makes sense at run time.", stacklevel=2

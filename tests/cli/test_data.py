@@ -27,26 +27,48 @@ def test_the_three_forms_of_a_record(tmp_path, tokenizer):
     assert text == Example((("the value", True),))
     assert pair == pair_example("get ", "the name")
     assert talk.spans == (("<|user|> get the file<end><|assistant|> ", False), ("open the path<end>", True))
-    ids = encode(talk, tokenizer, 64)
+    ids = encode(talk, tokenizer)
     assert tokenizer.decode([i for i in ids["labels"] if i != IGNORE]) == "open the path <end>"
 
 
 def test_labels_cover_completion_and_end(tokenizer):
-    row = encode(pair_example("get the file", "open the path"), tokenizer, 64)
+    row = encode(pair_example("get the file", "open the path"), tokenizer)
     assert row["labels"][:3] == [IGNORE] * 3
     assert row["labels"][3:] == row["input_ids"][3:] and row["input_ids"][-1] == tokenizer.eos_token_id
     assert len(row["input_ids"]) == 7
 
 
-def test_nothing_left_to_learn_is_left_out(tokenizer):
-    kept, left_out = encode_all([pair_example("the " * 9, "name"), pair_example("the", "name")], tokenizer, 8)
-    assert (len(kept), left_out) == (1, 1)
+def test_what_is_left_out_and_what_is_cut_off(tokenizer):
+    examples = [pair_example(prompt, answer) for prompt, answer in (("the " * 9, "name"), ("the", "name " * 6))]
+    for answer, cut in (("name " * 6, 0), ("name " * 7, 1)):  # with the end of text 8 and 9 tokens
+        examples[1] = pair_example("the", answer)
+        kept, *counts = encode_all(examples, tokenizer, 8)
+        assert counts == [1, cut] and [len(row["input_ids"]) for row in kept] == [8]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_file_may_be_one_list(tmp_path, tokenizer, indent):
+    path, records = tmp_path / "d.json", [{"text": "the value"}, {"prompt": "get", "completion": "name"}]
+    path.write_text(json.dumps(records, indent=indent))
+    assert load_examples(path, tokenizer, 64) == [Example((("the value", True),)), pair_example("get", "name")]
+    path.write_text(json.dumps([*records, {"txt": "a"}], indent=indent))
+    with pytest.raises(CliError, match="entry 3: expected 'text'.*did you mean 'text'"):
+        load_examples(path, tokenizer, 64)
+    path.write_text(json.dumps(records, indent=1)[:-9])
+    with pytest.raises(CliError, match=r"d.json:7: not valid JSON: .* at column \d+$"):
+        load_examples(path, tokenizer, 64)
+
+
+def test_a_byte_order_mark_and_separators_inside_of_texts(tmp_path, tokenizer):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "the\u2028value"}\r\n{"text": "na\u00efve"}\r\n', encoding="utf-8-sig", newline="")
+    assert [e.spans[0][0] for e in load_examples(path, tokenizer, 64)] == ["the\u2028value", "na\u00efve"]
 
 
 def test_two_assistant_turns_are_both_learned(tmp_path, tokenizer):
     turns = [("user", "get"), ("assistant", "open"), ("user", "set"), ("assistant", "close")]
     path = lines(tmp_path / "d.jsonl", {"messages": [{"role": r, "content": c} for r, c in turns]})
-    row = encode(load_examples(path, tokenizer, 64)[0], tokenizer, 64)
+    row = encode(load_examples(path, tokenizer, 64)[0], tokenizer)
     learned = tokenizer.decode([i for i in row["labels"] if i != IGNORE])
     assert learned == "open <end> close <end>"
 
@@ -55,6 +77,7 @@ def test_two_assistant_turns_are_both_learned(tmp_path, tokenizer):
     ("record", "message"),
     [
         ("{broken", "not valid JSON"),
+        ("{", "(each line is one object)"),
         ("[1]", "expected a JSON object, got list"),
         ({"txt": "a"}, "did you mean 'text'?"),
         ({"text": 3}, "'text' must be text"),
@@ -75,6 +98,13 @@ def test_text_file_becomes_blocks(tmp_path, tokenizer):
     path.write_text("the value of\na file\nlist name or path\nto set get\n")
     blocks = load_examples(path, tokenizer, 5)
     assert [b.spans[0][0] for b in blocks] == ["the value of\na file\n", "list name or path\n", "to set get\n"]
+
+
+def test_a_long_line_loses_nothing(tmp_path, tokenizer):
+    path = tmp_path / "d.txt"
+    path.write_text("the value of a file list name or path to set get\nopen\n")
+    blocks = [b.spans[0][0] for b in load_examples(path, tokenizer, 5)]
+    assert blocks == ["the value of a file", " list name or path to", " set get\nopen\n"]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +134,7 @@ def test_both_paddings_give_the_same_loss(model_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     examples = [pair_example("get the", "open a list of"), pair_example("set a path to the file name", "none"),
                 pair_example("", "value or item")]  # fmt: skip
-    rows, _ = encode_all(examples, tokenizer, 64)
+    rows, *_ = encode_all(examples, tokenizer, 64)
     full, short = (collator(tokenizer.pad_token_id, last_logits_only=flag)(rows) for flag in (False, True))
     with torch.no_grad():
         a, b = model(**full), model(**short)

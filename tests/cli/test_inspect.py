@@ -150,3 +150,33 @@ def test_old_weight_format(write_adapter, capsys):
     assert len(strengths(read_adapter(str(folder)))) == 4
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
+
+
+def test_the_version_is_that_of_the_file(write_adapter, capsys):
+    for config, text in (({"peft_version": "0.9.0"}, "peft 0.9.0\n"), ({}, "peft (version not named)\n")):
+        assert main(["inspect", str(write_adapter(config, lora(), text))]) == 0
+        assert f"written by  {text}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["{tmp}/file"], "is a file, expected a folder"),
+        (["{tmp}/list"], "adapter_config.json holds a JSON list, expected an object"),
+        (["{tmp}/good", "--html", "{tmp}"], "is a folder, expected a file"),
+        (["{tmp}/good", "--html", "{tmp}/file/page.html"], "/file is a file"),
+    ],
+)
+def test_what_is_wrong_is_one_line(write_adapter, tmp_path, capsys, options, message):
+    (tmp_path / "file").touch()
+    (write_adapter({}, lora(), "list") / "adapter_config.json").write_text("[1]")
+    write_adapter({}, lora(), "good")
+    assert main(["inspect", *(option.format(tmp=tmp_path) for option in options)]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_width_is_a_number_of_columns(capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", "x", "--width", "0"])
+    assert "argument --width: expected a positive whole number, got 0" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -268,6 +269,11 @@ BAD = [
     ({}, {"unknown.weight": torch.randn(3)}, "unknown.weight is not in"),
     ({}, {f"{Q.format(0)}.lora_A.weight": torch.full((4, 32), float("nan"))}, "not finite"),
     ({}, {f"{EMBED}.token_adapter.trainable_tokens_delta": torch.randn(2, 32)}, "trainable_token_indices"),
+    (
+        {},
+        factors(Q.format(0), 32, 32) | {f"{Q.format(0)}.lora_magnitude_vector": torch.ones(32)},
+        "no place for base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+    ),
     ({}, {}, "nothing to merge"),
     ({"peft_type": "UNILORA"}, {"base_model.unilora_theta_d": torch.ones(8)}, "tensors that all layers share"),
 ]
@@ -316,6 +322,22 @@ def test_broken_base(model_folder, write_adapter, tmp_path, capsys, what):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "{bad", "config.json: damaged, not valid JSON"),
+        ("config.json", "[]", "config.json: expected a JSON object, got list"),
+        ("model.safetensors.index.json", "{bad", "index.json: damaged, not valid JSON"),
+        ("model.safetensors.index.json", '{"metadata": {}}', "has no 'weight_map'"),
+    ],
+)
+def test_damaged_json_of_the_base(model_folder, write_adapter, tmp_path, capsys, file, text, message):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    (base / file).write_text(text)
+    assert merge(write_adapter({}, factors(Q.format(0), 32, 32)), base, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_out_must_be_new_and_failure_leaves_nothing(model_folder, write_adapter, tmp_path, capsys, monkeypatch):
     adapter = write_adapter({}, factors(Q.format(0), 32, 32))
     taken = tmp_path / "taken"
@@ -323,12 +345,14 @@ def test_out_must_be_new_and_failure_leaves_nothing(model_folder, write_adapter,
     (taken / "file").touch()
     assert merge(adapter, model_folder, taken) == 2
     assert "not empty" in capsys.readouterr().err
+    assert merge(adapter, model_folder, taken / "file" / "out") == 2
+    assert f"{taken / 'file'} is a file" in capsys.readouterr().err
     monkeypatch.setattr(
         "peft.cli.merge_files._copy_other_files", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
     )
     there = set(tmp_path.iterdir())
-    with pytest.raises(OSError, match="disk full"):
-        merge(adapter, model_folder, tmp_path / "out")
+    assert merge(adapter, model_folder, tmp_path / "out") == 2
+    assert capsys.readouterr().err == "peft merge: disk full\n"
     assert set(tmp_path.iterdir()) == there
 
 

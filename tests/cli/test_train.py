@@ -78,7 +78,7 @@ def test_the_loss_before_is_that_of_the_base_model(train, model_folder, data_fil
     _, out = train("--steps", 1)
     examples = data.load_examples(data_file, tokenizer, 512)
     _, held_out = data.split_examples(examples, 0.1, 0)
-    rows, _ = data.encode_all(held_out, tokenizer, 512)
+    rows, *_ = data.encode_all(held_out, tokenizer, 512)
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     with torch.no_grad():
         loss = model(**data.collator(0, last_logits_only=False)(rows)).loss.item()
@@ -149,24 +149,78 @@ def test_other_data(train, tmp_path, form, capsys):
         (["--model", "./no-such-folder"], "cannot read its tokenizer"),
         (["--data", "none.jsonl"], "no such file"),
         (["--epochs", "1", "--steps", "3"], "not both"),
-        (["--eval-split", "1.5"], "between 0 and 1"),
         (["--max-length", "2"], "--max-length 2"),
         (["--resume"], "no checkpoint"),
         (["--method", "trainable_tokens", "--set", "token_indices="], "nothing is trainable"),
+        (["--set", "target_modules=*q"], "'*q' is not a regular expression: nothing to repeat"),
+        (["--set", "task_type=SEQ_CLS"], "causal language models"),
+        (["--set", "init_lora_weights=eva"], "looks at data before training"),
+        (["--model", "{tmp}"], "holds no config.json"),
+        (["--output", "{tmp}/file/sub"], "/file is a file"),
+        (["--data", "{tmp}"], "is a folder, expected a file"),
+        (["--method", "prompt_tuning", "--set", "num_virtual_tokens=60"], "and 60 virtual ones, the model takes 64"),
+        (["--lr", "1e30"], "the loss is nan after 12 steps, nothing is saved"),
     ],
 )
-def test_errors_are_one_line(train, capsys, options, message):
-    code, out = train(*options)
+def test_errors_are_one_line(train, tmp_path, capsys, options, message):
+    (tmp_path / "file").touch()
+    code, out = train(*(option.format(tmp=tmp_path) for option in options))
     err = capsys.readouterr().err
     assert code == 2 and message in err and "Traceback" not in err
-    assert not (out / "metrics.json").exists()
+    assert not (out / "metrics.json").exists() and not (out / "adapter").exists()
 
 
-@pytest.mark.parametrize("option", ["--steps", "--epochs", "--lr", "--max-seconds", "--batch-size"])
-def test_numbers_that_make_no_sense(train, capsys, option):
-    with pytest.raises(SystemExit) as stop:
-        train(option, -1)
-    assert stop.value.code == 2 and f"argument {option}: expected a positive number" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "values", "expected"),
+    [
+        ("--steps", [-1, 0, 1.5, "x"], "a positive whole number"),
+        ("--batch-size", [-1, 0.5], "a positive whole number"),
+        ("--epochs", [-1, "inf"], "a positive number"),
+        ("--lr", [-1, "nan", "inf"], "a positive number"),
+        ("--max-seconds", [-1], "a positive number"),
+        ("--eval-split", [0, 1.5], "a share between 0 and 1"),
+        ("--seed", [-1], "a whole number from 0 to 4294967295"),
+    ],
+)
+def test_numbers_that_make_no_sense(train, capsys, option, values, expected):
+    for value in values:
+        with pytest.raises(SystemExit) as stop:
+            train(option, value)
+        assert stop.value.code == 2
+        assert f"argument {option}: expected {expected}, got {value}" in capsys.readouterr().err
+
+
+def test_what_is_trained_in_full_is_named(train, capsys):
+    code, out = train("--set", "target_modules=q_proj", "--set", "modules_to_save=lm_head,lm_haed", "--steps", 1)
+    text = capsys.readouterr().out
+    assert code == 0 and "in full  lm_head x1\n         matched nothing: lm_haed\n" in text
+    assert metrics(out)["targets_unmatched"] == ["lm_haed"]
+
+
+def test_data_without_prompts(train, tmp_path, capsys):
+    """The sample is the start of an example then: a model without a first token cannot begin with nothing."""
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"completion": "open the file"}\n' * 8)
+    code, _ = train("--data", path, "--steps", 1)
+    assert code == 0 and "--- open the file\n" in capsys.readouterr().out
+
+
+def test_examples_and_samples_fit_into_the_positions(model_folder, tokenizer, tmp_path, capsys):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=16, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    data, long = tmp_path / "d.jsonl", {"prompt": "get the " * 9, "completion": "file name " * 6}
+    command = ["train", "--model", tmp_path / "m", "--data", data, "--output", tmp_path / "out", "--steps", 1]
+    command = [str(part) for part in command]
+    data.write_text((json.dumps(long) + "\n") * 4)
+    assert main(command) == 2
+    assert "examples have up to 31 tokens, the model takes 16: lower --max-length" in capsys.readouterr().err
+    fits = {"prompt": "get the " * 6, "completion": "file"}  # the sample of 12 tokens leaves no room for 24 more
+    data.write_text((json.dumps(fits) + "\n") * 5 + json.dumps(long))
+    assert main([*command, "--max-length", "14", "--eval-split", "0.5"]) == 0
+    assert "have nothing to learn within --max-length 14" in capsys.readouterr().out
 
 
 def test_broken_line_in_data(train, tmp_path, capsys):
@@ -195,6 +249,9 @@ def test_interrupt_saves_and_resume_ends_where_a_whole_run_ends(train, monkeypat
     assert code == 130 and signal.getsignal(signal.SIGINT) is before
     assert "--resume" in capsys.readouterr().out
     assert [p.name for p in out.iterdir()] == ["checkpoint-8"]
+    for other, difference in ((("--set", "r=4"), "r=16"), (("--method", "ia3"), "peft_type=LORA")):
+        assert train("--resume", *other, output="broken")[0] == 2
+        assert f"checkpoint-8 was written with {difference}, this command says" in capsys.readouterr().err
     code, out = train("--resume", *dropout, output="broken")
     assert code == 0
     expected, found = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (whole, out))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import inspect, merge, methods, train
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    with_place, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         return args.run(args)
     except CliError as error:
@@ -63,3 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"peft {args.command}: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:  # no permission, disk full
+        print(f"peft {args.command}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        warnings.formatwarning = with_place
+
+
+def _format_warning(message: Warning | str, *place: object) -> str:
+    """Without the line of code, which says nothing to the person at the terminal."""
+    return f"warning: {message}\n"

@@ -24,6 +24,7 @@ class Adapter:
     folder: Path
     peft_config: Any
     tensors: dict[str, torch.Tensor]
+    version: str | None = None  # that wrote it; files of old versions do not say
 
     def __post_init__(self) -> None:
         self.config: dict[str, Any] = self.peft_config.to_dict()
@@ -53,6 +54,7 @@ class LayerStrength:
 
 def read_adapter(name: str) -> Adapter:
     """An adapter of a local folder or a hub repository."""
+    from peft import PeftConfig
     from peft.io.files import local_config, read_adapter
 
     folder = Path(name)
@@ -60,10 +62,13 @@ def read_adapter(name: str) -> Adapter:
         inner = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
         hint = f"; it holds the adapters {', '.join(inner)}: name one of them" if inner else ""
         raise CliError(f"{name}: no adapter_config.json in this folder{hint}")
+    if folder.is_file():
+        raise CliError(f"{name}: is a file, expected a folder")
     if not folder.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise CliError(f"{name}: no such folder")
     try:
         config, tensors = read_adapter(name)
+        version = PeftConfig.from_json_file(PeftConfig._find_config(name, None, {})).get("peft_version")
     except json.JSONDecodeError as error:
         raise CliError(f"{folder / 'adapter_config.json'}: not valid JSON: {error}") from error
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -71,7 +76,7 @@ def read_adapter(name: str) -> Adapter:
         raise CliError(f"{place}: {error.args[0] if error.args else error}") from error
     if config.peft_type is None:
         raise CliError(f"{folder / 'adapter_config.json'}: not an adapter config, it has no 'peft_type'")
-    return Adapter(folder, config, tensors)
+    return Adapter(folder, config, tensors, version)
 
 
 def strengths(adapter: Adapter) -> list[LayerStrength]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,35 +36,48 @@ def pair_example(prompt: str, completion: str) -> Example:
 
 def check_data_file(path: Path) -> None:
     if not path.is_file():
-        raise CliError(f"--data {path}: no such file")
+        raise CliError(f"--data {path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
     if path.suffix not in (".txt", ".jsonl", ".json", ".ndjson"):
-        raise CliError(f"--data {path}: expected .jsonl or .txt, got '{path.suffix}'")
+        raise CliError(f"--data {path}: expected .jsonl, .json or .txt, got '{path.suffix}'")
 
 
 def load_examples(path: Path, tokenizer: Any, max_length: int) -> list[Example]:
     """Examples of a .jsonl, .json or .txt file; a broken line is reported as `file:line: what is wrong`."""
     check_data_file(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            lines = list(file)
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CliError(f"{path}: not UTF-8 text at byte {error.start}") from error
     if path.suffix == ".txt":
-        examples = [Example(((text, True),), end=False) for text in _blocks(lines, tokenizer, max_length)]
+        blocks = _blocks(text.splitlines(keepends=True), tokenizer, max_length)
+        examples = [Example(((block, True),), end=False) for block in blocks]
     else:
-        examples = [
-            _record_example(line, f"{path}:{number}", tokenizer) for number, line in enumerate(lines, 1) if line.strip()
-        ]
+        examples = [_record_example(record, where, tokenizer) for where, record in _records(text, path)]
     if not examples:
         raise CliError(f"--data {path}: the file has no examples")
     return examples
 
 
-def _record_example(line: str, where: str, tokenizer: Any) -> Example:
+def _records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each: lines, or the entries of a list that is the whole .json file."""
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        yield from ((f"{path}: entry {n}", record) for n, record in enumerate(_parsed(text, path, 1), 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _parsed(line, path, number)
+
+
+def _parsed(text: str, path: Path, first_line: int) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise CliError(f"{where}: not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
+        where, what = f"{path}:{first_line + error.lineno - 1}", error.msg.removesuffix(" at")
+        hint = "" if text.lstrip().startswith("[") else " (each line is one object)"
+        raise CliError(f"{where}: not valid JSON: {what} at column {error.colno}{hint}") from error
+
+
+def _record_example(record: Any, where: str, tokenizer: Any) -> Example:
     if not isinstance(record, dict):
         raise CliError(f"{where}: expected a JSON object, got {type(record).__name__}")
     if "messages" in record:
@@ -89,7 +103,7 @@ def _chat_example(messages: Any, where: str, tokenizer: Any) -> Example:
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )
     if not ok or not any(m["role"] == "assistant" for m in messages):
-        raise CliError(f"{where}: 'messages' must be a list of {{role, content}} with at least one role 'assistant'")
+        raise CliError(f"{where}: 'messages' must be a list of {{role, content}}, texts, at least one role 'assistant'")
     if not getattr(tokenizer, "chat_template", None):
         raise CliError(f"{where}: the model's tokenizer has no chat template, use 'prompt' and 'completion' instead")
     spans: list[tuple[str, bool]] = []
@@ -107,19 +121,24 @@ def _chat_example(messages: Any, where: str, tokenizer: Any) -> Example:
 
 
 def _blocks(lines: list[str], tokenizer: Any, max_length: int) -> list[str]:
-    """Plain text, cut at line ends into blocks of about `max_length` tokens."""
+    """Plain text, cut into blocks of about `max_length` tokens: at line ends, lines longer than that at words."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
     blocks, block, size = [], "", 0
     for line in lines:
-        length = len(tokenizer(line, add_special_tokens=False)["input_ids"])
-        if block and size + length > max_length:
-            blocks.append(block)
-            block, size = "", 0
-        block, size = block + line, size + length
+        for part in [line] if count(line) <= max_length else re.findall(r"\s*\S+|\s+$", line):
+            length = count(part)
+            if block and size + length > max_length:
+                blocks.append(block)
+                block, size = "", 0
+            block, size = block + part, size + length
     return [text for text in (*blocks, block) if text.strip()]
 
 
-def encode(example: Example, tokenizer: Any, max_length: int) -> dict[str, list[int]] | None:
-    """Token ids and labels; None if nothing to learn is left within `max_length`."""
+def encode(example: Example, tokenizer: Any) -> dict[str, list[int]]:
+    """Token ids and labels."""
     ids: list[int] = []
     labels: list[int] = []
     for index, (text, learn) in enumerate(example.spans):
@@ -131,23 +150,22 @@ def encode(example: Example, tokenizer: Any, max_length: int) -> dict[str, list[
     if example.end and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
-    ids, labels = ids[:max_length], labels[:max_length]
-    if all(label == IGNORE for label in labels[1:]):
-        return None
     return {"input_ids": ids, "labels": labels}
 
 
-def encode_all(examples: Sequence[Example], tokenizer: Any, max_length: int) -> tuple[list[dict[str, list[int]]], int]:
-    """Encoded examples and how many had to be left out."""
-    encoded = [encode(example, tokenizer, max_length) for example in examples]
-    kept = [item for item in encoded if item is not None]
-    return kept, len(encoded) - len(kept)
+def encode_all(
+    examples: Sequence[Example], tokenizer: Any, max_length: int
+) -> tuple[list[dict[str, list[int]]], int, int]:
+    """Examples within `max_length`, how many have nothing to learn there and are left out, how many are cut off."""
+    whole = [encode(example, tokenizer) for example in examples]
+    cut = [{name: values[:max_length] for name, values in row.items()} for row in whole]
+    kept = [row for row in cut if any(label != IGNORE for label in row["labels"][1:])]
+    left_out = len(cut) - len(kept)
+    return kept, left_out, sum(len(row["input_ids"]) > max_length for row in whole) - left_out
 
 
 def split_examples(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Shuffled train and held-out parts; at least one example in each."""
-    if not 0 < fraction < 1:
-        raise CliError(f"--eval-split {fraction}: expected a share between 0 and 1")
     if len(examples) < 2:
         raise CliError("--data: at least two examples are needed, one of them is held out")
     order = list(examples)

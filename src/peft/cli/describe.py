@@ -29,13 +29,25 @@ def describe_targets(model: Any) -> Targets:
     config = model.peft_config[model.active_adapter]
     if config.is_prompt_learning:
         line = f"targets  the input: {config.num_virtual_tokens} virtual tokens"
-        return Targets({"virtual tokens": config.num_virtual_tokens}, [], [line])
+        return _with_saved(model, config, Targets({"virtual tokens": config.num_virtual_tokens}, [], [line]))
     names = list(getattr(model.base_model, "targeted_module_names", []))
     parameters = list(getattr(model.base_model, "targeted_parameter_names", []))
     counts, unmatched = count_targets(names, getattr(config, "target_modules", None))
     counts |= dict(Counter(name.rpartition(".")[2] for name in parameters))
     total = sum(counts.values())
     lines = [f"targets  {total} modules: " + ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))]
-    if unmatched:
-        lines.append("         matched nothing: " + ", ".join(unmatched))
-    return Targets(counts, unmatched, lines)
+    return _with_saved(model, config, Targets(counts, unmatched, lines))
+
+
+def _with_saved(model: Any, config: Any, targets: Targets) -> Targets:
+    """Adds the modules that are trained in full."""
+    from peft.core.wrappers import ModulesToSaveWrapper
+
+    names = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    counts, unmatched = count_targets(names, getattr(config, "modules_to_save", None))
+    if counts:
+        targets.lines.append("in full  " + ", ".join(f"{name} x{count}" for name, count in sorted(counts.items())))
+    targets.unmatched += unmatched
+    if targets.unmatched:
+        targets.lines.append("         matched nothing: " + ", ".join(targets.unmatched))
+    return targets

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -18,6 +20,33 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """`, did you mean 'x'?` for the closest allowed name, or nothing."""
     hits = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f", did you mean '{hits[0]}'?" if hits else ""
+
+
+def number(kind: type, expected: str, ok: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """What argparse reads an option with: numbers that are `ok`."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not ok(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    return read
+
+
+positive = number(int, "a positive whole number", lambda value: value > 0)
+
+
+def check_place(option: str, path: Path) -> None:
+    """Whether something can be written to a path that may not exist yet; found out before the work."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if there != path and not there.is_dir():
+        raise CliError(f"{option} {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise CliError(f"{option} {path}: no permission to write in {there}")
 
 
 class Parser(argparse.ArgumentParser):

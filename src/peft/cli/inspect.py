@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import CliError, check_place, positive
+
 if TYPE_CHECKING:
     from .adapter_files import Adapter, LayerStrength
 
@@ -40,7 +42,9 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("inspect", help="show what an adapter is and how strong each layer is")
     parser.add_argument("adapter", help="folder with adapter_config.json, or a hub id")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with pictures, one file")
-    parser.add_argument("--width", type=int, default=None, help="columns of text, by default those of the terminal")
+    parser.add_argument(
+        "--width", type=positive, default=None, help="columns of text, by default those of the terminal"
+    )
     parser.set_defaults(run=run)
 
 
@@ -48,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
     from .adapter_files import read_adapter, strengths  # they need torch, which `peft --version` does without
     from .heatmap import make_grid, text_heatmap
 
+    if args.html:
+        check_place("--html", args.html)
+        if args.html.is_dir():
+            raise CliError(f"--html {args.html}: is a folder, expected a file")
     adapter = read_adapter(args.adapter)
     layers = strengths(adapter)
     for name, value in facts(adapter, layers).items():
@@ -83,7 +91,7 @@ def facts(adapter: Adapter, layers: list[LayerStrength]) -> dict[str, str]:
         "scaling": _scaling(config),
         "parameters": f"{sum(t.numel() for t in tensors):,} ({size:.2f} MiB, {dtypes}) in {len(tensors)} tensors",
         "layers": str(len(layers)),
-        "written by": f"peft {config['peft_version']}",
+        "written by": f"peft {adapter.version or '(version not named)'}",
     }
     bad = [name for name, tensor in adapter.tensors.items() if not bool(tensor.isfinite().all())]
     if bad:

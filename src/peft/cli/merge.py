@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise CliError(f"--base FOLDER is needed: the adapter names {named!r}, which is no folder here")
     base = open_base(folder)
     start = time.perf_counter()
-    with tqdm(total=len(base.places), desc="merging", unit="tensor", leave=False) as bar:
+    with tqdm(total=len(base.places), desc="merging", unit="tensor", leave=False, disable=None) as bar:
         plan = merge_into_folder(adapter, base, args.out, bar.update)
     text = f"{len(plan.merged)} weights merged"
     for what, count in (

@@ -23,7 +23,7 @@ from peft.core.match import pattern_value
 from peft.io.files import split_shared
 
 from .adapter_files import PREFIX, Adapter
-from .errors import CliError, nearest
+from .errors import CliError, check_place, nearest
 from .merge_layers import ADVICE, Merger, Plan, is_embedding
 from .tensor_files import INDEX, SINGLE, Base, Entry, Pieces, rewrite
 
@@ -181,6 +181,7 @@ def merge_into_folder(adapter: Adapter, base: Base, out: Path, report: Callable[
         raise CliError(f"--out {out}: exists and is not empty")
     if out.resolve().is_relative_to(base.folder.resolve()):
         raise CliError(f"--out {out}: must not be inside the base folder")
+    check_place("--out", out)
     out.parent.mkdir(parents=True, exist_ok=True)
     room = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     room.mkdir()

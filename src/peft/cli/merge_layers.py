@@ -134,11 +134,13 @@ class Merger:
             warnings.simplefilter("ignore")
             on_meta = self.adapter.method == "lora"  # all of it is in the file: nothing has to be drawn or computed
             model = PeftModel(root, config, low_cpu_mem_usage=on_meta).eval()
-            missing = load_adapter_state(model, tensors, "default", low_cpu_mem_usage=on_meta).missing
+            report = load_adapter_state(model, tensors, "default", low_cpu_mem_usage=on_meta)
         shared = getattr(model.base_model, "shared_containers", dict)()
-        missing = [k for k in missing if not any(f"{s}.default" in k for s in shared)]
+        missing = [k for k in report.missing if not any(f"{s}.default" in k for s in shared)]
         if missing:
             raise CliError(f"{self.adapter.folder}: the file lacks {missing[0].replace('.default', '')}")
+        if report.unexpected:
+            raise CliError(f"{self.adapter.folder}: its configuration has no place for {report.unexpected[0]}")
         return root
 
     @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,20 +56,21 @@ def _load(source: str, what: str, **options: Any) -> Any:
     """AutoTokenizer or AutoModelForCausalLM of a folder, a hub id or a .gguf file."""
     import transformers
 
-    name = source
+    name, folder = source, Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise CliError(f"--model {source}: this folder holds no config.json, so no model")
     if source.endswith(".gguf"):
-        path = Path(source)
-        if not path.is_file():
+        if not folder.is_file():
             raise CliError(f"--model {source}: no such file")
-        name, options["gguf_file"] = str(path.parent), path.name
+        name, options["gguf_file"] = str(folder.parent), folder.name
     auto = transformers.AutoTokenizer if what == "tokenizer" else transformers.AutoModelForCausalLM
     try:
         with quiet():
             return auto.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
-        text = str(error).strip().splitlines()
-        here = "" if Path(source).exists() else "no such folder or file here, and from the hub "
-        raise CliError(f"--model {source}: {here}cannot read its {what}: {text[0] if text else error!r}") from error
+        text = textwrap.shorten(str(error), 400, placeholder=" ...") or repr(error)
+        here = "" if folder.exists() else "no such folder or file here, and from the hub "
+        raise CliError(f"--model {source}: {here}cannot read its {what}: {text}") from error
 
 
 def load_tokenizer(source: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import CliError, nearest
 
-_FIXED = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"}
+FIXED = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode"}
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -36,7 +36,7 @@ def config_class(method: str) -> type:
 def settable_fields(cls: type) -> dict[str, Any]:
     """Field name -> type of everything the user may set."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints.get(f.name, Any) for f in dataclasses.fields(cls) if f.init and f.name not in _FIXED}
+    return {f.name: hints.get(f.name, Any) for f in dataclasses.fields(cls) if f.init and f.name not in FIXED}
 
 
 def parse_assignments(cls: type, pairs: Sequence[str]) -> dict[str, Any]:

@@ -136,21 +136,32 @@ class Base:
 
 def open_base(folder: Path) -> Base:
     shards = [read_header(path) for path in _weight_files(folder)]
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     return Base(folder, config, shards, {name: entry for shard in shards for name, entry in shard.entries.items()})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CliError(f"{path}: damaged, not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CliError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise CliError(f"{folder}: no such folder")
+        raise CliError(f"{folder}: {'is a file, expected a folder' if folder.exists() else 'no such folder'}")
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         old = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".gguf"))
         hint = f"; {old[0]} has to be converted first (load it with transformers and save it again)" if old else ""
         raise CliError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
-    weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CliError(f"{folder / INDEX}: has no 'weight_map', which says where each tensor is")
     paths = [folder / name for name in sorted(set(weight_map.values()))]
     for path in paths:
         if not path.is_file():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from .data import check_data_file
-from .errors import CliError
+from .errors import CliError, check_place, number, positive
 
 # Chosen so that the built-in run trains for three to five minutes on two cores.
 DEMO_STEPS = 160
 DEMO_SECONDS = 270.0
 DEMO_HELD_OUT = 256
+
+# Initialisations that look at data first.
+_DATA_DRIVEN = ("eva", "corda", "lora_ga")
 
 
 def register(subparsers: Any) -> None:
@@ -35,31 +39,23 @@ def register(subparsers: Any) -> None:
     what.add_argument("--method", default="lora", help="any name that `peft methods` lists")
     what.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
     what.add_argument("--output", type=Path, default=Path("peft-output"), help="folder for everything written")
+    above_zero = number(float, "a positive number", lambda value: 0 < value < math.inf)
+    share = number(float, "a share between 0 and 1", lambda value: 0 < value < 1)
+    seed = number(int, f"a whole number from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32)
     how = parser.add_argument_group("how to train")
-    how.add_argument("--steps", type=_positive, default=None, help="optimizer steps")
-    how.add_argument("--epochs", type=_above_zero, default=None, help="passes over the data, 1 without --steps")
-    how.add_argument("--lr", type=_above_zero, default=None, help="learning rate, by default one that suits the method")
-    how.add_argument("--batch-size", type=_positive, default=16, help="sequences per process and step")
-    how.add_argument("--accumulate", type=_positive, default=1, help="batches per optimizer step")
-    how.add_argument("--max-length", type=_positive, default=None, help="tokens per sequence (demo 96, else 512)")
-    how.add_argument("--max-seconds", type=_above_zero, default=None, help="end training after this time")
+    how.add_argument("--steps", type=positive, default=None, help="optimizer steps")
+    how.add_argument("--epochs", type=above_zero, default=None, help="passes over the data, 1 without --steps")
+    how.add_argument("--lr", type=above_zero, default=None, help="learning rate, by default one that suits the method")
+    how.add_argument("--batch-size", type=positive, default=16, help="sequences per process and step")
+    how.add_argument("--accumulate", type=positive, default=1, help="batches per optimizer step")
+    how.add_argument("--max-length", type=positive, default=None, help="tokens per sequence (demo 96, else 512)")
+    how.add_argument("--max-seconds", type=above_zero, default=None, help="end training after this time")
     how.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--eval-split", type=float, default=0.1, help="share of the data that is held out")
-    how.add_argument("--save-steps", type=_positive, default=None, help="write a checkpoint every so many steps")
+    how.add_argument("--seed", type=seed, default=0)
+    how.add_argument("--eval-split", type=share, default=0.1, help="share of the data that is held out")
+    how.add_argument("--save-steps", type=positive, default=None, help="write a checkpoint every so many steps")
     how.add_argument("--resume", nargs="?", const="", default=None, metavar="CHECKPOINT", help="go on after a stop")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    return int(_above_zero(text))
-
-
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     config_cls = options.config_class(args.method)
     chosen = options.parse_assignments(config_cls, args.set)
+    if chosen.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        raise CliError("--set task_type: this command trains causal language models, CAUSAL_LM only")
+    init = chosen.get("init_lora_weights")
+    if init in _DATA_DRIVEN:
+        raise CliError(f"--set init_lora_weights={init}: looks at data before training, which needs a call from Python")
     _fill_defaults(args, config_cls)
     job = _prepare(args)
     job.timings["load and prepare"] = time.perf_counter() - started
@@ -88,10 +89,9 @@ def _check(args: argparse.Namespace) -> None:
         raise CliError("give --steps or --epochs, not both")
     if args.output.exists() and not args.output.is_dir():
         raise CliError(f"--output {args.output}: is a file")
+    check_place("--output", args.output)
     if args.data is not None:
         check_data_file(args.data)
-    if not 0 < args.eval_split < 1:
-        raise CliError(f"--eval-split {args.eval_split}: expected a share between 0 and 1")
     if args.resume is not None:
         args.resume = _checkpoint(args.resume, args.output)
 
@@ -175,16 +175,17 @@ def _load_data(args: argparse.Namespace, job: SimpleNamespace) -> None:
         examples = data.load_examples(args.data, job.tokenizer, args.max_length)
         train, held_out = data.split_examples(examples, args.eval_split, args.seed)
         job.data_text = f"{args.data}: {len(train):,} examples to train, {len(held_out):,} held out"
-    job.train, left_out = data.encode_all(train, job.tokenizer, args.max_length)
-    job.held_out, _ = data.encode_all(held_out, job.tokenizer, args.max_length)
+    job.train, left_out, cut = data.encode_all(train, job.tokenizer, args.max_length)
+    job.held_out, *_ = data.encode_all(held_out, job.tokenizer, args.max_length)
     if not job.train or not job.held_out:
         raise CliError(f"nothing to learn within --max-length {args.max_length} tokens: prompts are longer than that")
-    prompts = [text for example in held_out for text, learn in example.spans[:1] if not learn]
-    job.samples = prompts[:: max(1, len(held_out) // 2)][:2] or [held_out[0].spans[0][0][:80]]
+    prompts = [text for example in held_out for text, learn in example.spans[:1] if text.strip() and not learn]
+    job.samples = prompts[:: max(1, len(held_out) // 2)][:2] or ["".join(text for text, _ in held_out[0].spans)[:80]]
     _say(job, f"data     {job.data_text}")
     if left_out:
-        what = f"{left_out} examples have nothing to learn within {args.max_length} tokens and are left out"
-        _say(job, f"         {what}")
+        _say(job, f"         {left_out} have nothing to learn within --max-length {args.max_length} and are left out")
+    if cut:
+        _say(job, f"         {cut} are longer than --max-length {args.max_length} and cut off")
 
 
 def _adapt(args: argparse.Namespace, job: SimpleNamespace, config_cls: type, chosen: dict[str, Any]) -> None:
@@ -211,12 +212,41 @@ def _adapt(args: argparse.Namespace, job: SimpleNamespace, config_cls: type, cho
         job.peft_model = get_peft_model(job.model, job.config)
     except (ValueError, TypeError) as error:
         raise CliError(f"{args.method}: {error}") from error
+    except re.error as error:
+        raise CliError(f"{args.method}: {error.pattern!r} is not a regular expression: {error.msg}") from error
+    _check_length(args, job)
+    if args.resume:
+        _check_resumed(args.resume, job.config)
     counts = job.peft_model.get_nb_trainable_parameters()
     if counts[0] == 0:
         raise CliError(f"{args.method}: nothing is trainable with these options, see `peft methods {args.method}`")
     job.targets = describe_targets(job.peft_model)
     job.parameters = trainable_line(counts)
     _say(job, f"method   {args.method}", *job.targets.lines, job.parameters)
+
+
+def _check_length(args: argparse.Namespace, job: SimpleNamespace) -> None:
+    """Sets `job.longest`, the tokens that the model takes."""
+    limit = getattr(job.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    virtual = job.config.num_virtual_tokens if job.config.is_prompt_learning else 0
+    longest = max(len(row["input_ids"]) for row in (*job.train, *job.held_out))
+    if longest + virtual > limit:
+        prompt = f" and {virtual} virtual ones" if virtual else ""
+        raise CliError(f"examples have up to {longest} tokens{prompt}, the model takes {limit}: lower --max-length")
+    job.longest = int(min(args.max_length, limit - virtual))
+
+
+def _check_resumed(checkpoint: str, config: Any) -> None:
+    """A checkpoint goes on only under the options that it was written with."""
+    from peft import PeftConfig
+
+    from .options import FIXED
+
+    old, new = PeftConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
+    for name in ["peft_type", *(name for name in new if name not in FIXED | {"total_step"})]:
+        was, now = (getattr(config.get(name), "value", config.get(name)) for config in (old, new))
+        if was != now:
+            raise CliError(f"--resume: {checkpoint} was written with {name}={was!s:.80}, this command says {now!s:.80}")
 
 
 def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
@@ -228,7 +258,7 @@ def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
 
     def measure() -> tuple[float, list[str]]:
         loss = training.held_out_loss(trainer, job.held_out)
-        return loss, training.sample(job.peft_model, job.tokenizer, job.samples) if job.main else []
+        return loss, training.sample(job.peft_model, job.tokenizer, job.samples, job.longest) if job.main else []
 
     with _timed(job, "held-out loss before"):
         job.before, job.said_before = measure()
@@ -244,6 +274,10 @@ def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
         _say(job, f"stopped after {state.global_step} steps: --max-seconds {args.max_seconds:g} are over")
     with _timed(job, "held-out loss after"):
         job.after, job.said_after = measure()
+    if not math.isfinite(job.after):
+        raise CliError(
+            f"the loss is {job.after} after {state.global_step} steps, nothing is saved: --lr {args.lr:g} is too high?"
+        )
     trainer.accelerator.wait_for_everyone()
     job.steps, job.tokens = state.global_step, state.num_input_tokens_seen
     job.tokens_per_second = progress.tokens_per_second

@@ -171,17 +171,19 @@ def held_out_loss(trainer: Trainer, rows: list[Any]) -> float:
     return sum(part[0] for part in parts) / sum(part[1] for part in parts)
 
 
-def sample(model: Any, tokenizer: Any, prompts: list[str], tokens: int = 24) -> list[str]:
-    """Short greedy continuations, to see what training changed."""
-    said = []
+def sample(model: Any, tokenizer: Any, prompts: list[str], longest: int) -> list[str]:
+    """Short greedy continuations, to see what training changed; with their prompts at most `longest` tokens."""
+    said, tokens = [], min(24, max(1, longest // 2))
     training = model.training
     model.eval()
     with torch.no_grad(), quiet():
         for prompt in prompts:
-            inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)["input_ids"]
+            ids = ids[:, tokens - longest :].to(model.device)
             options = {"max_new_tokens": tokens, "do_sample": False, "use_cache": True}
-            ids = model.generate(**inputs, **method_inputs(model, 1), **options, pad_token_id=tokenizer.pad_token_id)
-            said.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+            options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": tokenizer.pad_token_id}
+            found = model.generate(input_ids=ids, **method_inputs(model, 1), **options)
+            said.append(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip())
     model.train(training)
     return said
 
