@@ -27,7 +27,12 @@ PATCHED = {
     "_cast_adapter_dtype", "_get_peft_type", "_split_kwargs", "_create_and_replace", "_inject_parameters",
     "_check_target_module_exists", "_check_target_module_compatiblity", "_unload_and_optionally_merge",
 }  # fmt: skip
-MEMBERS = [(cls, name) for cls, names in DATA["members"].items() for name in names if name[0] != "_" or name in PATCHED]
+MEMBERS = [
+    (cls, name)
+    for cls, names in DATA["members"].items()
+    for name in names
+    if name[0] != "_" or name in PATCHED or cls == "BasePromptEncoder"
+]
 IMPORTS = [(module, name) for module, names in DATA["ecosystem"].items() for name in names.split()]
 OF_METHOD = {name: method for method, names in DATA["methods"].items() for name in names.split()}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.core import trainable
 from peft.core.offload import copy_module, onload_layer
 
@@ -37,6 +37,21 @@ def test_bias_modes(bias, expected):
     model = get_peft_model(Net(), config)
     saved = {"head.modules_to_save.default.weight", "head.modules_to_save.default.bias"}
     assert {n.removeprefix("base_model.model.") for n in on(model)} == expected | saved
+
+
+def test_biases_of_one_adapter():
+    model = get_peft_model(Net(), LoraConfig(target_modules=["lin0"], bias="all"))
+    model.add_adapter("plain", LoraConfig(target_modules=["lin0"]))
+    with pytest.raises(ValueError, match="only 1 adapter with bias"):
+        model.add_adapter("more", LoraConfig(target_modules=["lin0"], bias="lora_only"))
+    assert list(model.peft_config) == ["default", "plain"]
+    model.set_adapter("plain")
+    assert {n.removeprefix("base_model.model.") for n in on(model)} == {
+        "lin0.base_layer.bias",
+        "lin1.bias",
+        "head.bias",
+    }
+    assert not any("bias" in key for key in get_peft_model_state_dict(model, adapter_name="plain"))
 
 
 def test_unknown_bias_mode_changes_nothing():

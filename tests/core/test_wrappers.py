@@ -36,6 +36,10 @@ def lora(**kwargs) -> LoraConfig:
     return LoraConfig(target_modules=["lin0"], **kwargs)
 
 
+def on(model: nn.Module) -> list[str]:
+    return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
 def shake(model: nn.Module, names: str = "") -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -242,8 +246,10 @@ def test_copies_survive_deepcopy_pickle_and_half():
 def test_plain_functions_work_without_a_tuner():
     model = Net()
     _set_trainable(model, "a", ["head"], inference_mode=False)
-    _set_trainable(model, "b", ["head"], inference_mode=False, activate_adapter=False)
-    assert model.head.active_adapter == "a" and model.head.adapter_names == ["a", "b"]
+    for name in ("b", "c"):  # a wrapper keeps its active adapter, whatever is asked for
+        _set_trainable(model, name, ["head"], inference_mode=False, activate_adapter=name == "c")
+    assert model.head.active_adapter == "a" and model.head.adapter_names == ["a", "b", "c"]
+    assert on(model.head.modules_to_save) == ["a.weight", "a.bias"]
     _set_adapter(model, "b")
     assert model.head.active_adapter == "b" and model.head.modules_to_save["b"].weight.requires_grad
     _set_adapter(model, ["other"])

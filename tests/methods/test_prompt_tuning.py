@@ -81,3 +81,24 @@ def test_encoder_decoders_store_rows_for_both_parts():
 def test_prompt_length_is_required():
     with pytest.raises(ValueError, match="num_virtual_tokens"):
         peft.get_peft_model(base("llama"), PromptTuningConfig(task_type="CAUSAL_LM"))
+
+
+def test_published_names_of_reading_and_writing():
+    model = peft.get_peft_model(base("llama"), config("prompt", "CAUSAL_LM"))
+    model.add_adapter("b", config("prompt", "CAUSAL_LM"))
+    encoder, cfg = model.prompt_encoder["b"], model.peft_config["b"]
+    state = encoder._get_adapter_state_dict(model, cfg, "b", {}, ["default"])
+    assert list(state) == ["prompt_embeddings"] and torch.equal(state["prompt_embeddings"], encoder.embedding.weight)
+    assert encoder._remap_adapter_state_dict_for_load(model, cfg, "b", state) == state
+    model.prompt_encoder["default"]._load_adapter_state_dict(state)
+    assert torch.equal(model.prompt_encoder["default"].embedding.weight, encoder.embedding.weight)
+    keys = {
+        "a.b.weight": "a.weight",
+        "a.b": "a",
+        "b": "b",
+        "a.c": "a.c",
+        "b.w": "b.w",
+        "a.bb.w": "a.bb.w",
+        "x.b.c.w": "x.b.c.w",
+    }
+    assert {key: encoder._remove_adapter_name_from_key(key, "b") for key in keys} == keys

@@ -8,6 +8,7 @@ arguments of the base model.
 """
 
 import contextlib
+import re
 import sys
 import warnings
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -98,6 +99,31 @@ class BasePromptEncoder(nn.Module):
 
     def load(self, state_dict: dict[str, torch.Tensor]) -> None:
         self.embedding.load_state_dict({"weight": prompt_rows(state_dict)}, strict=True)
+
+    # Published names of these steps, for callers: keys of prompts never hold the adapter's name.
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: Any,
+        config: PromptLearningConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        return model.prompt_encoder[adapter_name].export()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: PromptLearningConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        return state_dict
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return re.sub(rf"\.{re.escape(adapter_name)}(?=$|\.[^.]*$)", "", key)
+
+    def _load_adapter_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        self.load(state_dict)
 
 
 def prompt_rows(state_dict: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -137,8 +137,8 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
 
     def check_config(self, name: str, cfg: Any) -> None:
         """Refuse a configuration that cannot go with the adapters already there."""
-        others = {n: c for n, c in self.peft_config.items() if n != name}
-        if others and any(getattr(c, "bias", "none") != "none" for c in [cfg, *others.values()]):
+        others = [c for n, c in self.peft_config.items() if n != name]
+        if sum(getattr(c, "bias", "none") != "none" for c in [cfg, *others]) > 1:
             raise ValueError(
                 f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias "
                 "to 'none' for all adapters."

@@ -95,9 +95,9 @@ class Placing:
                 self._undo.callback(wrapper.drop, name)
             else:
                 wrapper = cls(module, name, switch=self.switch, inference_mode=self.inference_mode, **kwargs)
+                if self.activate and name not in wrapper._key[0]:
+                    wrapper.set_adapter([name], self.inference_mode)
             self._made[id(module)] = wrapper
-            if self.activate and name not in wrapper._key[0]:
-                wrapper.set_adapter([name], self.inference_mode)
         if wrapper is not module:
             self._undo.callback(setattr, place.parent, place.leaf, module)
             setattr(place.parent, place.leaf, wrapper)
