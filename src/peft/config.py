@@ -9,6 +9,7 @@ one-line calls so that every method keeps its published field order.
 import copy
 import dataclasses
 import difflib
+import enum
 import inspect
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from .utils.peft_types import PeftType, TaskType
 from .version import __version__
@@ -60,12 +61,25 @@ def nearest(name: str, valid: Any, prefix: str = " Did you mean ") -> str:
 
 
 def check_choice(options: Any, *names: str) -> None:
-    """The values must be among those of the fields' `Literal`."""
+    """The values must be among those that the fields' types name."""
     types: dict[str, Any] = {f.name: f.type for f in fields(options)} if names else {}
     for name in names:
-        value, valid = getattr(options, name), get_args(types[name])
+        value, valid = getattr(options, name), choices(types[name])
         if value not in valid:
-            raise ValueError(f"Unknown `{name}` {value!r}; use one of {', '.join(valid)}.{nearest(value, valid)}")
+            raise ValueError(
+                f"Unknown `{name}` {value!r}; use one of {', '.join(map(str, valid))}.{nearest(value, valid)}"
+            )
+
+
+def choices(annotation: Any) -> list[Any]:
+    """The values of a `Literal`, an enum, bool, None, or a union of them."""
+    if annotation in (known := {bool: [True, False], type(None): [None]}):
+        return known[annotation]
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return [member.value for member in annotation]
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [value for part in get_args(annotation) for value in choices(part)]
 
 
 def positive(name: str, value: Any) -> Any:
@@ -263,7 +277,7 @@ class PeftConfig(PeftConfigMixin):
     _pattern_alone: ClassVar[bool] = False
     # Options that must be above 0.
     _positive: ClassVar[tuple[str, ...]] = ()
-    # Options whose value must be one of their `Literal`.
+    # Options whose value must be one that their type names (`Literal`, bool).
     _choices: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -276,6 +290,9 @@ class PeftConfig(PeftConfigMixin):
         for name in self._positive:
             positive(name, getattr(self, name))
         check_choice(self, *self._choices)
+        for f in fields(self):
+            if f.name.endswith(("dropout", "dropout_p")) and not 0 <= (p := getattr(self, f.name)) <= 1:
+                raise ValueError(f"`{f.name}` must be a probability between 0 and 1, got {p}.")
         self._check_layer_range()
 
     def _check_layer_range(self) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import peft
 from peft import IA3Config, LoraConfig, PeftConfig, PeftType, PromptTuningConfig, TaskType
 
 
@@ -57,6 +58,29 @@ def test_a_file_without_a_method(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "zeta": 1}')
     with pytest.raises(TypeError, match="peft_type"):
         LoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        ("MissConfig", {"init_weights": "mimi"}, "use one of True, False, bat, mini. Did you mean 'mini'"),
+        ("MissConfig", {"miss_dropout": -0.5}, "`miss_dropout` must be a probability between 0 and 1, got -0.5"),
+        ("MultitaskPromptTuningConfig", {"prompt_tuning_init": "EXACT_TASK"}, "Did you mean 'EXACT_SOURCE_TASK'"),
+        ("OFTConfig", {"init_weights": None}, "use one of True, False"),
+        ("OFTConfig", {"r": -2, "oft_block_size": 0}, "must not be negative: got r=-2"),
+        ("OFTConfig", {"num_cayley_neumann_terms": 0}, "`num_cayley_neumann_terms` should be a positive"),
+        ("PrefixTuningConfig", {"init_weights": "zeros"}, "use one of zero, None. Did you mean 'zero'"),
+        ("TinyLoraConfig", {"init_weights": "unif"}, "use one of True, False, uniform. Did you mean 'uniform'"),
+        ("UniLoraConfig", {"init_theta_d_bound": 0.0}, "`init_theta_d_bound` must be positive, got 0.0"),
+        ("VBLoRAConfig", {"vector_length": 0}, "`vector_length` should be a positive"),
+        ("VBLoRAConfig", {"topk": 3, "num_vectors": 2}, "`topk` (3) cannot be larger than `num_vectors` (2)"),
+        ("WaveFTConfig", {"wavelet_family": "db11"}, "use one of db1, db2"),
+    ],
+)
+def test_values_that_no_option_allows(cls, options, message):
+    with pytest.raises(ValueError) as caught:
+        getattr(peft, cls)(**options)
+    assert message in str(caught.value)
 
 
 def test_names_and_flags():

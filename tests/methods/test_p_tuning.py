@@ -40,7 +40,7 @@ def test_hidden_size_defaults_to_the_width():
 
 
 def test_unknown_network():
-    with pytest.raises(ValueError, match="not recognized.*Did you mean 'LSTM'"):
+    with pytest.raises(ValueError, match="encoder_reparameterization_type.*use one of MLP, LSTM.*Did you mean 'LSTM'"):
         names(encoder_reparameterization_type="LSTN")
 
 

@@ -488,6 +488,28 @@ def test_miss_variants_live_side_by_side():
     )
 
 
+@pytest.mark.parametrize("first", ["bat", True])
+def test_several_miss_adapters_change_the_weight_one_after_another(first):
+    """'bat' depends on the weight that it finds: W' = W (I + M1) + M1, then W' (I + M2) + M2."""
+    model = adapted(peft.MissConfig(target_modules=["lin0"], r=8, init_weights=first))
+    model.add_adapter("second", peft.MissConfig(target_modules=["lin0"], r=4, init_weights="bat"))
+    model.base_model.set_adapter(["default", "second"])
+    perturbed(model, seed=4)
+    layer, x = model.base_model.layers()[0], inputs("Linear")
+    weight = layer.base_layer.weight.detach().clone()
+    for block in (layer.miss_block["default"], layer.miss_block["second"]):
+        r = block.shape[-2]
+        if block.dim() == 2:
+            weight += block.T.repeat(1, 16 // r)
+        else:
+            parts = weight.view(24 // r, r, 16 // r, r).transpose(1, 2)
+            weight = (parts + parts @ block[:, None] + block[:, None]).transpose(1, 2).reshape(24, 16)
+    model.base_model.merge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, weight)
+    model.base_model.unmerge_adapter()
+    agrees_with_merging(model, x)
+
+
 def test_miss_refuses_mini_shards_of_no_width():
     with pytest.raises(ValueError, match="divisible by mini_r=0"):
         get_peft_model(base("Linear"), peft.MissConfig(target_modules=["lin0"], r=4, init_weights="mini", mini_r=0))
@@ -622,6 +644,29 @@ def test_sparse_deltas_raise_no_warnings(config):
     model = perturbed(get_peft_model(base("Linear"), config(target_modules=["lin0"], r=2)))
     model(inputs("Linear")).sum().backward()
     model.merge_adapter()
+
+
+def test_shira_without_a_mask_has_no_positions_until_a_file_brings_them(tmp_path):
+    config = peft.ShiraConfig(target_modules=["lin0"], r=2, mask_type="mine")
+    with pytest.raises(ValueError, match="'default' has no positions: set `config.mask_fn` for mask_type='mine'"):
+        get_peft_model(base("Linear"), copy.copy(config))(inputs("Linear"))
+    config.mask_fn = lambda layer, r: peft.tuners.shira.random_mask(layer, r, random_seed=3)
+    model = adapted(config)
+    model.save_pretrained(tmp_path)
+    for trainable in (False, True):
+        loaded = PeftModel.from_pretrained(base("Linear"), tmp_path, is_trainable=trainable)
+        torch.testing.assert_close(loaded(inputs("Linear")), model(inputs("Linear")))
+
+
+def test_waveft_needs_no_filter_without_a_transform():
+    config = peft.WaveFTConfig(target_modules=["lin0"], n_frequency=20, use_idwt=False, wavelet_family="db30")
+    agrees_with_merging(adapted(config), inputs("Linear"))
+
+
+@pytest.mark.parametrize(("rank", "text"), [("half", "'half' preserves nothing"), (0, "0 preserves nothing")])
+def test_osf_ranks_that_preserve_nothing(rank, text):
+    with pytest.raises(ValueError, match=f"lin1: effective_rank {text}"):
+        get_peft_model(base("Linear"), peft.OSFConfig(target_modules=["lin0", "lin1"], rank_pattern={"lin1": rank}))
 
 
 @pytest.mark.parametrize("config", [

@@ -64,6 +64,7 @@ def test_empty_text(tmp_path):
         ({"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "x"}, "tokenizer_name_or_path"),
         ({"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "x"}, "prompt_tuning_init_text"),
         ({"tokenizer_kwargs": {"a": 1}}, "tokenizer_kwargs"),
+        ({"prompt_tuning_init": "RANDON"}, "use one of TEXT, SAMPLE_VOCAB, RANDOM. Did you mean 'RANDOM'"),
     ],
 )
 def test_options_that_do_not_fit(kwargs, text):

@@ -39,6 +39,7 @@ class MissConfig(PeftConfig):
     bias: str = biases("miss_only")
     modules_to_save: list[str] | None = saves()
     _pattern_alone = True
+    _choices = ("init_weights",)
 
 
 class MissLayer(FixedScale, AdapterLayer):
@@ -64,6 +65,17 @@ class MissLayer(FixedScale, AdapterLayer):
         first = next(iter(self.variant.values()), "plain")
         return True if first == "plain" else first
 
+    def _adapt_activations(self, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(names) == 1 or "bat" not in {self.variant[n] for n in names}:
+            return super()._adapt_activations(names, x, *args, **kwargs)
+        y = base = self._base_output(x, *args, **kwargs)
+        weight = self.base_weight()
+        for n in names:
+            h = self._cast_input(n, x)
+            y = y + (F.linear(h, self._bat(n, weight)) if self.variant[n] == "bat" else self.delta(n, h, base))
+            weight, _ = self._applied(n, weight, None)
+        return y.to(base.dtype)
+
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self.variant[name] == "bat":
             return F.linear(x, self.delta_weight(name))
@@ -78,11 +90,23 @@ class MissLayer(FixedScale, AdapterLayer):
 
     def delta_weight(self, name: str) -> torch.Tensor:
         M, n_in, n_out = self.miss_block[name], self.in_features, self.out_features
-        if self.variant[name] != "bat":
-            return M.repeat(-(-n_in // M.shape[0]), n_out // M.shape[1])[:n_in].T
-        r = M.shape[1]
-        W = self.base_weight().to(M.dtype).unflatten(0, (-1, r)).unflatten(-1, (-1, r)).transpose(1, 2)  # [a, c, r, r]
-        return (W @ M[:, None] + M[:, None]).transpose(1, 2).reshape(n_out, n_in)
+        if self.variant[name] == "bat":
+            return self._bat(name, self.base_weight())
+        return M.repeat(-(-n_in // M.shape[0]), n_out // M.shape[1])[:n_in].T
+
+    def _bat(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """What 'bat' adds to the weight [out, in] that it finds."""
+        M, r = self.miss_block[name], self.miss_r[name]
+        W = weight.to(M.dtype).unflatten(0, (-1, r)).unflatten(-1, (-1, r)).transpose(1, 2)  # [a, c, r, r]
+        return (W @ M[:, None] + M[:, None]).transpose(1, 2).reshape(weight.shape)
+
+    def additive(self, name: str) -> bool:
+        return self.variant[name] != "bat"
+
+    def _applied(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple:
+        if self.additive(name):
+            return super()._applied(name, weight, bias)
+        return weight + self._bat(name, weight), bias
 
     def lora_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(B, A) with B A = ΔW exactly: A sums the shards of the input, B is the block."""

@@ -15,7 +15,7 @@ from ..config import option
 from ..core.prompt import PROMPT_KEY, sizes
 from ..registry import register_method
 from ..storage.dtensor import whole
-from .prompt_tuning import PromptEmbedding, PromptTuningConfig
+from .prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):
@@ -32,9 +32,9 @@ class MultitaskPromptTuningInit(str, enum.Enum):
 class MultitaskPromptTuningConfig(PromptTuningConfig):
     """Options of multitask prompt tuning."""
 
-    prompt_tuning_init: MultitaskPromptTuningInit | str = option(
+    prompt_tuning_init: PromptTuningInit | MultitaskPromptTuningInit | str = option(
         MultitaskPromptTuningInit.RANDOM,
-        "How the prompt starts: RANDOM, TEXT, or from a source checkpoint with AVERAGE_SOURCE_TASKS, "
+        "How the prompt starts: RANDOM, SAMPLE_VOCAB, TEXT, or from a source checkpoint with AVERAGE_SOURCE_TASKS, "
         "EXACT_SOURCE_TASK, ONLY_SOURCE_SHARED.",
     )
     prompt_tuning_init_state_dict_path: str | None = option(None, "Source checkpoint of the SOURCE initialisations.")

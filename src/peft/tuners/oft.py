@@ -46,9 +46,13 @@ class OFTConfig(PeftConfig):
     )
     num_cayley_neumann_terms: int = option(5, "Number of terms of the series.")
     _regex_with_layers = "warn"
+    _positive = ("num_cayley_neumann_terms",)
+    _choices = ("init_weights",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if min(self.r, self.oft_block_size) < 0:
+            raise ValueError(f"Sizes must not be negative: got r={self.r} and oft_block_size={self.oft_block_size}.")
         if (self.r == 0) == (self.oft_block_size == 0):
             raise ValueError(
                 f"Either `r` or `oft_block_size` must be non-zero, and not both: got r={self.r} and "
@@ -130,10 +134,8 @@ class OFTLayer(FixedScale, AdapterLayer):
         size, blocks = (fitting, features // fitting) if cfg.oft_block_size else (features // fitting, fitting)
         self.r[name], self.oft_block_size[name] = blocks, size
         rotation = OFTRotationModule(1 if cfg.block_share else blocks, size, cfg, blocks)
-        if cfg.init_weights is False:
+        if not cfg.init_weights:
             nn.init.normal_(rotation.weight, mean=0.0, std=0.1)
-        elif cfg.init_weights is not True:
-            raise ValueError(f"Unknown initialization {cfg.init_weights!r}; allowed are True and False.")
         self._container()[name] = rotation
 
     def _container(self) -> nn.ModuleDict:

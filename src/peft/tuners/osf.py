@@ -119,18 +119,23 @@ class OSFModel(TunerModel):
         return default_targets("osf", self.get_model_config(model).get("model_type", "custom")) or "all-linear"
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
-        return cfg.with_values(effective_rank=self._rank(cfg, key, module))
+        return cfg.with_values(effective_rank=self._rank(self._wanted(cfg, key), module))
 
-    def _rank(self, cfg: Any, key: str, module: nn.Module) -> int:
+    @staticmethod
+    def _wanted(cfg: Any, key: str) -> int | float | None:
+        return next((v for p, v in (cfg.rank_pattern or {}).items() if re.search(p, key)), cfg.effective_rank)
+
+    def _rank(self, wanted: int | float | None, module: nn.Module) -> int:
         smaller = min(self.target_shape(module)[:2])
-        wanted = next((v for p, v in (cfg.rank_pattern or {}).items() if re.search(p, key)), cfg.effective_rank)
         if wanted is None:
             return smaller // 2
         rank = int(smaller * wanted) if isinstance(wanted, float) and 0 < wanted <= 1 else int(wanted)
         return max(0, min(rank, smaller))
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
-        if self._rank(cfg, key, module) == 0:
+        wanted = self._wanted(cfg, key)
+        if not isinstance(wanted, int | float | None) or self._rank(wanted, module) == 0:
             raise ValueError(
-                f"Target module {key}: the preserved rank is 0 (effective_rank={cfg.effective_rank}), the least is 1."
+                f"Target module {key}: effective_rank {wanted!r} preserves nothing; give a rank of at least 1, a "
+                "fraction of the smaller width, or None for half."
             )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PromptLearningConfig, nearest, option
+from ..config import PromptLearningConfig, option
 from ..core.prompt import BasePromptEncoder, sizes
 from ..registry import register_method
 
@@ -34,6 +34,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = option(None, "Hidden width of that network (default: token_dim).")
     encoder_num_layers: int = option(2, "Number of LSTM layers.")
     encoder_dropout: float = option(0.0, "Dropout between the LSTM layers.")
+    _choices = ("encoder_reparameterization_type",)
 
 
 @register_method("p_tuning", config=PromptEncoderConfig)
@@ -57,7 +58,7 @@ class PromptEncoder(BasePromptEncoder):
             layers, p = config.encoder_num_layers, config.encoder_dropout
             self.lstm_head = nn.LSTM(d, h, layers, dropout=p, bidirectional=True, batch_first=True)
             self.mlp_head = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
-        elif self.encoder_type == PromptEncoderReparameterizationType.MLP:
+        else:
             if config.encoder_num_layers != type(config).encoder_num_layers:
                 warnings.warn(
                     f"encoder_num_layers={config.encoder_num_layers} has no effect with "
@@ -65,12 +66,6 @@ class PromptEncoder(BasePromptEncoder):
                     stacklevel=2,
                 )
             self.mlp_head = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d))
-        else:
-            valid = [t.value for t in PromptEncoderReparameterizationType]
-            raise ValueError(
-                f"Prompt encoder type not recognized: encoder_reparameterization_type={self.encoder_type!r}, "
-                f"use one of {valid}.{nearest(str(self.encoder_type), valid)}"
-            )
 
     def forward(self, indices: torch.Tensor, task_ids: Any = None) -> torch.Tensor:
         x = self.embedding(indices)

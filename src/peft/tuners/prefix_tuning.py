@@ -6,7 +6,7 @@ MLP(E') with E' [nv, d].
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,9 +20,12 @@ from ..registry import register_method
 class PrefixTuningConfig(PromptLearningConfig):
     """Options of prefix tuning."""
 
-    init_weights: str | None = option(None, "'zero': keys and values start at zero; otherwise normal noise.")
+    init_weights: Literal["zero"] | None = option(
+        None, "'zero': keys and values start at zero; otherwise normal noise."
+    )
     encoder_hidden_size: int | None = option(None, "Hidden width of the projection (default: token_dim).")
     prefix_projection: bool = option(False, "Train the prefix through a two-layer MLP, which is not stored.")
+    _choices = ("init_weights",)
 
 
 @register_method("prefix_tuning", config=PrefixTuningConfig)

@@ -37,6 +37,7 @@ class PromptTuningConfig(PromptLearningConfig):
     prompt_tuning_init_text: str | None = option(None, "Text whose embeddings the prompt starts from, with TEXT.")
     tokenizer_name_or_path: str | None = option(None, "Tokenizer of that text.")
     tokenizer_kwargs: dict | None = option(None, "Further arguments of AutoTokenizer.from_pretrained, with TEXT.")
+    _choices = ("prompt_tuning_init",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

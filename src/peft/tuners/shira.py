@@ -65,6 +65,7 @@ class ShiraLayer(AdapterLayer):
 
     shira_weight: Trainable[nn.ParameterDict]  # [n]
     shira_indices: Saved[PersistentBufferDict]  # [2, n] int32, rows and columns
+    _unmasked: Aux[dict]  # adapter without positions until a file brings them -> its mask_type
     scaling: Aux[dict]
     r: Aux[dict]
     kinds = (kinds.Linear, kinds.Conv1D)
@@ -74,7 +75,9 @@ class ShiraLayer(AdapterLayer):
         self.r[name], self.scaling[name] = cfg.r, 1.0
         n = cfg.r * (self.in_features + self.out_features)
         indices = torch.zeros(2, n, dtype=torch.int64, device="cpu")  # without a mask the file has them
-        if cfg.mask_fn is not None:
+        if cfg.mask_fn is None:
+            self._unmasked[name] = cfg.mask_type
+        else:
             kwargs = {"random_seed": cfg.random_seed} if cfg.mask_type == "random" else {}
             indices = self.kind.canonical(cfg.mask_fn(self.get_base_layer(), cfg.r, **kwargs)).nonzero().T
             if indices.shape[1] != n:
@@ -83,6 +86,11 @@ class ShiraLayer(AdapterLayer):
         self.shira_weight[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else torch.randn(n))
 
     def delta_weight(self, name: str) -> torch.Tensor:
+        if name in self._unmasked:
+            raise ValueError(
+                f"SHiRA adapter {name!r} has no positions: set `config.mask_fn` for mask_type="
+                f"{self._unmasked[name]!r} before adding the adapter, or load its file."
+            )
         values = self.shira_weight[name]
         rows, cols = self.shira_indices[name].to(values.device, torch.int64)
         zeros = values.new_zeros(self.out_features, self.in_features)
@@ -108,4 +116,7 @@ class ShiraModel(TunerModel):
 
     def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Some systems wrote the indices as floats."""
+        for key, layer in self.holders(name).items():
+            if any(k.endswith(f"{key}.shira_indices") for k in state):
+                layer._unmasked.pop(name, None)
         return {k: v.to(torch.int32) if k.endswith("shira_indices") else v for k, v in state.items()}

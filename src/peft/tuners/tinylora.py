@@ -42,6 +42,7 @@ class TinyLoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = layer_names()
     _regex_with_layers = "warn"
     _positive = ("r", "u")
+    _choices = ("init_weights",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

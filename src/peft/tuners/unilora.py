@@ -41,14 +41,12 @@ class UniLoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = layer_names()
     _pattern_alone = True
     _choices = ("bias",)
+    _positive = ("r", "theta_d_length")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("r", "theta_d_length", "init_theta_d_bound"):
-            if getattr(self, field) <= 0:
-                raise ValueError(f"`{field}` must be positive, got {getattr(self, field)}.")
-        if not 0 <= self.unilora_dropout <= 1:
-            raise ValueError(f"`unilora_dropout` must be in [0, 1], got {self.unilora_dropout}.")
+        if self.init_theta_d_bound <= 0:
+            raise ValueError(f"`init_theta_d_bound` must be positive, got {self.init_theta_d_bound}.")
 
 
 class UniLoraLayer(AdapterLayer):
@@ -100,8 +98,9 @@ class UniLoraModel(TunerModel):
     example = {"r": 2, "theta_d_length": 16}
 
     def shared(self, name: str, cfg: Any, targets: dict[str, nn.Module]) -> None:
-        theta = torch.empty(cfg.theta_d_length).uniform_(-cfg.init_theta_d_bound, cfg.init_theta_d_bound)
-        self.unilora_theta_d[name] = nn.Parameter(theta if cfg.init_weights else torch.randn(cfg.theta_d_length))
+        theta, bound = torch.empty(cfg.theta_d_length), cfg.init_theta_d_bound
+        theta = theta.uniform_(-bound, bound) if cfg.init_weights else theta.normal_()
+        self.unilora_theta_d[name] = nn.Parameter(theta)
 
     def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
         """Deal the indices out: layers in order, A before B, row by row."""

@@ -42,6 +42,12 @@ class VBLoRAConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     _regex_with_layers = "warn"
+    _positive = ("r", "num_vectors", "vector_length", "topk")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.topk > self.num_vectors:
+            raise ValueError(f"`topk` ({self.topk}) cannot be larger than `num_vectors` ({self.num_vectors}).")
 
 
 class VBLoRALayer(AdapterLayer):
@@ -98,10 +104,6 @@ class VBLoRAModel(TunerModel):
     example = {"r": 2, "num_vectors": 8, "vector_length": 4}
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
-        if cfg.r <= 0 or cfg.topk <= 0:
-            raise ValueError(f"`r` and `topk` should be positive, got r={cfg.r} and topk={cfg.topk}.")
-        if cfg.topk > cfg.num_vectors:
-            raise ValueError(f"`topk` ({cfg.topk}) cannot be larger than `num_vectors` ({cfg.num_vectors}).")
         if any(n % cfg.vector_length for n in self.target_shape(module)[:2]):
             raise ValueError(
                 f"Target module {key}: the widths {self.target_shape(module)[:2]} must be divisible by "

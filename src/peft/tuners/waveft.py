@@ -60,12 +60,11 @@ class WaveFTConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.wavelet_family not in PUBLISHED_FAMILIES:
+        family, valid = self.wavelet_family, FILTERS if self.use_idwt else PUBLISHED_FAMILIES
+        if family not in valid:
             raise ValueError(
-                f"Wavelet family {self.wavelet_family!r} is not supported.{nearest(self.wavelet_family, FILTERS)}"
+                f"Unknown wavelet family {family!r}; use one of {', '.join(FILTERS)}.{nearest(family, valid)}"
             )
-        if self.use_idwt and self.wavelet_family not in FILTERS:
-            raise ValueError(f"The filter of {self.wavelet_family!r} is not known; there are {', '.join(FILTERS)}.")
 
 
 class WaveFTLayer(AdapterLayer):
@@ -90,7 +89,8 @@ class WaveFTLayer(AdapterLayer):
         shape = (self.out_features, self.in_features)
         self.waveft_indices[name] = seeded_positions(n, shape, cfg.random_loc_seed)
         rows, cols = self.waveft_indices[name]
-        self._waveft_basis[name] = wavelet.basis(rows, cols, shape, cfg.wavelet_family)
+        if cfg.use_idwt:
+            self._waveft_basis[name] = wavelet.basis(rows, cols, shape, cfg.wavelet_family)
         self.waveft_spectrum[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else 0.01 * torch.randn(n))
 
     def _few(self, x: torch.Tensor) -> bool:
