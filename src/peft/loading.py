@@ -5,15 +5,17 @@ fails.
 
 import contextlib
 import copy
+import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .config import PeftConfig, hub_parameters, nearest
+from .core.modules import awaiting_values
 from .core.rollback import unchanged_on_error
 from .mapping import peft_model_class
 from .registry import method_of, name_warning
@@ -205,24 +207,46 @@ def load_adapter(
     model._check_new_adapter_config(config, is_trainable)
     device = torch_device or infer_device()
     weights = load_peft_weights(str(model_id), device=device, key_mapping=key_mapping, **hub)
+    put = functools.partial(
+        _put, model, adapter_name, weights, ignore_mismatched_sizes, low_cpu_mem_usage, str(model_id)
+    )
     if is_new:
         config.inference_mode = not is_trainable
-        model.add_adapter(
-            adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype
-        )
-    try:
-        if is_new and is_trainable:
-            model.set_requires_grad(adapter_name)
-        result = _put(model, adapter_name, weights, ignore_mismatched_sizes, low_cpu_mem_usage, str(model_id))
-    except BaseException:
-        if is_new:
-            model.delete_adapter(adapter_name)
-        raise
+        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
+        awaited = not low_cpu_mem_usage and _only_draws(model, config)
+        report = _add_and_put(model, adapter_name, config, options, put, awaited)
+    else:
+        report = put()
+    _tell(model, adapter_name, report, str(model_id))
     if not is_new:
         model._cast_adapter(adapter_name, autocast_adapter_dtype)
     if not is_trainable:
         _to_eval(model, None if is_new else adapter_name)
-    return result
+    return report.incompatible()
+
+
+def _only_draws(model: "PeftModel", config: Any) -> bool:
+    tuner = method_of(config).tuner
+    return isinstance(model.base_model, tuner) and hasattr(tuner, "only_draws") and model.base_model.only_draws(config)
+
+
+def _add_and_put(
+    model: "PeftModel", name: str, config: Any, options: dict, put: Callable[[], Any], awaited: bool
+) -> Any:
+    """Add an adapter and load it. `awaited`: random first values are drawn only if the file turns out to lack some."""
+    with awaiting_values() if awaited else contextlib.nullcontext():
+        model.add_adapter(name, config, **options)
+    try:
+        if not config.inference_mode:
+            model.set_requires_grad(name)
+        report = put()
+    except BaseException:
+        model.delete_adapter(name)
+        raise
+    if not (awaited and report.missing):
+        return report
+    model.delete_adapter(name)
+    return _add_and_put(model, name, config, options, put, awaited=False)
 
 
 def _to_eval(model: nn.Module, name: str | None) -> None:
@@ -255,15 +279,9 @@ def _put(model: "PeftModel", name: str, weights: dict, ignore: bool, low_cpu: bo
     if hasattr(type(model), "_nested_keys"):
         weights = model._nested_keys(weights, name)
     report = load_adapter_state(model, weights, name, **options)
-    if report.not_finite:
-        warnings.warn(
-            f"The adapter weights in {source} hold NaN: {report.not_finite[:8]}. The run that wrote them diverged.",
-            stacklevel=4,
-        )
     shared = _shared_names(model)
     report.missing[:] = [k for k in report.missing if not any(f"{s}.{name}" in k for s in shared)]
-    _warn_keys(model, name, report)
-    return report.incompatible()
+    return report
 
 
 def _shared_names(model: "PeftModel") -> list[str]:
@@ -272,8 +290,13 @@ def _shared_names(model: "PeftModel") -> list[str]:
     return list(containers(model.base_model)) if containers is not None else []
 
 
-def _warn_keys(model: "PeftModel", name: str, report: Any) -> None:
-    """Say what of the file was not used, and what it lacks."""
+def _tell(model: "PeftModel", name: str, report: Any, source: str) -> None:
+    """Say what of the file was not used, what it lacks, and what cannot be right."""
+    if report.not_finite:
+        warnings.warn(
+            f"The adapter weights in {source} hold NaN: {report.not_finite[:8]}. The run that wrote them diverged.",
+            stacklevel=4,
+        )
     missing, unexpected = report.missing, report.unexpected
     if not missing and not unexpected:
         return
@@ -289,7 +312,7 @@ def _warn_keys(model: "PeftModel", name: str, report: Any) -> None:
     prefix = method_of(model.peft_config[name]).prefix
     if missing and name in prefix:
         parts.insert(0, name_warning(name, prefix))
-    warnings.warn(" ".join(parts), stacklevel=5)
+    warnings.warn(" ".join(parts), stacklevel=4)
 
 
 def save_pretrained(

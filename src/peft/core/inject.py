@@ -88,6 +88,7 @@ class Injection:
         self.device = torch.device("meta") if low_cpu else contextlib.nullcontext()
         self.half: list[AdapterLayer] = []  # whose adapters may be in half precision
         self.undo: list[Callable[[], Any]] = []
+        self.wraps = False  # whether modules were wrapped that were not before
 
     def run(self) -> dict[str, AdapterLayer]:
         targets = self.plan()
@@ -375,6 +376,7 @@ class Injection:
 
     def _replace(self, node: Node, new: nn.Module, old: nn.Module) -> None:
         setattr(node.parent, node.leaf, new)
+        self.wraps = True
         self.undo.append(lambda: setattr(node.parent, node.leaf, old))
 
     def roll_back(self) -> None:

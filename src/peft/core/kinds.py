@@ -5,6 +5,7 @@ Methods see weights as canonical [out, in, *kernel]. A kind is a class that is n
 module.
 """
 
+import contextlib
 from typing import Any, ClassVar
 
 import torch
@@ -12,22 +13,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..storage.base import resolve
-from .modules import blank_state, making_on_meta
+from .modules import blank_state, making_on_meta, values_awaited
 
 Shape = tuple[int, ...]
 
 
 def linear(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
-    """nn.Linear; on the meta device without the (useless, slow) initialisation."""
-    if not making_on_meta():
+    """nn.Linear; without the (slow) initialisation where it would be useless."""
+    meta = making_on_meta()
+    if not (meta or values_awaited()):
         return nn.Linear(n_in, n_out, bias=bias)
     made = nn.Linear.__new__(nn.Linear)
     state = blank_state()
     state["in_features"], state["out_features"] = n_in, n_out
-    parameters = state["_parameters"]
-    with torch._C.DisableTorchFunction():  # past that context, which would look at every call
-        parameters["weight"] = nn.Parameter(torch.empty(n_out, n_in, device="meta"))
-        parameters["bias"] = nn.Parameter(torch.empty(n_out, device="meta")) if bias else None
+    parameters, device = state["_parameters"], "meta" if meta else None
+    with torch._C.DisableTorchFunction() if meta else contextlib.nullcontext():  # that context looks at every call
+        parameters["weight"] = nn.Parameter(torch.empty(n_out, n_in, device=device))
+        parameters["bias"] = nn.Parameter(torch.empty(n_out, device=device)) if bias else None
     object.__setattr__(made, "__dict__", state)
     return made
 

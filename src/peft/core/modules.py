@@ -4,6 +4,7 @@
 A model gets ten new modules for each adapted layer, so these two costs are most of the time that injection takes.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator
@@ -42,6 +43,24 @@ def blank(cls: type[M]) -> M:
     return made
 
 
+_awaiting = False
+
+
+@contextlib.contextmanager
+def awaiting_values() -> Iterator[None]:
+    """What is made here gets its values from a file next: random draws that would be overwritten are left out."""
+    global _awaiting
+    before, _awaiting = _awaiting, True
+    try:
+        yield
+    finally:
+        _awaiting = before
+
+
+def values_awaited() -> bool:
+    return _awaiting
+
+
 def making_on_meta() -> bool:
     """Whether new tensors go to meta, because of a `with torch.device("meta")` around the call."""
     mode = torch.overrides._get_current_function_mode()
@@ -59,7 +78,8 @@ def dropout_p(module: nn.Module) -> float:
 
 def kaiming(*shape: int) -> torch.Tensor:
     """A new random tensor as nn.Linear makes its weight."""
-    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+    made = torch.empty(shape)
+    return nn.init.kaiming_uniform_(made, a=math.sqrt(5)) if not _awaiting else made
 
 
 def tree(module: nn.Module) -> list[nn.Module]:

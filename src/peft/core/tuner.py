@@ -27,7 +27,7 @@ from .slots import BufferDict
 from .switching import WholeModelSwitch, find_parts
 from .targets import target_table
 from .unload import WholeModelMerge
-from .wrappers import AuxiliaryTrainingWrapper, set_additional_trainable_modules
+from .wrappers import AuxiliaryTrainingWrapper, wrap_additional
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
@@ -191,6 +191,12 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
         """First change to what is loaded."""
         return state
 
+    def only_draws(self, cfg: Any) -> bool:
+        """Whether a new adapter is made of constants, `kinds.linear` and `kaiming` alone: then nothing is drawn where a
+        file brings the values.
+        """
+        return False
+
     def on_delete(self, name: str) -> None:
         """Drop what the tuner itself holds for adapter `name`."""
 
@@ -294,19 +300,14 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
         injection = Injection(self, model, adapter_name, cfg, low_cpu_mem_usage, state_dict)
         layers = injection.run()
         try:
-            self.forget_layers()
-            set_additional_trainable_modules(
-                model,
-                cfg,
-                self.get_model_config(model),
-                adapter_name,
-                adapter_name in self.switch.active,
-                switch=self.switch,
-            )
+            saved = wrap_additional(model, cfg, adapter_name, adapter_name in self.switch.active, self.switch)
         except BaseException:
             injection.roll_back()
             raise
-        self.forget_layers()
+        if saved or injection.wraps:
+            self.forget_layers()
+        for wrapper in self.wrappers():
+            wrapper._known.add(adapter_name)
         trainable.mark_trainable(model, self, adapter_name, cfg, first)
         self._activate(adapter_name, cfg, layers)
         self.reports[adapter_name] = injection.report

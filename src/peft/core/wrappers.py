@@ -225,20 +225,25 @@ def check_additional_trainable_modules(model: nn.Module, peft_config: Any) -> No
 
 
 def set_additional_trainable_modules(
-    model: nn.Module,
-    peft_config: Any,
-    model_config: Any,
-    adapter_name: str,
-    activate_adapter: bool = True,
-    *,
-    switch: Switch | None = None,
+    model: nn.Module, peft_config: Any, model_config: Any, adapter_name: str, activate_adapter: bool = True
 ) -> None:
     """Wrap what `modules_to_save` and `trainable_token_indices` name. Modules not found in the former are ignored."""
+    wrap_additional(model, peft_config, adapter_name, activate_adapter)
+    for wrapper in find_parts(model)[1]:
+        wrapper._known.add(adapter_name)
+
+
+def wrap_additional(
+    model: nn.Module, peft_config: Any, adapter_name: str, activate: bool, switch: Switch | None = None
+) -> bool:
+    """The wrapping of `set_additional_trainable_modules`; returns whether there was something to wrap."""
     plan = _plan(model, peft_config)
-    switch = switch or _switch_of(model, (adapter_name,) if activate_adapter else ())
+    if not (plan.saved or plan.saved_tied or plan.tokens):
+        return False
+    switch = switch or _switch_of(model, (adapter_name,) if activate else ())
     inference_mode = bool(getattr(peft_config, "inference_mode", False))
     with contextlib.ExitStack() as undo:
-        placing = Placing(undo, adapter_name, activate_adapter, switch, inference_mode)
+        placing = Placing(undo, adapter_name, activate, switch, inference_mode)
         wrappers = {place.key: placing.wrap(place, ModulesToSaveWrapper) for place in plan.saved}
         for place in plan.saved_tied:
             source = wrappers.get(str(plan.embedding))
@@ -253,5 +258,4 @@ def set_additional_trainable_modules(
             source = wrappers[str(plan.embedding)]
             placing.wrap(place, TrainableTokensWrapper, token_indices=[], tied_adapter=source.token_adapter)
         undo.pop_all()
-    for wrapper in find_parts(model)[1]:
-        wrapper._known.add(adapter_name)
+    return True

@@ -148,8 +148,8 @@ def _checked(state_dict: Mapping[str, torch.Tensor], source: str) -> Tensors:
     bad = [f"{k!r} is a {type(v).__name__}" for k, v in state_dict.items() if not isinstance(v, torch.Tensor)]
     if bad:
         raise TypeError(f"Adapter weights{_from(source)} must be tensors, but {_some(bad)}.")
-    metadata = getattr(state_dict, "metadata", None)
-    return Tensors({clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}, metadata)
+    metadata, flat = getattr(state_dict, "metadata", None), getattr(state_dict, "flat", None)
+    return Tensors({clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}, metadata, flat)
 
 
 _SUMMED = 32_768  # numbers that torch sums up in one thread: waking the others takes longer than the sum
@@ -160,6 +160,11 @@ def _with_nan(state: Mapping[str, torch.Tensor]) -> list[str]:
     """Keys of tensors that hold NaN. Small tensors are summed up many at a time; only when a sum is not finite are
     they looked at one by one.
     """
+    flat = getattr(state, "flat", None)
+    if flat is not None and torch.isfinite(flat.sum()):
+        start, end = flat.data_ptr(), flat.data_ptr() + flat.nbytes
+        if all(start <= tensor.data_ptr() < end for tensor in state.values()):  # nothing was put in their place
+            return []
     groups: dict[tuple[torch.dtype, torch.device], list[tuple[str, torch.Tensor]]] = {}
     room: dict[tuple[torch.dtype, torch.device], int] = {}
     found: set[str] = set()

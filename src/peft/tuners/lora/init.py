@@ -20,6 +20,7 @@ from torch import nn
 from ...config import nearest
 from ...core import kinds
 from ...core.combine import split_svd
+from ...core.modules import values_awaited
 from ...storage.base import resolve
 
 if TYPE_CHECKING:
@@ -246,9 +247,8 @@ def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
     base_weight = getattr(layer.get_base_layer(), layer.kind.weight_name, None)
     if isinstance(base_weight, torch.Tensor) and base_weight.is_meta:
         return
-    # On meta nothing is computed, but a scheme that changes the base must change it although the factors come from a
-    # file.
-    if function not in _CHANGE_BASE and layer.factor_tensors(name)[0].is_meta:
+    # What a file brings is not computed, but a scheme that changes the base must change it all the same.
+    if function not in _CHANGE_BASE and (values_awaited() or layer.factor_tensors(name)[0].is_meta):
         return
     with torch.no_grad():
         function(layer, name, cfg)

@@ -70,6 +70,9 @@ class LoraModel(TunerModel):
         if variant is not None:
             variant.check(own, key, kind, storage, base)
 
+    def only_draws(self, cfg: Any) -> bool:
+        return variant_class(cfg, gptq=True) is None and not init.changes_base(cfg.init_lora_weights)
+
     # ---- layers that the library does not know
     def _custom_class(self, module: nn.Module, cfg: Any) -> type[LoraLayer] | None:
         mapping = getattr(cfg, "_custom_modules", None) or {}
@@ -95,6 +98,7 @@ class LoraModel(TunerModel):
             from .replication import replicate_layers
 
             self._undo.callback(replicate_layers(model, cfg.layer_replication))
+            self.forget_layers()
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         with contextlib.ExitStack() as self._undo:
