@@ -209,6 +209,35 @@ def test_disk_offload(tmp_path: Path, adapter: Path) -> None:
     assert tiny.close(tiny.logits(model), expected, 1e-6)
 
 
+EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, EXPERTS], ids=str)
+def test_new_adapter_on_offloaded_weights(options: dict[str, Any], tmp_path: Path) -> None:
+    """Adapters start, train and merge as on a base in memory; no weight stays in memory."""
+    results = []
+    for offload in (False, True):
+        base = tiny.mixtral() if options is EXPERTS else tiny.llama()
+        if offload:
+            base = accelerate.dispatch_model(base, DISK, main_device="cpu", offload_dir=str(tmp_path))
+        model = adapted(base, **options)
+        out = [tiny.logits(model)]
+        tokens = tiny.Texts().tokens
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        out += [p.grad for p in model.parameters() if p.requires_grad]
+        tiny.spread(model, only="lora_B")
+        out.append(tiny.logits(model))
+        model.merge_adapter()
+        out.append(tiny.logits(model))
+        model.unmerge_adapter()
+        out.append(tiny.logits(model))
+        out.append(tiny.logits(model.merge_and_unload()))
+        assert all(p.is_meta == offload for n, p in base.named_parameters() if ".layers.0." in n)
+        results.append(out)
+    for want, got in zip(*results, strict=True):
+        assert tiny.close(got, want, 1e-5)
+
+
 # ---- empty models
 
 

@@ -20,6 +20,7 @@ from ..ops.dropout import drop
 from ..storage.dtensor import Split, is_sharded
 from . import kinds
 from .modules import dropout_p
+from .offload import loaded
 
 
 class ForwardPaths:
@@ -172,8 +173,9 @@ class ForwardPaths:
         return self.kind.call(base, x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     def _adapt_substituted(self: Any, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        tensors = self.replaced_tensors(names)
-        return torch.func.functional_call(self.get_base_layer(), tensors, (x, *args), kwargs)
+        base = self.get_base_layer()
+        with loaded(base):
+            return torch.func.functional_call(base, self.replaced_tensors(names), (x, *args), kwargs)
 
     def replaced_tensors(self: Any, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Tensors (by name in the base module) to call it with."""

@@ -6,6 +6,7 @@ Forward of the active names a1..ak:
 Input maps run last-active first: that is the order that agrees with merging one adapter after another.
 """
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from .modules import blank, blank_state, to_eval, tree
 from .modules import dropout as dropout  # methods take these from here
 from .modules import dropout_p as dropout_p
 from .modules import kaiming as kaiming
+from .offload import is_offloaded, onload_layer
 from .placement import Placement
 from .slots import Slot, read_slots
 
@@ -325,7 +327,9 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
         """First half of `update_layer`: the tensors, wherever the default device has them made."""
         if name in self._names:
             self.drop(name)
-        self.create(name, config)
+        base = self.get_base_layer()
+        with onload_layer(base) if is_offloaded(base) else contextlib.nullcontext():
+            self.create(name, config)
         self._names[name] = None
         self._holders.pop(name, None)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..storage.dtensor import put, whole
+from .offload import loaded
 
 if TYPE_CHECKING:
     from .layer import AdapterLayer
@@ -193,7 +194,7 @@ class Mergeable:
         if "map_weight" in self.hooks and "unmap_weight" not in self.hooks:
             raise RuntimeError(f"{self.method_name} adapters merged with keep=False cannot be unmerged.")
         for name in reversed(self.merged_adapters):
-            weight, bias = kind.canonical(self.storage.read(base, kind.weight_name)), kind.bias(base)
+            weight, bias = self._current_weight(), kind.bias(base)
             weight = self.unmap_weight(name, weight)
             delta = self._weight_delta(name)
             weight = weight if delta is None else weight - delta
@@ -211,7 +212,7 @@ class Mergeable:
 
     def get_base_weight(self: Any) -> torch.Tensor:
         """The base weight as it is now, in floats and in the orientation in which the layer stores it."""
-        return self.storage.read(self.get_base_layer(), self.kind.weight_name).detach()
+        return self._stored_weight().detach()
 
     def set_base_weight(self: Any, weight_data: torch.Tensor) -> None:
         """Write the base weight, given in the orientation in which the layer stores it."""
@@ -245,11 +246,23 @@ class Mergeable:
         saved = self._pristine("bias")
         return self._current_bias() if saved is None or bias is None else whole(saved.to(bias.device))
 
+    def _stored_weight(self: Any) -> torch.Tensor:
+        base, name = self.get_base_layer(), self.kind.weight_name
+        weight = self.storage.read(base, name)
+        if weight.is_meta:
+            with loaded(base):
+                weight = self.storage.read(base, name)
+        return weight
+
     def _current_weight(self: Any) -> torch.Tensor:
-        return self.kind.canonical(self.storage.read(self.get_base_layer(), self.kind.weight_name))
+        return self.kind.canonical(self._stored_weight())
 
     def _current_bias(self: Any) -> torch.Tensor | None:
-        bias = self.kind.bias(self.get_base_layer())
+        base = self.get_base_layer()
+        bias = self.kind.bias(base)
+        if bias is not None and bias.is_meta:
+            with loaded(base):
+                bias = self.kind.bias(base)
         return None if bias is None else whole(bias)
 
     def _to_storage(self: Any, weight: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,8 @@ def _hook_types() -> tuple[Any, ...]:
 
 def _offloading(module: nn.Module) -> Any:
     """The hook that offloads the own weights of a module, or None."""
-    hook, types = module.__dict__.get("_hf_hook"), _hook_types()
-    if hook is None or not isinstance(hook, types):
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None or not isinstance(hook, types := _hook_types()):
         return None
     parts = getattr(hook, "hooks", (hook,))
     return next((h for h in parts if isinstance(h, types[0]) and h.offload), None)
@@ -43,19 +43,41 @@ def compute_device(module: nn.Module, weight: torch.Tensor) -> torch.device:
 
 
 @contextlib.contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """The own weights of an offloaded module are real inside, and its hook leaves alone what is put in their place.
+    Tensors that were read stay what they are.
+    """
+    if (hook := _offloading(module)) is None:
+        yield
+        return
+    _load(module, hook)
+    hook.offload = False
+    try:
+        yield
+    finally:
+        hook.offload = True
+        hook.post_forward(module, torch.empty(0))
+
+
+@contextlib.contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
     """The weights of `layer` and its sub-modules are real inside the block; what is changed there is kept."""
     with gathered(layer.parameters()), _whole_adapters(layer):
         modules = layer.modules() if "accelerate.hooks" in sys.modules else ()
         loaded = [(m, hook) for m in modules if (hook := _offloading(m)) is not None]
         for module, hook in loaded:
-            hook.pre_forward(module)
+            _load(module, hook)
         try:
             yield
         finally:
             for module, hook in loaded:
                 _store(module, hook)
                 hook.post_forward(module, torch.empty(0))
+
+
+def _load(module: nn.Module, hook: Any) -> None:
+    with torch.device("cpu"):  # files are read to the default device, which may be meta
+        hook.pre_forward(module)
 
 
 def _store(module: nn.Module, hook: Any) -> None:

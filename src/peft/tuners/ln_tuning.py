@@ -4,7 +4,6 @@
 The targeted modules (normally the norms) are trained as copies; the copy is called instead of the base module.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from ..config import PeftConfig, excludes, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
+from ..core.offload import copy_module
 from ..core.slots import Trainable
 from ..core.tuner import TunerModel
 from ..registry import register_method
@@ -37,7 +37,7 @@ class LNTuningLayer(AdapterLayer):
     one_active = True
 
     def create(self, name: str, cfg: Any) -> None:
-        self.ln_tuning_layers[name] = copy.deepcopy(self.pristine_module()).requires_grad_(True)
+        self.ln_tuning_layers[name] = copy_module(self.pristine_module()).requires_grad_(True)
 
     def replace(self, name: str) -> nn.Module:
         return self.ln_tuning_layers[name]

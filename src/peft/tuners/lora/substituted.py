@@ -12,6 +12,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from ...core import kinds
 from ...core.context import Switch
 from ...core.kinds import LayerKind
+from ...core.offload import loaded
 from ...ops import experts
 from ...ops.low_rank import Factors
 from .layer import LoraLayer
@@ -172,9 +173,11 @@ class ParamWrapper(LoraLayer, _of_kind=True):
     @contextlib.contextmanager
     def _activate_lora(self, active_adapters: Iterable[str]) -> Iterator[None]:
         """The module below computes with these adapters."""
-        weight = self.substituted_weight(tuple([n for n in active_adapters if n in self._names]))
-        with _reparametrize_module(self.get_base_layer(), {self.parameter_name: weight}):
-            yield
+        base = self.get_base_layer()
+        with loaded(base):
+            weight = self.substituted_weight(tuple([n for n in active_adapters if n in self._names]))
+            with _reparametrize_module(base, {self.parameter_name: weight}):
+                yield
 
 
 _DELTA = ParamWrapper.get_delta_weight

@@ -75,7 +75,7 @@ class Dora(LoraVariant):
     def _row_norms(layer: Any, W: torch.Tensor) -> torch.Tensor | None:
         """‖W_i‖², kept on the layer as long as the base weight is the same."""
         weight = layer._reference_tensor(layer.get_base_layer())
-        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.is_inference():
+        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.is_inference() or weight.is_meta:
             return None
         key = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
         kept = layer.__dict__.get("_row_norms")
