@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .tuner import TunerModel
 
 
+_META = torch.device("meta")
+
+
 @dataclass
 class Node:
     """A module of the tree with its place."""
@@ -85,7 +88,6 @@ class Injection:
         self.nodes = list(walk(model))
         self.report = InjectionReport()
         self.layers: dict[str, AdapterLayer] = {}
-        self.device = torch.device("meta") if low_cpu else contextlib.nullcontext()
         self.half: list[AdapterLayer] = []  # whose adapters may be in half precision
         self.undo: list[Callable[[], Any]] = []
         self.wraps = False  # whether modules were wrapped that were not before
@@ -357,7 +359,7 @@ class Injection:
         else:
             self.undo.append(lambda layer=layer: layer.drop(name))
         tuner.link_shared(layer)
-        with self.device:
+        with _META if self.low_cpu or layer.home() == _META else contextlib.nullcontext():
             layer.make_adapter(name, cfg)
         if layer.settle_adapter(name, cfg):
             self.half.append(layer)

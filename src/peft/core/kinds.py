@@ -6,6 +6,7 @@ module.
 """
 
 import contextlib
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -13,23 +14,32 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..storage.base import resolve
-from .modules import blank_state, making_on_meta, values_awaited
+from .modules import blank_state, kaiming_, making_on_meta, values_awaited
 
 Shape = tuple[int, ...]
 
 
+_AS_IN_TORCH = (nn.Linear.__init__, nn.Module.register_parameter)
+
+
 def linear(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
-    """nn.Linear; without the (slow) initialisation where it would be useless."""
-    meta = making_on_meta()
-    if not (meta or values_awaited()):
-        return nn.Linear(n_in, n_out, bias=bias)
+    """`nn.Linear(n_in, n_out, bias)` with the same draws in a fraction of its time; none on the meta device and where
+    values are awaited.
+    """
+    if (nn.Linear.__init__, nn.Module.register_parameter) != _AS_IN_TORCH:
+        return nn.Linear(n_in, n_out, bias=bias)  # in a context that puts new parameters elsewhere
     made = nn.Linear.__new__(nn.Linear)
-    state = blank_state()
+    state, meta = blank_state(), making_on_meta()
     state["in_features"], state["out_features"] = n_in, n_out
-    parameters, device = state["_parameters"], "meta" if meta else None
+    device = "meta" if meta else None
     with torch._C.DisableTorchFunction() if meta else contextlib.nullcontext():  # that context looks at every call
-        parameters["weight"] = nn.Parameter(torch.empty(n_out, n_in, device=device))
-        parameters["bias"] = nn.Parameter(torch.empty(n_out, device=device)) if bias else None
+        weight = torch.empty(n_out, n_in, device=device)
+        b = torch.empty(n_out, device=device) if bias else None
+    if not (meta or values_awaited()):
+        kaiming_(weight)
+        if b is not None and n_in:
+            b.uniform_(-1 / math.sqrt(n_in), 1 / math.sqrt(n_in))
+    state["_parameters"].update(weight=nn.Parameter(weight), bias=None if b is None else nn.Parameter(b))
     object.__setattr__(made, "__dict__", state)
     return made
 

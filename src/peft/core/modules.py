@@ -76,10 +76,21 @@ def dropout_p(module: nn.Module) -> float:
     return getattr(module, "p", 0.0)
 
 
+@functools.cache
+def _bound(fan_in: int) -> float:
+    return math.sqrt(3.0) * (nn.init.calculate_gain("leaky_relu", math.sqrt(5)) / math.sqrt(fan_in))
+
+
+def kaiming_(tensor: torch.Tensor) -> torch.Tensor:
+    """The draws of `nn.init.kaiming_uniform_(tensor, a=sqrt(5))`, nn.Linear's, without its bookkeeping."""
+    bound = _bound(tensor[0].numel()) if tensor.numel() else 0.0
+    return tensor.uniform_(-bound, bound)
+
+
 def kaiming(*shape: int) -> torch.Tensor:
     """A new random tensor as nn.Linear makes its weight."""
     made = torch.empty(shape)
-    return nn.init.kaiming_uniform_(made, a=math.sqrt(5)) if not _awaiting else made
+    return made if _awaiting else kaiming_(made)
 
 
 def tree(module: nn.Module) -> list[nn.Module]:

@@ -60,6 +60,12 @@ class Placement:
                 replace_tensor(owner, attr, tensor, tensor.data.to(device, want))
         return half
 
+    def home(self: Any) -> torch.device | None:
+        """Where the base layer computes; None if it has no tensors."""
+        base = self.get_base_layer()
+        weight = self._reference_tensor(base)
+        return None if weight is None else compute_device(base, weight)
+
     def _reference_tensor(self: Any, base: nn.Module) -> torch.Tensor | None:
         packed = () if self.storage is DENSE else ("qweight", "W_q")
         for attr in (*packed, self.kind.weight_name, "weight"):

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..core.layer import AdapterLayer
-from ..core.offload import compute_device, is_offloaded, onload_layer, unsharded
+from ..core.offload import is_offloaded, onload_layer, unsharded
 from ..core.tuner import TunerModel
 from ..registry import method_of
 from ..storage.dtensor import gathered
@@ -371,7 +370,7 @@ def _assign(copies: list[tuple[Entry, torch.Tensor]], name: str, low_cpu: bool) 
         elif low_cpu:
             layer = entry.layer
             if layer is not None and id(layer) not in homes:
-                homes[id(layer)] = _home(layer)
+                homes[id(layer)] = layer.home()
                 layer.__dict__["_seen"] = None  # its plan may depend on devices and dtypes
             new = replaced.get(id(tensor))
             if new is None:
@@ -401,19 +400,12 @@ def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
     tensor.copy_(value)
 
 
-def _home(layer: AdapterLayer) -> torch.device | None:
-    """Where the adapters of a layer live, None while its base is on meta."""
-    base = layer.get_base_layer()
-    weight = layer._reference_tensor(base)
-    home = None if weight is None else compute_device(base, weight)
-    return None if home is None or home.type == "meta" else home
-
-
 def _materialise(tensor: torch.Tensor, value: torch.Tensor, home: torch.device | None) -> torch.Tensor:
     """A real tensor in place of one on meta, in the dtype the parameter was made with."""
     new = value.detach()
-    if tensor.dtype != new.dtype or home is not None and home != new.device:
-        new = new.to(home or new.device, tensor.dtype)
+    device = new.device if home is None or home.type == "meta" else home
+    if tensor.dtype != new.dtype or device != new.device:
+        new = new.to(device, tensor.dtype)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(new, requires_grad=tensor.requires_grad)
     return new

@@ -20,7 +20,7 @@ from torch import nn
 from ...config import nearest
 from ...core import kinds
 from ...core.combine import split_svd
-from ...core.modules import values_awaited
+from ...core.modules import kaiming_, values_awaited
 from ...storage.base import resolve
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def default(layer: "LoraLayer", name: str, cfg: Any) -> None:
         nn.init.zeros_(A)
         nn.init.normal_(B)
     else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        kaiming_(A)
         zero_b(layer, name, cfg)
 
 
@@ -50,7 +50,7 @@ def gaussian(layer: "LoraLayer", name: str, cfg: Any) -> None:
 
 def zero_b(layer: "LoraLayer", name: str, cfg: Any) -> None:
     """B zero. With "eva" that is all: `initialize_lora_eva_weights` fills A."""
-    nn.init.zeros_(layer.factor_tensors(name)[1])
+    layer.factor_tensors(name)[1].zero_()
     if layer.lora_bias[name]:
         nn.init.zeros_(layer.lora_B[name].bias)  # type: ignore[arg-type]
 
