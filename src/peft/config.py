@@ -84,7 +84,7 @@ def choices(annotation: Any) -> list[Any]:
 
 def positive(name: str, value: Any) -> Any:
     """`value` of the option `name`, which must be above 0."""
-    if value <= 0:
+    if value is None or value <= 0:
         raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value}")
     return value
 
@@ -133,7 +133,8 @@ class PeftConfigMixin:
         output = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             output["auto_mapping"] = kwargs["auto_mapping_dict"]
-        text = json.dumps({k: _plain(v) for k, v in output.items()}, indent=2, sort_keys=True)
+        # inner dicts keep their order: the first pattern that matches counts
+        text = json.dumps({k: _plain(v) for k, v in sorted(output.items())}, indent=2)
         from .io.files import write_text_atomic
 
         write_text_atomic(directory / CONFIG_NAME, text)
@@ -275,7 +276,7 @@ class PeftConfig(PeftConfigMixin):
     _regex_with_layers: ClassVar[Literal["error", "warn"]] = "error"
     # Methods that always accepted a layers_pattern without layers_to_transform.
     _pattern_alone: ClassVar[bool] = False
-    # Options that must be above 0.
+    # Options that must be above 0 (or None, where that is the default).
     _positive: ClassVar[tuple[str, ...]] = ()
     # Options whose value must be one that their type names (`Literal`, bool).
     _choices: ClassVar[tuple[str, ...]] = ()
@@ -288,7 +289,8 @@ class PeftConfig(PeftConfigMixin):
             if isinstance(getattr(self, name, None), list):
                 setattr(self, name, set(getattr(self, name)))
         for name in self._positive:
-            positive(name, getattr(self, name))
+            if (value := getattr(self, name)) is not None or getattr(type(self), name) is not None:
+                positive(name, value)
         check_choice(self, *self._choices)
         for f in fields(self):
             if f.name.endswith(("dropout", "dropout_p")) and not 0 <= (p := getattr(self, f.name)) <= 1:
@@ -310,6 +312,9 @@ class PeftConfig(PeftConfigMixin):
             if self._regex_with_layers == "error":
                 raise ValueError(text)
             warnings.warn(text + " It has no effect.", stacklevel=4)
+
+    def locate(self, model_id: str | os.PathLike, options: dict[str, Any]) -> None:
+        """Before a file of `model_id` is loaded with `options`: complete the paths of further files, in place."""
 
     def with_values(self, **values: Any):
         """A shallow copy with other values, not validated again: what a layer gets when a pattern names it."""

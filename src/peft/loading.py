@@ -86,7 +86,10 @@ def from_pretrained(
         key_mapping = getattr(model, "_checkpoint_conversion_mapping", {})
     if config.is_prompt_learning and is_trainable:
         raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
-    _find_experts(model, model_id, config, kwargs)
+    only = getattr(getattr(model, "base_model", None), "only_config", type(config))
+    if only is not type(config):
+        raise TypeError(f"Expected '{only.__name__}', got '{type(config).__name__}' instead.")
+    config.locate(model_id, kwargs)
     with _removed_on_error(model, config, adapter_name):
         _set_offload(config, ephemeral_gpu_offload)
         config.inference_mode = not is_trainable
@@ -113,23 +116,6 @@ def _class_for(cls: type["PeftModel"], config: PeftConfig) -> type["PeftModel"]:
     from .peft_model import PeftModel
 
     return peft_model_class(config, cls) if issubclass(cls, PeftModel) else cls
-
-
-def _find_experts(model: nn.Module, model_id: str | os.PathLike, config: Any, kwargs: dict[str, Any]) -> None:
-    """X-LoRA: where the experts are: `adapters={name: folder}`, or the configuration says it; paths may be relative to
-    the adapter's folder.
-    """
-    is_xlora = type(config).__name__ == "XLoraConfig"
-    if type(getattr(model, "base_model", None)).__name__ == "XLoraModel" and not is_xlora:
-        raise TypeError(f"Expected 'XLoraConfig', got '{type(config).__name__}' instead.")
-    if not is_xlora:
-        return
-    if kwargs.get("adapters") is not None:
-        config.adapters = dict(kwargs["adapters"])
-    for name, place in config.adapters.items():
-        in_hub = str(place).startswith("experts/") and not Path(model_id).is_dir()
-        if in_hub or Path(model_id, place).is_dir():
-            config.adapters[name] = os.path.join(model_id, place)
 
 
 @contextlib.contextmanager

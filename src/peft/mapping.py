@@ -139,10 +139,9 @@ def inject_adapter_in_model(
     """Inject adapter layers and return the same model, not wrapped. With `state_dict` exactly the modules named by its
     keys are adapted.
     """
-    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt or type(peft_config).__name__ == "ShadowConfig":
+    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise ValueError(
-            "`inject_adapter_in_model` does not work with prompt learning, adaption prompts or Shadow; use "
-            "`get_peft_model`."
+            "`inject_adapter_in_model` does not work with prompt learning or adaption prompts; use `get_peft_model`."
         )
     try:
         tuner = method_of(peft_config).tuner
@@ -152,7 +151,7 @@ def inject_adapter_in_model(
         ) from error
     if tuner.uses_shared_state:
         raise ValueError(
-            f"{tuner.__name__} holds state that is shared between layers, so it cannot be injected; use "
+            f"`inject_adapter_in_model` does not work with {tuner.__name__}, whose state is shared between layers; use "
             "`get_peft_model`."
         )
     with unchanged_on_error(model, peft_config):

@@ -52,6 +52,15 @@ def test_broken_files(folder, values, error, message):
     assert message in str(caught.value)
 
 
+def test_patterns_keep_their_order_in_the_file(tmp_path):
+    """The first key that matches counts; sorted, "fc" would come before "layers.1.fc"."""
+    patterns = {"layers.1.fc": 2, "fc": 3}
+    LoraConfig(rank_pattern=patterns).save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert list(LoraConfig.from_pretrained(tmp_path).rank_pattern) == list(patterns)
+    assert list(json.loads(text)) == sorted(json.loads(text))
+
+
 def test_a_file_without_a_method(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 4}')
     assert LoraConfig.from_pretrained(tmp_path).r == 4
@@ -66,6 +75,11 @@ def test_a_file_without_a_method(tmp_path):
         ("MissConfig", {"init_weights": "mimi"}, "use one of True, False, bat, mini. Did you mean 'mini'"),
         ("MissConfig", {"miss_dropout": -0.5}, "`miss_dropout` must be a probability between 0 and 1, got -0.5"),
         ("MultitaskPromptTuningConfig", {"prompt_tuning_init": "EXACT_TASK"}, "Did you mean 'EXACT_SOURCE_TASK'"),
+        ("MultitaskPromptTuningConfig", {"num_tasks": None}, "`num_tasks` should be a positive"),
+        ("PromptEncoderConfig", {"encoder_hidden_size": 0}, "`encoder_hidden_size` should be a positive"),
+        ("ShadowConfig", {"shadow_num_hidden_layers": 0}, "`shadow_num_hidden_layers` should be a positive"),
+        ("PolyConfig", {"poly_type": "polly"}, "use one of poly. Did you mean 'poly'"),
+        ("PolyConfig", {"n_skills": 0}, "`n_skills` should be a positive"),
         ("OFTConfig", {"init_weights": None}, "use one of True, False"),
         ("OFTConfig", {"r": -2, "oft_block_size": 0}, "must not be negative: got r=-2"),
         ("OFTConfig", {"num_cayley_neumann_terms": 0}, "`num_cayley_neumann_terms` should be a positive"),

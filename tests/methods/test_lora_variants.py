@@ -80,6 +80,28 @@ def test_unsupported_layers_are_named(layer, kwargs):
     assert base[0] is layer
 
 
+@pytest.mark.parametrize("cast", [True, False])
+@pytest.mark.parametrize("options", [
+    {"kasa_config": KasaConfig()}, {"monteclora_config": MontecloraConfig(num_samples=2, buffer_size=1)},
+    {"velora_config": VeloraConfig(num_groups=4)}, {"use_dora": True}, {"use_bdlora": BdLoraConfig(["0"], ["1"])},
+], ids=lambda o: next(iter(o)))  # fmt: skip
+def test_all_tensors_of_a_variant_follow_the_base(options, cast):
+    """In half precision, and on the device of the base: both go over the tensors that the layer says are its own."""
+    config = LoraConfig(r=2, target_modules=["0", "1"], **options)
+    model = get_peft_model(mlp().to(torch.bfloat16), config, autocast_adapter_dtype=cast)
+    for key in ("0", "1"):
+        layer = layer_of(model, key)
+        own = {id(tensor) for _, _, tensor in layer._own_tensors("default")}
+        held = [t for n, t in [*layer.named_parameters(), *layer.named_buffers()] if not n.startswith("base_layer.")]
+        assert own == set(map(id, held))
+        assert {p.dtype for p in layer.parameters_of("default")} == {torch.float32 if cast else torch.bfloat16}
+    x = x8.to(torch.bfloat16)
+    model.train()(x).sum().backward()
+    want = model.eval()(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), want, rtol=2e-2, atol=2e-2)
+
+
 def test_different_variants_on_one_layer():
     model = adapted(use_dora=True)
     model.add_adapter("v", LoraConfig(r=2, target_modules=["0"], velora_config=VeloraConfig(num_groups=2)))
@@ -236,6 +258,13 @@ def test_alora_acts_from_the_last_invocation_on():
 
 
 # ---- BD-LoRA
+def test_alora_batches_without_an_invocation_have_gradients_of_zero():
+    model = adapted(task_type="CAUSAL_LM", alora_invocation_tokens=[1])
+    model.base_model(x8).sum().backward()
+    assert {p.grad.abs().max().item() for p in layer_of(model, "0").parameters_of("default")} == {0.0}
+    assert torch.equal(model.base_model(x8), layer_of(model, "1").base_layer(layer_of(model, "0").base_layer(x8)))
+
+
 def test_bdlora_factors_are_block_diagonal():
     options = BdLoraConfig(target_modules_bd_a=["1"], target_modules_bd_b=["0"], nblocks=2)
     model = adapted(use_bdlora=options)

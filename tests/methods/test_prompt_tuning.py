@@ -80,8 +80,9 @@ def test_encoder_decoders_store_rows_for_both_parts():
 
 
 def test_prompt_length_is_required():
-    with pytest.raises(ValueError, match="num_virtual_tokens"):
-        peft.get_peft_model(base("llama"), PromptTuningConfig(task_type="CAUSAL_LM"))
+    for tokens in (None, 0, -1):
+        with pytest.raises(ValueError, match=f"`num_virtual_tokens` should be .* {tokens}$"):
+            peft.get_peft_model(base("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens))
 
 
 def test_published_names_of_reading_and_writing():

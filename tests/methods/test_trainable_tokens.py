@@ -112,7 +112,7 @@ def test_initial_values_and_odd_indices():
     out = model(IDS)
     model.merge_adapter()
     torch.testing.assert_close(model(IDS), out)
-    for wrong in ([10], [-1]):
+    for wrong in ([10], [-1], ["a"], [1.0]):
         with pytest.raises(IndexError, match="out of range"):
             TrainableTokensModel(Net(), config(token_indices=wrong), "default")
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..config import PromptLearningConfig
+from ..config import PromptLearningConfig, positive
 from ..utils.peft_types import TaskType
 
 PROMPT_KEY = "prompt_embeddings"
@@ -38,11 +38,7 @@ class Sizes(NamedTuple):
 
 def sizes(config: PromptLearningConfig) -> Sizes:
     names = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
-    values = [getattr(config, name) for name in names]
-    for name, value in zip(names, values, strict=True):
-        if value is None:
-            raise ValueError(f"{type(config).__name__} needs {name}; it is None.")
-    return Sizes(*values)
+    return Sizes(*(positive(name, getattr(config, name)) for name in names))
 
 
 class BasePromptEncoder(nn.Module):

@@ -17,13 +17,10 @@ from ..core.context import Switch
 from ..core.tuner import TunerModel
 from ..registry import Method, method_of, methods
 
-# These reshape the forward of the whole model.
-_WHOLE_MODEL = {"XLORA", "SHADOW", "ADAPTION_PROMPT"}
-
 
 def _mixable(record: Method) -> bool:
-    """Whether the method works layer by layer, so that it goes with others."""
-    return issubclass(record.tuner, TunerModel) and record.layer is not None and record.peft_type not in _WHOLE_MODEL
+    """Whether the method works layer by layer, so that it goes with others: it holds no modules besides its layers."""
+    return issubclass(record.tuner, TunerModel) and record.tuner.own_tensors is TunerModel.own_tensors
 
 
 def check_mixable(config: PeftConfig) -> None:

@@ -41,6 +41,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     prompt_tuning_init_task: int | None = option(0, "Task of the source checkpoint, with EXACT_SOURCE_TASK.")
     num_ranks: int = option(1, "Rank of the task factors.")
     num_tasks: int = option(1, "Number of tasks.")
+    _positive = ("num_ranks", "num_tasks")
 
 
 _SOURCE_INITS = (

@@ -35,6 +35,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_num_layers: int = option(2, "Number of LSTM layers.")
     encoder_dropout: float = option(0.0, "Dropout between the LSTM layers.")
     _choices = ("encoder_reparameterization_type",)
+    _positive = ("encoder_hidden_size", "encoder_num_layers")
 
 
 @register_method("p_tuning", config=PromptEncoderConfig)

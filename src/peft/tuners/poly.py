@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import PeftConfig, excludes, option, positive, saves, targets
+from ..config import PeftConfig, excludes, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, kaiming
 from ..core.slots import Aux, Trainable
@@ -37,6 +37,8 @@ class PolyConfig(PeftConfig):
     n_tasks: int = option(1, "Number of tasks; with more than one every call needs `task_ids`.")
     n_skills: int = option(4, "Skills in each layer.")
     n_splits: int = option(1, "Heads: splits of the features with their own mixtures (Multi-Head Routing).")
+    _positive = ("r", "n_tasks", "n_skills", "n_splits")
+    _choices = ("poly_type",)
 
 
 class Router(nn.Module):
@@ -121,13 +123,6 @@ class PolyModel(TunerModel):
     unsupported_error = TypeError
     example = {"r": 4, "n_skills": 3, "n_splits": 2}
 
-    def check_config(self, name: str, cfg: Any) -> None:
-        super().check_config(name, cfg)
-        if cfg.poly_type != "poly":
-            raise ValueError(f"Unsupported poly_type {cfg.poly_type!r}: only 'poly' exists.")
-        for option_name in ("r", "n_tasks", "n_skills", "n_splits"):
-            positive(option_name, getattr(cfg, option_name))
-
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         out, n_in = self.target_shape(module)[:2]
         if n_in % cfg.n_splits or out % cfg.n_splits:
@@ -150,17 +145,15 @@ class PolyModel(TunerModel):
             raise ValueError(f"`task_ids` must be between 0 and n_tasks - 1 = {limit - 1}, got {ids.tolist()}.")
         return ids
 
-    def forward(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if task_ids is not None:
-            self.switch.call.task_ids = self._checked(task_ids)
-        return super().forward(*args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self.call_context(kwargs) as rest:
+            return super().forward(*args, **rest)
 
-    def generate(self, *args: Any, task_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         call = self.switch.call
-        if task_ids is None:
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-        call.task_ids, call.generating = self._checked(task_ids), True
+        call.generating = True
         try:
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+            with self.call_context(kwargs) as rest:
+                return self.model.generate(*args, **rest)  # type: ignore[operator]
         finally:
             call.clear()

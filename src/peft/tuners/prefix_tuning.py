@@ -26,6 +26,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = option(None, "Hidden width of the projection (default: token_dim).")
     prefix_projection: bool = option(False, "Train the prefix through a two-layer MLP, which is not stored.")
     _choices = ("init_weights",)
+    _positive = ("encoder_hidden_size",)
 
 
 @register_method("prefix_tuning", config=PrefixTuningConfig)

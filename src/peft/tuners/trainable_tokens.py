@@ -6,6 +6,7 @@ columns are patched.
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class TrainableTokensLayer(AdapterLayer):
         weight = self.base_weight()
         rows_first = weight.T if self.kind is kinds.Embedding else weight
         size = rows_first.shape[0]
-        if wrong := [i for i in indices if not 0 <= i < size]:
+        if wrong := [i for i in indices if not isinstance(i, Integral) or not 0 <= i < size]:
             raise IndexError(f"Token indices {wrong} are out of range for an embedding with {size} rows.")
         rows = rows_first.detach()[torch.tensor(indices, dtype=torch.long, device=weight.device)].contiguous()
         self.token_indices[name] = list(indices)

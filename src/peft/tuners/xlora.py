@@ -8,6 +8,7 @@ Frozen LoRA experts e are mixed for each token t and each layer l, by a classifi
 
 import contextlib
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -69,6 +70,17 @@ class XLoraConfig(PeftConfig):
         if self.top_k_lora is not None and self.top_k_lora < 1:
             self._warn(f"`top_k_lora` should be at least 1, got {self.top_k_lora}.")
 
+    def locate(self, model_id: str | os.PathLike, options: dict[str, Any]) -> None:
+        """The experts are where `adapters={name: folder}` or the configuration says; paths may be relative to the
+        adapter's folder.
+        """
+        if options.get("adapters") is not None:
+            self.adapters = dict(options["adapters"])
+        for name, place in (self.adapters or {}).items():
+            in_hub = str(place).startswith(EXPERT_FOLDER + "/") and not Path(model_id).is_dir()
+            if in_hub or Path(model_id, place).is_dir():
+                self.adapters[name] = os.path.join(model_id, place)  # type: ignore[index]
+
     @staticmethod
     def _warn(text: str) -> None:
         warnings.warn(text, stacklevel=4)
@@ -110,6 +122,7 @@ class XLoraModel(TunerModel):
     """Experts as adapters of a LoraModel on the same base model, and the classifier that mixes them."""
 
     method_label = "X-LoRA"  # type: ignore[assignment]
+    only_config = XLoraConfig  # nothing else is loaded beside it
 
     def __init__(
         self,

@@ -130,6 +130,7 @@ class BdLoraConfig:
     match_strict: bool = option(True, "Every adapted module must be in one of the lists.")
 
     def __post_init__(self) -> None:
+        _check_positive(self, "nblocks")
         both = set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ())
         if both:
             raise ValueError(f"`target_modules_bd_a` and `target_modules_bd_b` have common entries: {sorted(both)}.")

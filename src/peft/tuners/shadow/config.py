@@ -37,6 +37,7 @@ class ShadowConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     modules_to_save: list[str] | None = saves()
+    _positive = ("r", "update_hidden_size", *_SIZES)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...config import positive
 from ...core.layer import AdapterLayer
 from ...core.tuner import TunerModel
 from ...registry import register_method
@@ -33,6 +32,7 @@ class ShadowModel(TunerModel):
     """Owns the shadow networks. Hooks on the decoder run them before its blocks, whoever calls the decoder."""
 
     layer_cls = ShadowLayer
+    uses_shared_state = True
     condense_targets = False
 
     def _surround(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +48,6 @@ class ShadowModel(TunerModel):
     # ---- injection
     def check_config(self, name: str, cfg: Any) -> None:
         super().check_config(name, cfg)
-        positive("r", cfg.r)
         others = [c for n, c in self.peft_config.items() if n != name]
         if others and any(c.task_type == "SEQ_CLS" for c in (cfg, *others)):
             raise ValueError(

@@ -32,10 +32,10 @@ class ALora(LoraVariant):
 
     @staticmethod
     def gate(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-        """1 where the adapter acts, [batch, T, 1]; None when no row has an offset."""
+        """1 where the adapter acts, [batch, T, 1]; None when no row has an offset (0 for backward)."""
         call = layer.switch.call
         if call.alora_offsets is None or x.dim() < 3:
-            return None
+            return x.new_zeros(1) if torch.is_grad_enabled() else None
         if not isinstance(call.alora_offsets, torch.Tensor) or call.alora_offsets.device != x.device:
             call.alora_offsets = offsets_tensor(call.alora_offsets, x.device)
         offsets = call.alora_offsets if call.part is None else call.alora_offsets[call.part]

@@ -41,7 +41,7 @@ class LoraVariant:
     def check(cls, cfg: Any, key: str, kind: type[LayerKind], layer_storage: Any, base: nn.Module) -> None:
         """Refuse a layer before anything is created."""
         if kind not in cls.kinds or (layer_storage.label is not None and not cls.quantised):
-            what = kind.class_name if layer_storage.label is None else f"{layer_storage.label} {kind.class_name}"
+            what = kind.name if layer_storage.label is None else f"{layer_storage.label} {kind.name}"
             names = ", ".join(k.name for k in cls.kinds)
             raise ValueError(
                 f"{cls.name} does not support {key!r}, which is a {what} layer (supported: {names}"
@@ -54,6 +54,8 @@ class LoraVariant:
 
     def create(self, layer: "LoraLayer", name: str, cfg: Any) -> None:
         """Allocate what the variant adds; the factors of plain LoRA exist and are initialised."""
+        added = (s.name for s in self.slots if s.name not in layer.module_slots)
+        layer.__dict__["module_slots"] = (*layer.module_slots, *added)  # moved and cast with the layer's own
 
     def factors(self, layer: "LoraLayer", name: str) -> Factors:
         return layer.plain_factors(name)
