@@ -299,9 +299,7 @@ class PeftConfig(PeftConfigMixin):
 
     def _check_layer_range(self) -> None:
         layers, pattern = getattr(self, "layers_to_transform", None), getattr(self, "layers_pattern", None)
-        if pattern and layers is None:
-            if self._pattern_alone:
-                return
+        if pattern and layers is None and not self._pattern_alone:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if isinstance(getattr(self, "target_modules", None), str) and (layers is not None or pattern):
             given = "layers_to_transform" if layers is not None else "layers_pattern"

@@ -72,6 +72,11 @@ def test_a_file_without_a_method(tmp_path):
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
+        ("AdamssConfig", {"num_subspaces": 0}, "`num_subspaces` should be a positive"),
+        ("BOFTConfig", {"init_weights": None}, "use one of True, False"),
+        ("BOFTConfig", {"boft_block_size": -4}, "must be above 0, and not both: got boft_block_size=-4"),
+        ("C3AConfig", {"target_modules": "q", "layers_pattern": "h"}, "`layers_pattern` cannot be used when"),
+        ("LoKrConfig", {"init_weights": "licoris"}, "use one of True, False, lycoris, None. Did you mean 'lycoris'"),
         ("MissConfig", {"init_weights": "mimi"}, "use one of True, False, bat, mini. Did you mean 'mini'"),
         ("MissConfig", {"miss_dropout": -0.5}, "`miss_dropout` must be a probability between 0 and 1, got -0.5"),
         ("MultitaskPromptTuningConfig", {"prompt_tuning_init": "EXACT_TASK"}, "Did you mean 'EXACT_SOURCE_TASK'"),
@@ -95,6 +100,11 @@ def test_values_that_no_option_allows(cls, options, message):
     with pytest.raises(ValueError) as caught:
         getattr(peft, cls)(**options)
     assert message in str(caught.value)
+
+
+def test_a_layers_pattern_alone_where_it_was_always_accepted():
+    for cls in (peft.C3AConfig, peft.GraloraConfig, peft.HiraConfig):
+        assert cls(layers_pattern="h").layers_pattern == "h"
 
 
 def test_names_and_flags():

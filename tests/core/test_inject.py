@@ -79,6 +79,23 @@ def test_pattern_keys_that_match_nothing_are_named(config, field):
     assert len(found) == (field is not None) and all(f"['nothing'] of `{field}`" in text for text in found)
 
 
+@pytest.mark.parametrize(
+    "pattern, first, second",
+    [
+        ({"layers.0.q": 2, "q": 1}, 1, 1),  # a whole name counts after the others
+        ({"layers.0.q": 2}, 2, 4),
+        ({r"^layers\.0\.q": 2}, 4, 4),  # nothing stands before the dot
+        ({r"(0|1)\.q": 2}, 2, 2),
+    ],
+)
+def test_patterns_of_c3a_and_fourierft_begin_after_a_dot(pattern, first, second):
+    model = get_peft_model(Net(), C3AConfig(block_size=4, block_size_pattern=pattern, target_modules=["q"]))
+    sizes = [layer.block_size["default"] for layer in model.base_model.layers()]
+    assert sizes[:2] == [first, second]
+    model = get_peft_model(Net(), FourierFTConfig(n_frequency=4, n_frequency_pattern=pattern, target_modules=["q"]))
+    assert [len(layer.fourierft_spectrum["default"]) for layer in model.base_model.layers()][:2] == [first, second]
+
+
 def test_a_module_and_its_parameter_are_not_both_adapted():
     with pytest.raises(ValueError, match=r"'layers\.0\.q\.weight' belongs to a module that is adapted as a whole"):
         targets(target_modules=["q"], target_parameters=["layers.0.q.weight"])

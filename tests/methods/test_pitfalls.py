@@ -420,6 +420,16 @@ def test_ia3_unmerges_after_scales_of_zero():
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
+def test_ia3_with_all_linear_targets_loads_again(tmp_path):
+    config = peft.IA3Config(target_modules="all-linear", feedforward_modules=["lin1"])
+    model = adapted(config)
+    model.save_pretrained(tmp_path)
+    x = inputs("Linear")
+    torch.testing.assert_close(PeftModel.from_pretrained(base("Linear"), tmp_path)(x), model(x))
+    with pytest.raises(ValueError, match=r"subset.*\['n1'\] are not in it"):
+        peft.IA3Config(target_modules=["lin0", "lin1"], feedforward_modules=["n1"])
+
+
 # ---- Lily, LN tuning
 
 
@@ -465,6 +475,30 @@ def test_ln_tuning_copies_the_base_while_another_adapter_is_merged():
     model.unmerge_adapter()
     layer.merge(safe_merge=True, adapter_names=["second"])
     assert layer.merged_adapters == ["second"]
+
+
+def test_ln_tuning_merges_one_adapter_at_a_time():
+    model, x = adapted(peft.LNTuningConfig(target_modules=["lin0"]), base("Norm")), inputs("Norm")
+    model.add_adapter("second", peft.LNTuningConfig(target_modules=["lin0"]))
+    with pytest.raises(ValueError, match="only one can be merged"):
+        model.merge_adapter(["default", "second"])
+    want, layer = model(x), model.base_model.layers()[0]
+    model.merge_adapter(["second"])
+    with pytest.warns(UserWarning, match="second.*instead merging default"):
+        model.merge_adapter(["default"])
+    assert layer.merged_adapters == ["default"]
+    torch.testing.assert_close(model(x), want)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), want)
+
+
+@pytest.mark.parametrize(("config", "kind"), [
+    (peft.LilyConfig(target_modules=["lin0"], r=4), "Linear"), (peft.BeftConfig(target_modules=["lin0"]), "Linear"),
+    (peft.LNTuningConfig(target_modules=["lin0"]), "Norm"),
+], ids=lambda c: getattr(c, "peft_type", c))  # fmt: skip
+def test_methods_without_a_delta_weight_say_so(config, kind):
+    with pytest.raises(NotImplementedError, match="no delta weight"):
+        adapted(config, base(kind)).base_model.layers()[0].get_delta_weight("default")
 
 
 # ---- LoKr, MiSS

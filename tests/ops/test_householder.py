@@ -46,6 +46,10 @@ def test_reflections(orthonormal, r):
     assert torch.autograd.gradgradcheck(lambda x, u: H.reflect(x, u, orthonormal), (x, u))
 
 
+def test_more_orthonormal_vectors_than_features_span_everything():
+    torch.testing.assert_close(H.dense(torch.randn(4, 7), orthonormal=True), -torch.eye(4))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_paired_vectors_cancel(dtype):
     u = torch.randn(64, 4).repeat_interleave(2, dim=1)

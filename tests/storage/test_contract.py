@@ -143,7 +143,8 @@ def test_merging(method: str, name: str) -> None:
     before = bytes_of(model.base_model.model)
     layers = model.base_model.layers()
     if not all(layer.mergeable for layer in layers):
-        with pytest.raises(TypeError, match="depend on the input" if fmt.writable else fmt.label):
+        error, text = (NotImplementedError, "depend on the input") if fmt.writable else (TypeError, fmt.label)
+        with pytest.raises(error, match=text):
             model.merge_adapter()
         assert same(before, bytes_of(model.base_model.model))
         return
@@ -203,6 +204,6 @@ def outcome(method: str, name: str) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.eval().merge_adapter()
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return "train"
     return "merge"

@@ -148,6 +148,12 @@ def pattern_value(patterns: dict[str, Any] | None, key: str, default: Any) -> An
     return patterns.get(get_pattern_key(patterns, key), default)
 
 
+def dotted_value(patterns: dict[str, Any] | None, key: str, default: Any) -> Any:
+    """The same by the rule of C3A and FourierFT: a pattern begins after a dot; a whole name counts after the others."""
+    patterns = patterns or {}
+    return patterns.get(next((p for p in patterns if re.match(rf".*\.{p}$", key)), key), default)
+
+
 def unmatched_patterns(patterns: dict[str, Any] | None, keys: Iterable[str]) -> list[str]:
     """Pattern keys that apply to none of the module keys."""
     if not patterns:

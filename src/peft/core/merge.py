@@ -27,8 +27,9 @@ def check_adapters_to_merge(module: "AdapterLayer", adapter_names: Iterable[str]
         done = set(module.merged_adapters)
         names = [n for n in names if n not in done]
         if names:
+            how = "instead" if "replace" in module.hooks else "additionally"
             warnings.warn(
-                f"Already following adapters were merged {','.join(done)}. You are now additionally merging "
+                f"Already following adapters were merged {','.join(done)}. You are now {how} merging "
                 f"{','.join(names)}.",
                 stacklevel=3,
             )
@@ -49,13 +50,17 @@ class Mergeable:
         the copy that `unmerge` needs.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self]
+        if "replace" in self.hooks and len(names) > 1:
+            raise ValueError(f"{self.method_name} adapters replace the layer: only one can be merged, got {names}.")
         forget = not keep and len(names) > 1  # later adapters may need the pristine weight
         for name in names:
             if not self.mergeable:
-                raise TypeError(self._cannot_merge())
+                raise self._cannot_merge()
             if "replace" in self.hooks:
                 if safe_merge:
                     self._check_finite(name, *self.parameters_of(name))
+                if self.merged:
+                    self.unmerge()
                 self._swap(name)
             else:
                 self._merge_one(name, safe_merge, keep or forget)
@@ -64,10 +69,14 @@ class Mergeable:
             self._saved_weights.clear()
         self._seen = None
 
-    def _cannot_merge(self: Any) -> str:
+    def _cannot_merge(self: Any) -> Exception:
         if not self.storage.writable:
-            return f"Cannot merge into a {self.storage.label} weight. Load the base model unquantised to merge."
-        return f"{self.method_name} adapters depend on the input, they cannot be merged into a weight."
+            return TypeError(
+                f"Cannot merge into a {self.storage.label} weight. Load the base model unquantised to merge."
+            )
+        return NotImplementedError(
+            f"{self.method_name} adapters depend on the input, they cannot be merged into a weight."
+        )
 
     @torch.no_grad()
     def _merge_one(self: Any, name: str, safe_merge: bool, keep: bool) -> None:
@@ -271,6 +280,8 @@ class Mergeable:
     @torch.no_grad()
     def get_delta_weight(self: Any, adapter: str) -> torch.Tensor:
         """What merging the adapter adds to the base weight, in the orientation of the base weight."""
+        if not self.hooks & {"delta_weight", "factors", "map_weight"}:
+            raise NotImplementedError(f"{self.method_name} adapters have no delta weight.")
         if self.hooks & {"delta_weight", "factors"} and self.additive(adapter):
             return self._to_storage(self.delta_weight(adapter))
         weight = self.base_weight()

@@ -85,7 +85,7 @@ class WholeModelMerge:
         with onload_layer(module):
             for layer in reversed(chain):
                 if merge and layer.mergeable is False and any(n in layer for n in (names or self.active_adapters)):
-                    raise TypeError(layer._cannot_merge())
+                    raise layer._cannot_merge()
                 if merge:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # "already merged" is what safe_merge just did

@@ -72,8 +72,8 @@ def dense(u: Tensor, orthonormal: bool = False) -> Tensor:
     """H [n, n] itself, by the definition."""
     U = gram_schmidt(u) if orthonormal else normalise(u)
     H = torch.eye(u.shape[0], dtype=u.dtype, device=u.device)
-    for i in range(u.shape[1]):
-        H = H - 2 * torch.outer(H @ U[:, i], U[:, i])
+    for column in U.t():
+        H = H - 2 * torch.outer(H @ column, column)
     return H
 
 

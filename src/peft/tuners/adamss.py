@@ -50,6 +50,9 @@ class AdamssConfig(PeftConfig):
     use_dynamic_rank: bool = option(False, "Choose the rank of each cluster by its singular values.")
     svd_threshold: float = option(0.1, "Singular values below this share of the largest are dropped.")
     random_seed: int = option(0, "Seed of the randomised decomposition.")
+    _pattern_alone = True
+    _regex_with_layers = "warn"
+    _positive = ("r", "num_subspaces")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,9 +68,6 @@ class AdamssConfig(PeftConfig):
             raise ValueError(
                 f"`init_warmup` ({self.init_warmup}) must be smaller than `final_warmup` ({self.final_warmup})."
             )
-
-    def _check_layer_range(self) -> None:
-        """Never checked by the published library."""
 
 
 def cluster(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -119,11 +119,12 @@ class AdamssLayer(AdapterLayer):
     @staticmethod
     def _directions(U: torch.Tensor, cfg: Any) -> torch.Tensor:
         """[rank, R] orthonormal rows that span (nearly) the top right singular space of the cluster's rows U [m, R]."""
-        rank = max(1, min(U.shape[0], cfg.subspace_rank))
-        left, S, _ = torch.svd_lowrank(U @ U.T)
+        gram, rank = U @ U.T, max(1, min(U.shape[0], cfg.subspace_rank))
         if cfg.use_dynamic_rank:
-            rank = max(1, min(int((cfg.svd_threshold * S[0] < S).sum()), cfg.subspace_rank))
-        return torch.linalg.qr(U.T @ left[:, :rank])[0].T.contiguous()
+            S = torch.svd_lowrank(gram, q=len(gram))[1]
+            rank = max(1, min(int((cfg.svd_threshold * S[0] < S).sum()), rank))
+        left = torch.svd_lowrank(gram, q=rank)[0]
+        return torch.linalg.qr(U.T @ left)[0].T.contiguous()
 
     def observe(self, name: str, b1: float, b2: float) -> None:
         """Average |p · grad| and its change; parameters without gradient are skipped."""

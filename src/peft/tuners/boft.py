@@ -38,12 +38,15 @@ class BOFTConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     _regex_with_layers = "warn"
+    _choices = ("init_weights",)
+    _positive = ("boft_n_butterfly_factor",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.boft_block_size == 0) == (self.boft_block_num == 0):
+        low, high = sorted((self.boft_block_size, self.boft_block_num))
+        if not low == 0 < high:
             raise ValueError(
-                "Either `boft_block_size` or `boft_block_num` must be non-zero, and not both: got "
+                "Either `boft_block_size` or `boft_block_num` must be above 0, and not both: got "
                 f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}."
             )
 
@@ -52,12 +55,10 @@ def blocks(features: int, cfg: Any) -> tuple[int, int]:
     """(size, number) of the blocks for a layer of that width; ValueError when they do not fit."""
     size, count, factors = cfg.boft_block_size, cfg.boft_block_num, cfg.boft_n_butterfly_factor
     given = f"width {features}, boft_block_size={size}, boft_block_num={count}, boft_n_butterfly_factor={factors}"
-    if factors < 1:
-        raise ValueError(f"boft_n_butterfly_factor must be at least 1: {given}.")
     if features % (size or count):
         raise ValueError(f"The width must be divisible by the block size or number: {given}.")
     size, count = (size, features // size) if size else (features // count, count)
-    if factors - 1 > math.log2(count) or count % 2 ** (factors - 1):
+    if count % 2 ** (factors - 1):
         raise ValueError(
             f"Too many butterfly factors: the number of blocks must be divisible by 2^(factors - 1): {given}."
         )
@@ -76,10 +77,10 @@ class MultiplicativeDropout(nn.Module):
     def forward(self, R: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p <= 0:
             return R
-        factor, chosen = int(torch.randint(R.shape[0], (1,))), torch.randperm(R.shape[1])[: int(self.p * R.shape[1])]
-        mask = torch.zeros(R.shape[:2], dtype=torch.bool, device=R.device)
-        mask[factor, chosen.to(R.device)] = True
-        return torch.where(mask[..., None, None], torch.eye(R.shape[-1], dtype=R.dtype, device=R.device), R)
+        mask, factor = torch.zeros(R.shape[:2], dtype=torch.bool), torch.randint(len(R), (1,))
+        mask[factor] = torch.randperm(R.shape[1]) < int(self.p * R.shape[1])
+        eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+        return torch.where(mask.to(R.device)[..., None, None], eye, R)
 
 
 class BOFTLayer(FixedScale, AdapterLayer):
@@ -100,10 +101,8 @@ class BOFTLayer(FixedScale, AdapterLayer):
         self.boft_dropout[name] = MultiplicativeDropout(cfg.boft_dropout)
         R = torch.zeros(cfg.boft_n_butterfly_factor, count, size, size)
         s = torch.ones((1, self.out_features) if self.kind.is_conv else (self.out_features, 1))
-        if cfg.init_weights is False:
+        if not cfg.init_weights:
             R, s = nn.init.normal_(R, 0.0, 0.1), nn.init.normal_(s, 1.0, 0.1)
-        elif cfg.init_weights is not True:
-            raise ValueError(f"Unknown initialization {cfg.init_weights!r}; allowed are True and False.")
         self.boft_R[name], self.boft_s[name] = nn.Parameter(R), nn.Parameter(s)
 
     def _rotations(self, name: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import PeftConfig, biases, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
+from ..core.match import dotted_value
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops import circulant
@@ -79,6 +80,9 @@ class C3AModel(TunerModel):
     example = {"block_size": 8, "init_weights": True}
     inexact_gradients = {"c3a.PUBLISHED_INPUT_GRADIENT": False}
     patterned = {"block_size": "block_size_pattern"}
+
+    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
+        return cfg.with_values(block_size=dotted_value(cfg.block_size_pattern, key, cfg.block_size))
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         b, shape = self.layer_config(cfg, key, module).block_size, self.target_shape(module)

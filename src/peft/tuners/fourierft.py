@@ -13,7 +13,7 @@ from torch import nn
 from ..config import PeftConfig, biases, excludes, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
-from ..core.match import pattern_value
+from ..core.match import dotted_value
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops.dispatch import wide
@@ -80,6 +80,12 @@ class FourierFTLayer(AdapterLayer):
         return torch.fft.ifft2(dense).real.to(c.dtype)
 
 
+def check_count(n: int, key: str, shape: tuple[int, ...]) -> None:
+    """ValueError unless 0 < n_frequency <= in · out for the target `key`."""
+    if not 0 < n <= (most := shape[0] * shape[1]):
+        raise ValueError(f"Target module {key}: `n_frequency` must be above 0 and at most in · out = {most}, got {n}.")
+
+
 @register_method("fourierft", config=FourierFTConfig)
 class FourierFTModel(TunerModel):
     layer_cls = FourierFTLayer
@@ -87,14 +93,8 @@ class FourierFTModel(TunerModel):
     example = {"n_frequency": 20, "init_weights": True}
     patterned = {"n_frequency": "n_frequency_pattern"}
 
+    def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
+        return cfg.with_values(n_frequency=dotted_value(cfg.n_frequency_pattern, key, cfg.n_frequency))
+
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
-        check_count(self, cfg, key, module)
-
-
-def check_count(tuner: TunerModel, cfg: Any, key: str, module: nn.Module) -> None:
-    """ValueError unless 0 < n_frequency <= in · out for the target `key`."""
-    n, (out, n_in) = pattern_value(cfg.n_frequency_pattern, key, cfg.n_frequency), tuner.target_shape(module)[:2]
-    if not 0 < n <= out * n_in:
-        raise ValueError(
-            f"Target module {key}: `n_frequency` should be positive and at most in · out = {out * n_in}, got {n}."
-        )
+        check_count(self.layer_config(cfg, key, module).n_frequency, key, self.target_shape(module))

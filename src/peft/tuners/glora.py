@@ -41,8 +41,9 @@ class GloraPath(nn.Module):
         super().__init__()
         self.form = form
         if form == "lora":
+            Xu = kaiming(r, cols)  # drawn first, as published
             self.Xd = nn.Parameter(torch.zeros(rows, r) if zero else kaiming(rows, r))
-            self.Xu = nn.Parameter(kaiming(r, cols))
+            self.Xu = nn.Parameter(Xu)
         elif form == "vector":
             size = (rows, 1) if cols else (rows,)
             bound = 1.0 if cols else 1 / math.sqrt(rows)

@@ -37,6 +37,7 @@ class GraloraConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     _regex_with_layers = "warn"
+    _pattern_alone = True
     _positive = ("gralora_k",)
 
     def __post_init__(self) -> None:
@@ -83,12 +84,12 @@ class GraloraLayer(AdapterLayer):
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         A, B, k, scale = self.gralora_A[name], self.gralora_B[name], self.gralora_k[name], self.scaling[name]
-        x = self.gralora_dropout[name](x)
-        h = torch.bmm(x.reshape(-1, k, A.shape[1]).transpose(0, 1), A) * scale  # [k_in, N, r], r-wide: cheap to scale
+        drop = self.gralora_dropout[name]
+        h = torch.bmm(drop(x).reshape(-1, k, A.shape[1]).transpose(0, 1), A) * scale  # [k_in, N, r]: cheap to scale
         h = h.unflatten(-1, (k, -1)).permute(2, 1, 0, 3).flatten(2)  # [k_out, N, k_in · r/k]
         out = torch.bmm(h, B).transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
         if self.hybrid_r[name]:
-            z = F.linear(x, self.gralora_A_general[name].weight) * scale  # type: ignore
+            z = F.linear(drop(x), self.gralora_A_general[name].weight) * scale  # type: ignore
             out = out + F.linear(z, self.gralora_B_general[name].weight)  # type: ignore
         return out
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import PeftConfig, excludes, fan_in_fan_out, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
-from ..core.match import Names
+from ..core.match import Names, suffixes
 from ..core.slots import Aux, Trainable
 from ..core.targets import default_targets
 from ..core.tuner import TunerModel
@@ -40,10 +40,10 @@ class IA3Config(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         given, inner = self.target_modules, self.feedforward_modules
-        if isinstance(given, set) and isinstance(inner, set) and not inner <= given:
-            raise ValueError(
-                f"`feedforward_modules` should be a subset of `target_modules`; {sorted(inner - given)} are not in it."
-            )
+        if isinstance(given, set) and isinstance(inner, set):
+            ends = {s for name in given for s in suffixes(name)}  # 'all-linear' is stored as whole names
+            if lost := sorted(inner - ends):
+                raise ValueError(f"`feedforward_modules` should be a subset of `target_modules`; {lost} are not in it.")
 
 
 class IA3Layer(AdapterLayer):

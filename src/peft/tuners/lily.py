@@ -62,12 +62,10 @@ class LilyLayer(AdapterLayer):
         A = kinds.linear(self.in_features, cfg.r)
         B = kinds.linear(self.out_features, cfg.num_B * cfg.r)
         router = kinds.linear(cfg.r, cfg.num_B)
-        A.reset_parameters()  # drawn twice, as published
+        for module in (A, router) if cfg.init_weights else (A, router, B):
+            module.reset_parameters()  # drawn twice, as published
         if cfg.init_weights:
             nn.init.zeros_(B.weight)
-        else:
-            B.reset_parameters()
-        router.reset_parameters()
         self.lily_A[name], self.lily_B[name], self.lily_router[name] = A, B, router
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

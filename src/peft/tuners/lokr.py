@@ -34,12 +34,13 @@ class LoKrConfig(LycorisConfig):
     rank_dropout_scale: bool = option(False, "Divide the rank dropout mask by its mean.")
     target_modules: list[str] | set[str] | str | None = targets()
     exclude_modules: list[str] | set[str] | str | None = excludes()
-    init_weights: bool | Literal["lycoris"] = option(
+    init_weights: bool | Literal["lycoris"] | None = option(
         True, "Start at zero by w1, or by w2 ('lycoris'); False: all random."
     )
     layers_to_transform: list[int] | int | None = layer_range()
     layers_pattern: list[str] | str | None = layer_names()
     modules_to_save: list[str] | None = saves()
+    _choices = ("init_weights",)
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:

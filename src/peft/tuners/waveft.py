@@ -24,6 +24,7 @@ from ..config import (
 )
 from ..core import kinds
 from ..core.layer import AdapterLayer
+from ..core.match import pattern_value
 from ..core.slots import Aux, Trainable
 from ..core.tuner import TunerModel
 from ..ops import sparse, wavelet
@@ -137,4 +138,4 @@ class WaveFTModel(TunerModel):
         return cfg.with_values(n_frequency=self._budget.get(key, cfg.n_frequency))
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
-        check_count(self, cfg, key, module)
+        check_count(pattern_value(cfg.n_frequency_pattern, key, cfg.n_frequency), key, self.target_shape(module))
