@@ -48,6 +48,19 @@ def test_save_load_and_denoise(tmp_path: Path, metadata: bool) -> None:
     assert tiny.same(weights(again), weights(stable_diffusion()))
 
 
+def test_adapters_without_a_name_are_counted(tmp_path: Path) -> None:
+    """diffusers numbers them by the adapters that the first layer holds."""
+    for seed in (1, 2):
+        save(add(stable_diffusion(), "one", seed), tmp_path / str(seed), "one")
+    pipe = stable_diffusion()
+    for seed in (1, 2):
+        pipe.load_lora_weights(tmp_path / str(seed))
+    names = ["default_0", "default_1"]
+    assert pipe.get_list_adapters() == {"unet": names, "text_encoder": names}
+    pipe.set_adapters("default_0")
+    assert torch.equal(run(pipe), run(add(stable_diffusion(), "one", 1)))
+
+
 def test_weights_of_each_component(pipe: Any) -> None:
     one, two = (add(stable_diffusion(), name, seed) for seed, name in ((1, "one"), (2, "two")))
     pipe.set_adapters("one")

@@ -70,6 +70,61 @@ def test_speech_models_know_lora_layers(caplog: pytest.LogCaptureFixture) -> Non
         assert torch.equal(model(x), plain)
 
 
+def test_a_speech_model_adapts_its_text_part_to_audio_only(tmp_path: Path) -> None:
+    """transformers' granite-speech switches its native adapter in `generate`, and names the folder it is saved to."""
+    torch.manual_seed(0)
+    text = {
+        "model_type": "granite",
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+    }
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    audio = {"input_dim": 6, "num_layers": 2, "hidden_dim": 8, "num_heads": 2, "output_dim": 4, "context_size": 16}
+    audio |= {"max_pos_emb": 16, "conv_kernel_size": 3, "feedforward_mult": 2}
+    bridge = {"model_type": "blip_2_qformer", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bridge |= {"intermediate_size": 8, "encoder_hidden_size": 8, "cross_attention_frequency": 1, "vocab_size": 8}
+    parts = {"text_config": text, "encoder_config": audio, "projector_config": bridge}
+    sizes = tiny.tf.GraniteSpeechConfig(**parts, audio_token_index=31)
+    model = tiny.tf.GraniteSpeechForConditionalGeneration(sizes).eval()
+    model.add_adapter(config(target_modules=["q_proj"], task_type=None), "speech")
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    tokens, options = torch.tensor([[3, 31, 31, 31, 5]]), {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+    sound = {"input_features": torch.randn(1, 15, 6), "input_features_mask": torch.ones(1, 3, dtype=torch.bool)}
+    for given, disabled in ((sound, False), ({}, True), (sound, False)):
+        model.generate(tokens if given else tokens[:, :1], **given, **options)
+        assert len(layers) == 2 and {m.disable_adapters for m in layers} == {disabled}
+    assert model.active_adapters() == ["speech"]
+    model.save_pretrained(str(tmp_path))
+    assert peft.PeftConfig.from_pretrained(tmp_path).base_model_name_or_path == str(tmp_path)
+
+
+def test_an_evaluation_harness_loads_and_merges(tmp_path: Path) -> None:
+    """lm-eval and LLaMA-Factory: arguments of the hub and of dispatching for a local folder; further training."""
+    trained = adapted()
+    trained.save_pretrained(tmp_path)
+    options = {"revision": "main", "is_trainable": False, "offload_folder": "offload"}
+    model = peft.PeftModel.from_pretrained(tiny.llama(), str(tmp_path), **options)
+    assert isinstance(model, (tiny.tf.PreTrainedModel, peft.PeftModel)) and not model.training
+    assert torch.equal(tiny.logits(model), tiny.logits(trained))
+    model.load_adapter(str(tmp_path), "more", is_trainable=True)
+    model.set_adapter("more")
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"more"}
+    merged = model.merge_and_unload()
+    assert type(merged) is type(tiny.llama()) and tiny.close(tiny.logits(merged), tiny.logits(trained))
+
+
+def test_trackers_and_offloaders_look_through_the_wrapper() -> None:
+    """SwanLab goes by the class name and counts; TRL's activation offloading looks for the head."""
+    model = adapted(task_type=None)
+    assert type(model).__name__ == "PeftModel" and model.get_nb_trainable_parameters()[0] > 0
+    assert hasattr(model, "base_model") and hasattr(model, "peft_config")
+    assert model.base_model.lm_head is model.get_base_model().lm_head
+    assert model.get_output_embeddings() is model.lm_head and not isinstance(model.lm_head, BaseTunerLayer)
+    assert dict(model.peft_config) == {"default": model.active_peft_config}
+
+
 def test_signature_is_searched_for_options() -> None:
     text = str(inspect.signature(peft.LoraConfig))
     assert all(option in text for option in ("loftq_config", "use_rslora", "ensure_weight_tying"))

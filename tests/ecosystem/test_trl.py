@@ -180,12 +180,14 @@ def test_sft_gradient_checkpointing_gives_the_same_adapter(reentrant: bool, toke
     assert any(v.abs().sum() > 0 for k, v in results[0].items() if "lora_B" in k)
 
 
-def test_sft_refuses_a_wrapped_model_with_a_config_and_a_dict(tokenizer: Any, tmp_path: Path) -> None:
+def test_sft_refuses_a_wrapped_model_with_a_config_a_dict_and_an_adapted_head(tokenizer: Any, tmp_path: Path) -> None:
     common = {"args": args(trl.SFTConfig, tmp_path), "train_dataset": text_rows(), "processing_class": tokenizer}
     with pytest.raises(ValueError, match="PeftModel"):
         trl.SFTTrainer(model=peft.get_peft_model(tiny(), lora()), peft_config=lora(), **common)
     with pytest.raises((TypeError, ValueError), match="peft_config"):
         trl.SFTTrainer(model=tiny(), peft_config={"r": 4}, **common)
+    with pytest.raises(ValueError, match="lm_head"):  # found by `get_output_embeddings` and the type of layers
+        trl.SFTTrainer(model=tiny(), peft_config=lora(target_modules=["q_proj", "lm_head"]), **common)
 
 
 def test_sft_checkpoint_and_resume(tokenizer: Any, tmp_path: Path) -> None:
