@@ -304,6 +304,11 @@ def test_merging_is_refused_and_harmless():
     assert torch.equal(logits(model), expected)
 
 
+def test_excluded_blocks_are_left_alone():
+    assert list(adapted(exclude_modules=["layers.0"]).base_model.holders("default")) == ["model.layers.1"]
+    assert list(adapted(layers_to_transform=0).base_model.holders("default")) == ["model.layers.0"]
+
+
 def test_errors():
     with pytest.raises(ValueError, match="shadow_hidden_size"):
         ShadowConfig(shadow_model="some/model", shadow_hidden_size=8)
@@ -313,6 +318,8 @@ def test_errors():
         ShadowConfig(target_modules="layers.0", layers_to_transform=0)
     with pytest.raises(ValueError, match="`r`"):
         adapted(r=0)
+    with pytest.raises(ValueError, match="`auxiliary_loss_weight` must not be negative, got -1"):
+        adapted(auxiliary_loss_weight=-1)
     with pytest.raises(ValueError, match="no transformer block"):
         adapted(target_modules=["q_proj"])
     with pytest.raises(AttributeError, match="no transformer blocks"):

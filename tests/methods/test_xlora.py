@@ -124,6 +124,8 @@ def test_top_k(experts):
     assert torch.equal(model.get_latest_scalings(), S)  # before top-k
     model.base_model.xlora_config.enable_softmax_topk = True
     close(logits(model), by_hand(model, torch.zeros_like(S).scatter(-1, first, 1.0)))
+    model.set_topk_lora(None)  # one more softmax over all of them, as published
+    close(logits(model), by_hand(model, S.softmax(-1)))
 
 
 @torch.no_grad()
@@ -339,6 +341,8 @@ def test_errors(experts, tmp_path):
         peft.get_peft_model(base("llama"), XLoraConfig(hidden_size=16, adapters=experts))
     with pytest.raises(ValueError, match="xlora_depth"):
         adapted(experts, xlora_depth=0)
+    with pytest.raises(ValueError, match="`softmax_temperature` must not be 0"):
+        adapted(experts, softmax_temperature=0)
     with pytest.raises(ValueError, match="at least one expert"):
         adapted({})
     with pytest.raises(ValueError, match="no_such_folder"):

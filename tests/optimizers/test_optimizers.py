@@ -102,6 +102,8 @@ def test_loraplus_needs_lr_and_ratio():
         create_loraplus_optimizer(adapted(), torch.optim.AdamW, lr=1e-3)
     with pytest.raises(TypeError, match="'lr'"):
         create_loraplus_optimizer(adapted(), torch.optim.AdamW, loraplus_lr_ratio=2.0)
+    with pytest.raises(ValueError, match="`loraplus_lr_ratio` must not be negative, got -1"):
+        create_loraplus_optimizer(adapted(), torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=-1)
 
 
 # ---- LoRA-FA
@@ -171,6 +173,12 @@ def test_lorafa_with_two_adapters_and_other_parameters():
 def test_lorafa_bad_options(bad):
     with pytest.raises(ValueError, match="Invalid"):
         LoraFAOptimizer([nn.Parameter(torch.ones(2))], **bad)
+
+
+@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"r": 0}])
+def test_lorafa_bad_arguments(bad):
+    with pytest.raises(ValueError, match="Invalid learning rate: -1|`r` should be a positive"):
+        create_lorafa_optimizer(adapted(), **{"r": 2, "lora_alpha": 4, "lr": 1e-3, **bad})
 
 
 def test_lorafa_group_without_scalings():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..config import positive
 from ._gram import regularised_inverses
 
 if TYPE_CHECKING:
@@ -163,18 +164,16 @@ def create_lorafa_optimizer(
     for name, parameter in model.named_parameters():
         if any(part in _A for part in name.split(".")):
             parameter.requires_grad = False
+    positive("r", r)
     by_name = _scalings_by_parameter(model)
     parameters = dict(model.named_parameters())
     group = {
         "params": list(parameters.values()),
-        "lr": lr,
         "names": list(parameters),
         "scaling_factors": [by_name.get(name) for name in parameters],
-        "scaling_factor": lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r,
-        "betas": (0.9, 0.999),
-        "weight_decay": weight_decay,
+        "scaling_factor": lora_alpha / (math.sqrt(r) if use_rslora else r),
     }
-    return LoraFAOptimizer([group])
+    return LoraFAOptimizer([group], lr=lr, weight_decay=weight_decay)
 
 
 def _check_rslora(model: Any, use_rslora: bool) -> None:

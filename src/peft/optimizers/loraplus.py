@@ -29,6 +29,9 @@ def create_loraplus_optimizer(
     """
     decay = kwargs.pop("loraplus_weight_decay", 0.0)
     lr_embedding = kwargs.pop("loraplus_lr_embedding", 1e-6)
+    for name, rate in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio), ("loraplus_lr_embedding", lr_embedding)):
+        if rate < 0:
+            raise ValueError(f"`{name}` must not be negative, got {rate}.")
     without_decay = _parameters_without_decay(model)
     groups: dict[str, list[nn.Parameter]] = {"A": [], "embedding": [], "B": [], "B no decay": []}
     for name, parameter in model.named_parameters():

@@ -62,11 +62,13 @@ class XLoraConfig(PeftConfig):
             )
             self.adapters = {}
         if self.enable_softmax_topk and self.top_k_lora is None:
-            self._warn("`enable_softmax_topk` has no effect without `top_k_lora`.")
+            self._warn("`enable_softmax_topk` without `top_k_lora` is one more softmax over all experts.")
         if self.enable_softmax_topk and self.enable_softmax:
             self._warn(
                 "`enable_softmax_topk` and `enable_softmax` are both on: the mixture goes through two softmaxes."
             )
+        if self.softmax_temperature == 0:
+            raise ValueError("`softmax_temperature` must not be 0: the logits are divided by it.")
         if self.top_k_lora is not None and self.top_k_lora < 1:
             self._warn(f"`top_k_lora` should be at least 1, got {self.top_k_lora}.")
 
@@ -219,8 +221,9 @@ class XLoraModel(TunerModel):
         S = self.internal_xlora_scalings = self.internal_xlora_classifier(hidden)
         if self.scalings_logging:
             self.scalings_log = [*(self.scalings_log or ()), S]
-        if cfg.top_k_lora is not None:
-            S = keep_top(S, cfg.top_k_lora, cfg.enable_softmax_topk)
+        if cfg.top_k_lora is not None or cfg.enable_softmax_topk:
+            k = S.shape[-1] if cfg.top_k_lora is None else cfg.top_k_lora
+            S = keep_top(S, k, cfg.enable_softmax_topk)
         call.gates = TokenGates(S, self.layers(), list(self.switch.active), cfg.global_scaling_weight)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:

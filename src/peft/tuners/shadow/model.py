@@ -54,15 +54,13 @@ class ShadowModel(TunerModel):
                 "ShadowPEFT has only one adapter on a model for sequence classification: its head is copied."
             )
 
-    def prepare(self, cfg: Any, model: nn.Module) -> None:
+    def default_targets(self, cfg: Any, model: nn.Module) -> set[str]:
         """All blocks of the decoder, or those of `layers_to_transform`, under their full names."""
-        if cfg.target_modules is not None:
-            return
         blocks = backbone.block_list(backbone.find_decoder(model))
         key = next(k for k, m in model.named_modules() if m is blocks)
         wanted = cfg.layers_to_transform
         indices = range(len(blocks)) if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)
-        cfg.target_modules = {f"{key}.{i}" for i in indices}
+        return {f"{key}.{i}" for i in indices}
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
         if not module._modules:
