@@ -133,8 +133,9 @@ class PeftConfigMixin:
         output = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             output["auto_mapping"] = kwargs["auto_mapping_dict"]
-        # inner dicts keep their order: the first pattern that matches counts
-        text = json.dumps({k: _plain(v) for k, v in sorted(output.items())}, indent=2)
+        # inner dicts keep their order: the first pattern that matches counts; sets get one
+        output = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in sorted(output.items())}
+        text = json.dumps(output, indent=2)
         from .io.files import write_text_atomic
 
         write_text_atomic(directory / CONFIG_NAME, text)
@@ -246,13 +247,6 @@ class PeftConfigMixin:
     @property
     def is_adaption_prompt(self) -> bool:
         return False
-
-
-def _plain(value: Any) -> Any:
-    """Json form: sets become sorted lists, so that the same configuration always gives the same file."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return value
 
 
 @dataclass

@@ -60,30 +60,17 @@ def get_peft_model(
         if getattr(peft_config, "init_lora_weights", None) == "eva" and not low_cpu_mem_usage:
             warnings.warn(
                 "lora with eva initialization used with low_cpu_mem_usage=False. Setting low_cpu_mem_usage=True can "
-                "improve the maximum "
-                "batch size possible for eva initialization.",
+                "improve the maximum batch size possible for eva initialization.",
                 stacklevel=2,
             )
         if adapter_name in record.prefix:
             warnings.warn(name_warning(adapter_name, record.prefix), stacklevel=2)
         if mixed:
-            from .mixed_model import PeftMixedModel
-
-            return PeftMixedModel(
-                model,
-                peft_config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-            )
-        cls = peft_model_class(peft_config)
-        return cls(
-            model,
-            peft_config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-        )
+            from .mixed_model import PeftMixedModel as cls
+        else:
+            cls = peft_model_class(peft_config)
+        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+        return cls(model, peft_config, adapter_name, **options)
 
 
 def peft_model_class(config: PeftConfig, default: type | None = None) -> type[PeftModel]:
@@ -108,15 +95,13 @@ def _note_base_model(model: nn.Module, config: PeftConfig, revision: str | None)
     if any(isinstance(module, AdapterLayer) for module in tree(model)):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
-            "different config, make sure "
-            "to call `.unload()` before.",
+            "different config, make sure to call `.unload()` before.",
             stacklevel=3,
         )
     if old is not None and old != new:
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. Please ensure that the "
-            "correct base "
-            "model is loaded when loading this checkpoint.",
+            "correct base model is loaded when loading this checkpoint.",
             stacklevel=3,
         )
     if revision is not None:
@@ -136,9 +121,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """Inject adapter layers and return the same model, not wrapped. With `state_dict` exactly the modules named by its
-    keys are adapted.
-    """
+    """Inject adapter layers and return the same model, not wrapped. Keys of a `state_dict` say which modules."""
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise ValueError(
             "`inject_adapter_in_model` does not work with prompt learning or adaption prompts; use `get_peft_model`."

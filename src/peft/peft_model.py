@@ -16,7 +16,12 @@ from .adapter_call import SPECIAL_ARGUMENTS, adapter_call
 from .config import PeftConfig, nearest
 from .core.rollback import unchanged_on_error
 from .core.tuner import TunerModel
-from .core.wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
+from .core.wrappers import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    _set_adapter,
+    set_additional_trainable_modules,
+)
 from .registry import method_of, name_warning
 from .utils._lazy import lazy_attributes, lazy_module, owners
 from .utils.collector import without_collector
@@ -196,8 +201,6 @@ class PeftModel(nn.Module):
             raise KeyError(
                 f"Adapter name {name!r} can't be empty or contain a dot: it becomes part of parameter names."
             )
-        from .utils.other import set_additional_trainable_modules
-
         prompt.setup_prompt_encoder(self, name, config)  # type: ignore[arg-type]
         model_config = TunerModel.get_model_config(self.base_model)
         set_additional_trainable_modules(self.base_model, config, model_config, name, name == self.active_adapter)
@@ -218,9 +221,7 @@ class PeftModel(nn.Module):
             self.base_model._cast_adapter_dtype(name, autocast)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make one adapter the active one: trainable (unless `inference_mode`), all others frozen. Several:
-        `base_model.set_adapter`.
-        """
+        """Make one adapter active and trainable (not with `inference_mode`). Several: `base_model.set_adapter`."""
         self._known(adapter_name)
         if self._is_prompt_learning:
             if self._aux_wrappers():
@@ -274,8 +275,7 @@ class PeftModel(nn.Module):
         if len(states) > 1:
             warnings.warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. This is most "
-                "likely unintentional. "
-                "After exiting the disable_adapter context, all adapters will be enabled",
+                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
                 stacklevel=5,
             )
         all_off = tuner.switch.disabled if not states else states == {True}
@@ -300,9 +300,7 @@ class PeftModel(nn.Module):
                 wrapper._local = key
 
     # ---- calls
-    def _adapter_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], generate: bool = False) -> Any:
-        """Context manager around one call: yields (args, kwargs) for the base model."""
-        return adapter_call(self, args, kwargs, generate)
+    _adapter_call = adapter_call
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         return adapter_call(self, args, kwargs)
@@ -318,9 +316,7 @@ class PeftModel(nn.Module):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
-        """With a frozen base nothing before the first adapter needs gradients, so checkpointed blocks would get none:
-        make inputs need them.
-        """
+        """Make inputs need gradients: before the first adapter nothing does, so checkpointed blocks would get none."""
         quantised = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
         if any(getattr(model, name, False) for name in quantised):
             return model
@@ -363,22 +359,10 @@ class PeftModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> "PeftModel":
-        """Put the adapter in folder or hub repository `model_id` on `model`. A failing call leaves the model as it
-        was.
-        """
-        return loading.from_pretrained(
-            cls,
-            model,
-            model_id,
-            adapter_name,
-            is_trainable,
-            config,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            ephemeral_gpu_offload=ephemeral_gpu_offload,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            key_mapping=key_mapping,
-            **kwargs,
-        )
+        """Put the adapter in folder or hub repository `model_id` on `model`. A failing call changes nothing."""
+        given = {"autocast_adapter_dtype": autocast_adapter_dtype, "ephemeral_gpu_offload": ephemeral_gpu_offload}
+        given |= {"low_cpu_mem_usage": low_cpu_mem_usage, "key_mapping": key_mapping, **kwargs}
+        return loading.from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, **given)  # type: ignore[arg-type]
 
     def load_adapter(
         self,
@@ -420,16 +404,10 @@ class PeftModel(nn.Module):
         **kwargs: Any,
     ) -> None:
         """Write adapters: "default" into `save_directory`, others into sub-folders with their names."""
-        loading.save_pretrained(
-            self,
-            save_directory,
-            safe_serialization=safe_serialization,
-            selected_adapters=selected_adapters,
-            save_embedding_layers=save_embedding_layers,
-            is_main_process=is_main_process,
-            path_initial_model_for_weight_conversion=path_initial_model_for_weight_conversion,
-            **kwargs,
-        )
+        given = {"safe_serialization": safe_serialization, "selected_adapters": selected_adapters}
+        given |= {"save_embedding_layers": save_embedding_layers, "is_main_process": is_main_process, **kwargs}
+        given["path_initial_model_for_weight_conversion"] = path_initial_model_for_weight_conversion
+        loading.save_pretrained(self, save_directory, **given)  # type: ignore[arg-type]
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes to a hub repository."""

@@ -58,16 +58,22 @@ def register_method(
     """
 
     def register(tuner: C) -> C:
-        add_record(name=name, config=config, tuner=tuner, prefix=prefix, mixed=mixed)
+        register_peft_method(name=name, config_cls=config, model_cls=tuner, prefix=prefix, is_mixed_compatible=mixed)
         _alias_addresses(tuner)
         return tuner
 
     return register
 
 
-def add_record(
-    *, name: str, config: type[PeftConfig], tuner: type, prefix: str | None = None, mixed: bool = False
+def register_peft_method(
+    *,
+    name: str,
+    config_cls: type[PeftConfig],
+    model_cls: Any,
+    prefix: str | None = None,
+    is_mixed_compatible: bool = False,
 ) -> None:
+    """Register a method; the published function below `register_method`, for methods outside the library."""
     if name.endswith("_"):
         raise ValueError(f"Please pass the name of the method without the underscore at the end: {name!r}.")
     if not name.islower():
@@ -81,27 +87,20 @@ def add_record(
     if peft_type in _records:
         raise KeyError(f"The method {name!r} is already registered, by {_records[peft_type].tuner.__name__}.")
     prefix = name + "_" if prefix is None else prefix
-    own = getattr(tuner, "prefix", None)
+    own = getattr(model_cls, "prefix", None)
     if own is not None and own != prefix:
-        raise ValueError(f"Inconsistent prefixes for {name!r}: {own!r} on {tuner.__name__}, {prefix!r} given.")
-    tuner.prefix = prefix
-    config._method = peft_type
-    _name_unknown_options(config)
-    layer = getattr(tuner, "layer_cls", None)
+        raise ValueError(f"Inconsistent prefixes for {name!r}: {own!r} on {model_cls.__name__}, {prefix!r} given.")
+    model_cls.prefix = prefix
+    config_cls._method = peft_type
+    _name_unknown_options(config_cls)
+    layer = getattr(model_cls, "layer_cls", None)
     if layer is not None:
         if "prefix" not in vars(layer):
             layer.prefix, layer.method_name = prefix, name
-        tuner.tuner_layer_cls = layer
-        if not hasattr(tuner, "target_module_mapping"):
-            tuner.target_module_mapping = target_table(table) if (table := table_of_method(name)) else {}
-    _records[peft_type] = Method(peft_type, config, tuner, prefix, mixed)
-
-
-def register_peft_method(
-    *, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False
-) -> None:
-    """Register a method from outside the library (the published function form of `register_method`)."""
-    add_record(name=name, config=config_cls, tuner=model_cls, prefix=prefix, mixed=is_mixed_compatible)
+        model_cls.tuner_layer_cls = layer
+        if not hasattr(model_cls, "target_module_mapping"):
+            model_cls.target_module_mapping = target_table(table) if (table := table_of_method(name)) else {}
+    _records[peft_type] = Method(peft_type, config_cls, model_cls, prefix, is_mixed_compatible)
 
 
 def _name_unknown_options(config: type[PeftConfig]) -> None:

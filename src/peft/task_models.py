@@ -28,9 +28,9 @@ def add_heads(config: PeftConfig, heads: tuple[str, ...]) -> None:
     vars(config)["modules_to_save"] = listed + [head for head in heads if head not in listed]
 
 
-def task_forward(*names: str) -> Callable[..., Any]:
-    """The forward of a task: these arguments besides those of every task, all optional, as its signature says."""
-    names += ("output_attentions", "output_hidden_states", "return_dict", "task_ids")
+def task_forward(own: str) -> Callable[..., Any]:
+    """The forward of a task: its own arguments and those of every task, all optional, as its signature says."""
+    names = [*own.split(), "output_attentions", "output_hidden_states", "return_dict", "task_ids"]
 
     def forward(self: "TaskModel", *args: Any, **kwargs: Any) -> Any:
         """Forward of the base model with the active adapters; embedding prompts add their tokens to its outputs."""
@@ -120,7 +120,7 @@ class PeftModelForCausalLM(GeneratingModel):
     """Causal language models."""
 
     rule = InputRule(token_labels=True)
-    forward = task_forward("input_ids", "attention_mask", "inputs_embeds", "labels")
+    forward = task_forward("input_ids attention_mask inputs_embeds labels")
 
     def _generate_with_prompt(self, encoder: BasePromptEncoder, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("task_ids") is not None:
@@ -137,13 +137,7 @@ class PeftModelForSeq2SeqLM(GeneratingModel):
 
     rule = InputRule(token_labels=True, encoder_decoder=True)
     forward = task_forward(
-        "input_ids",
-        "attention_mask",
-        "inputs_embeds",
-        "decoder_input_ids",
-        "decoder_attention_mask",
-        "decoder_inputs_embeds",
-        "labels",
+        "input_ids attention_mask inputs_embeds decoder_input_ids decoder_attention_mask decoder_inputs_embeds labels"
     )
 
     def generate(self, **kwargs: Any) -> Any:
@@ -163,7 +157,7 @@ class PeftModelForSequenceClassification(TaskModel):
 
     heads = ("classifier", "score")
     rule = InputRule(token_types=True, pools=True)
-    forward = task_forward("input_ids", "attention_mask", "inputs_embeds", "labels")
+    forward = task_forward("input_ids attention_mask inputs_embeds labels")
 
 
 class PeftModelForTokenClassification(TaskModel):
@@ -171,7 +165,7 @@ class PeftModelForTokenClassification(TaskModel):
 
     heads = ("classifier", "score")
     rule = InputRule(token_labels=True, token_types=True)
-    forward = task_forward("input_ids", "attention_mask", "inputs_embeds", "labels")
+    forward = task_forward("input_ids attention_mask inputs_embeds labels")
 
 
 class PeftModelForQuestionAnswering(TaskModel):
@@ -180,20 +174,14 @@ class PeftModelForQuestionAnswering(TaskModel):
     heads = ("qa_outputs",)
     rule = InputRule(token_types=True)
     forward = task_forward(
-        "input_ids",
-        "attention_mask",
-        "token_type_ids",
-        "position_ids",
-        "inputs_embeds",
-        "start_positions",
-        "end_positions",
+        "input_ids attention_mask token_type_ids position_ids inputs_embeds start_positions end_positions"
     )
 
 
 class PeftModelForFeatureExtraction(TaskModel):
     """Hidden states."""
 
-    forward = task_forward("input_ids", "attention_mask", "inputs_embeds")
+    forward = task_forward("input_ids attention_mask inputs_embeds")
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {

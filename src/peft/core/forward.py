@@ -191,26 +191,18 @@ class ForwardPaths:
 
     def _base_is_plain(self: Any, base: nn.Module) -> bool:
         """Exact type, unhooked, with ordinary parameters: then calling the module and using its weight are the same."""
-        if (
-            type(base) not in self.kind.plain_types
-            or base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-        ):
-            return False
-        if base._backward_pre_hooks or "forward" in base.__dict__:
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        if type(base) not in self.kind.plain_types or hooked or "forward" in base.__dict__:
             return False
         return type(self.kind.parameter(base)) in (nn.Parameter, torch.Tensor)
 
     def _weight_path_pays(self: Any, names: tuple[str, ...]) -> bool:
         """Only in full precision: rounding W + delta to half precision would lose small deltas."""
-        base = self.base_layer
-        full = self._base_is_plain(base) and self.kind.parameter(base).dtype in (torch.float32, torch.float64)
-        return (
-            full
-            and not torch.is_autocast_enabled(self.kind.parameter(base).device.type)
-            and self.weight_path_allowed(names)
-        )
+        if not self._base_is_plain(self.base_layer):
+            return False
+        weight = self.kind.parameter(self.base_layer)
+        exact = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
+        return exact and self.weight_path_allowed(names)
 
     def weight_path_allowed(self: Any, names: tuple[str, ...]) -> bool:
         """False while the method must see activations: dropout in training, or what a method adds."""

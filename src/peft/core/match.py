@@ -80,21 +80,10 @@ class Matcher:
         self.excluded = Names(excluded) if excluded else None
         saved = getattr(config, "modules_to_save", None)
         self.saved = re.compile("|".join(rf"(?:^|.*\.)(?:{m})(?:$|\..*)" for m in saved)) if saved else None
-        self.layers = self._layer_set(getattr(config, "layers_to_transform", None))
-        self.patterns = self._layer_patterns(getattr(config, "layers_pattern", None))
-
-    @staticmethod
-    def _layer_set(layers: Any) -> Collection[int] | None:
-        if layers is None or (not isinstance(layers, int) and len(layers) == 0):
-            return None
-        return {layers} if isinstance(layers, int) else layers
-
-    @staticmethod
-    def _layer_patterns(patterns: Any) -> list[re.Pattern[str]]:
-        if not patterns:
-            return [_LAYER_INDEX]
-        names = [patterns] if isinstance(patterns, str) else patterns
-        return [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in names]
+        layers, patterns = getattr(config, "layers_to_transform", None), getattr(config, "layers_pattern", None) or ()
+        self.layers = {layers} if isinstance(layers, int) else layers or None
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        self.patterns = [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in patterns] or [_LAYER_INDEX]
 
     def match(self, key: str) -> Any:
         """Truthy when `key` is targeted, EXCLUDED when it is excluded, else None or False.
