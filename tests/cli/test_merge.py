@@ -119,6 +119,7 @@ METHODS = {
     "shira": {"r": 4, "random_seed": 1},
     "randlora": {"r": 4},
     "tinylora": {},
+    "trainable_tokens": {"target_modules": ["embed_tokens"], "token_indices": [7, 2, 3]},
     "unilora": {"save_indices": True},
     "vblora": {"vector_length": 16, "num_vectors": 8},
     "vera": {"r": 8},
@@ -148,7 +149,42 @@ def test_every_kind_of_method_merges_as_the_library_does(model_folder, tmp_path,
     for name, value in read_folder(tmp_path / "out").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
         changed += not torch.equal(value, old[name])
-    assert changed >= 2
+    assert changed >= 1 + (method != "trainable_tokens")
+
+
+def test_rows_of_tied_embeddings_are_those_of_both_ends(model_folder, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from peft import TrainableTokensConfig, get_peft_model
+
+    config = AutoConfig.from_pretrained(model_folder, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "tied")
+    model = get_peft_model(model, TrainableTokensConfig(token_indices=[4, 9], task_type="CAUSAL_LM"))
+    delta = model.get_input_embeddings().trainable_tokens_delta["default"].data.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path / "adapter", tmp_path / "tied", tmp_path / "out") == 0
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(fresh.lm_head.weight[[4, 9]], delta)
+    assert fresh.lm_head.weight is fresh.get_input_embeddings().weight
+
+
+def test_miss_that_reads_the_base_weight(model_folder, tmp_path):
+    """Its class says that it does not; a stand-in without values must not be merged."""
+    from transformers import AutoModelForCausalLM
+
+    from peft import MissConfig, get_peft_model
+
+    config = MissConfig(r=8, init_weights="bat", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(tmp_path / "adapter", model_folder, tmp_path / "out") == 0
+    expected, found = model.merge_and_unload().state_dict(), read_folder(tmp_path / "out")
+    for i in range(2):
+        torch.testing.assert_close(found[Q.format(i) + ".weight"], expected[Q.format(i) + ".weight"])
 
 
 def test_rounds_once_into_bfloat16(write_adapter, tmp_path):
@@ -383,18 +419,23 @@ print("EXTRA", peak() - before)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
-@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "ia3 inputs"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "ia3 inputs", "adalora", "hra"])
 def test_memory_does_not_grow_with_the_model(write_adapter, tmp_path, kind):
     """Extra memory stays below twice the largest tensor (here 64 MiB), though the shard has three of them."""
     base, r = tmp_path / "base", 4
     base.mkdir()
-    weight = torch.full((8192, 4096), float(kind.startswith("ia3")), dtype=torch.bfloat16)
+    weight = torch.full((8192, 4096), float(kind[:3] in ("ia3", "hra")), dtype=torch.bfloat16)
     tensors = {f"layers.{i}.q_proj.weight": weight.clone() for i in range(3)}
     save_file(tensors, base / "model.safetensors")
     config, parts = {
         "lora": ({}, {"lora_A.weight": torch.ones(r, 4096), "lora_B.weight": torch.ones(8192, r)}),
         "ia3": ({"peft_type": "IA3", "feedforward_modules": []}, {"ia3_l": torch.full((8192, 1), 8.0)}),
         "ia3 inputs": ({"peft_type": "IA3", "feedforward_modules": ["q_proj"]}, {"ia3_l": torch.full((1, 4096), 8.0)}),
+        "adalora": (
+            {"peft_type": "ADALORA", "init_r": r, "total_step": 10},
+            {"lora_A": torch.ones(r, 4096), "lora_E": torch.full((r, 1), 4.0), "lora_B": torch.ones(8192, r)},
+        ),
+        "hra": ({"peft_type": "HRA", "r": 2}, {"hra_u": torch.eye(4096, 2)}),
     }["lora" if kind == "dora" else kind]
     if kind == "dora":
         config, parts = {"use_dora": True}, parts | {"lora_magnitude_vector": torch.ones(8192)}
@@ -408,5 +449,9 @@ def test_memory_does_not_grow_with_the_model(write_adapter, tmp_path, kind):
     extra = int(done.stdout.split("EXTRA")[1])
     assert extra <= 2 * weight.nbytes, f"{extra / 2**20:.0f} MiB"
     new = load_file(out / "model.safetensors")
-    expected = torch.full((8192, 4096), 1 / 64 if kind == "dora" else 8.0, dtype=torch.bfloat16)
+    expected = torch.full(
+        (8192, 4096), {"dora": 1 / 64, "adalora": 32.0, "hra": 1.0}.get(kind, 8.0), dtype=torch.bfloat16
+    )
+    if kind == "hra":  # reflections of the first two inputs
+        expected[:, :2] = -1.0
     assert torch.equal(new["layers.2.q_proj.weight"], expected)

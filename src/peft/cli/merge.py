@@ -16,7 +16,8 @@ def register(subparsers: Any) -> None:
         "merge",
         help="merge an adapter into its base model's files",
         description="Merges an adapter into a folder of safetensors files, tensor by tensor: memory is needed for "
-        "the adapter and one weight (for LoRA and IA3: a few row blocks of it), not for the model.",
+        "the adapter and a few copies of one weight (with low-rank methods, OFT, HRA, IA3: of a few rows), not for the "
+        "model.",
     )
     parser.add_argument("adapter", help="folder with adapter_config.json, or a hub id")
     parser.add_argument("--base", type=Path, help="model folder (default: the one that the adapter names)")

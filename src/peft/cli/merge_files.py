@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merge an adapter into a model folder, file by file and tensor by tensor; the model is never built.
 
-Each adapted module is made alone from the shape of its weight, the library's own layer goes around it and merges. Plain
-LoRA is merged in row blocks, `W' = W + s B A`, without a full-size copy. All in float32, rounded once into the type of
-the base weight.
+Each adapted module is made alone from the shape of its weight, and the library's own layer goes around it. Its change
+is added in row blocks; what is given by factors, `W' = W + s B A`, never exists as a whole. All in float32, rounded
+once into the type of the base weight.
 """
 
 from __future__ import annotations
@@ -92,9 +92,7 @@ def _owner(name: str, base: Base, adapter: Adapter) -> str:
 
 
 def _check_weight(name: str, module: str, base: Base, adapter: Adapter) -> None:
-    entry = base.places[name]
-    if entry.dtype is None:
-        raise CliError(f"{base.folder}: {name} is stored as {entry.code}, quantised weights cannot be merged by file")
+    _check_type(name, base)
     if is_embedding(module, adapter) and base.tied and not adapter.config.get("ensure_weight_tying"):
         raise CliError(
             f"{adapter.folder}: the adapter changes {name}, which is also the output layer (tie_word_embeddings); "
@@ -102,15 +100,24 @@ def _check_weight(name: str, module: str, base: Base, adapter: Adapter) -> None:
         )
 
 
+def _check_type(name: str, base: Base) -> None:
+    entry = base.places[name]
+    if entry.dtype is None:
+        raise CliError(f"{base.folder}: {name} is stored as {entry.code}, quantised weights cannot be merged by file")
+
+
 def _plan_rest(name: str, tensor: torch.Tensor, plan: Plan, base: Base, adapter: Adapter) -> bool:
     """Trained copies of whole modules, biases, embeddings, and token rows."""
     if ".original_module." in name or ".modules_to_save." in name:
         return True  # further copies of an embedding whose current state is stored under its plain name
-    if ".token_adapter." in name:
-        module = name.partition(".token_adapter.")[0]
+    if name.endswith(".trainable_tokens_delta"):
+        module = name.removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter")
         weight = base.find(module + ".weight")
+        if weight is None and base.tied and module.endswith("lm_head"):
+            return True  # its rows are those of the input embedding
         if weight is None:
             raise CliError(f"{adapter.folder}: {module} is not in {base.folder}{nearest(module, base.places)}")
+        _check_type(weight, base)
         plan.token_rows[weight] = (_token_indices(adapter, module, tensor), tensor)
         return True
     plain = name.replace(".base_layer.", ".")
@@ -132,13 +139,12 @@ def _plan_rest(name: str, tensor: torch.Tensor, plan: Plan, base: Base, adapter:
 
 
 def _token_indices(adapter: Adapter, module: str, rows: torch.Tensor) -> list[int]:
-    indices = adapter.config.get("trainable_token_indices")
+    option = "token_indices" if adapter.method == "trainable_tokens" else "trainable_token_indices"
+    indices = adapter.config.get(option)
     if isinstance(indices, dict):
         indices = pattern_value(indices, module, None)
     if not isinstance(indices, list) or len(indices) != rows.shape[0]:
-        raise CliError(
-            f"{adapter.folder}: trainable_token_indices does not say which {rows.shape[0]} rows {module} has"
-        )
+        raise CliError(f"{adapter.folder}: {option} does not say which {rows.shape[0]} rows {module} has")
     return [int(index) for index in indices]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from torch import nn
 
 from .adapter_files import PREFIX, Adapter
 from .errors import CliError
-from .tensor_files import Base, Pieces
+from .tensor_files import BLOCK_ELEMENTS, Base, Pieces
 
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 ADVICE = "load the model and use `merge_and_unload`, if the method merges at all"
@@ -27,6 +28,10 @@ _SETTLED: dict[str, Any] = {
     "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "fan_in_fan_out": False,
     "ensure_weight_tying": False,
 }  # fmt: skip
+# Methods whose `map_weight` treats each row alone.
+_ROWS_APART = ("hra", "oft")
+
+Rows = Callable[[int, int], torch.Tensor]
 
 
 @dataclass
@@ -55,7 +60,7 @@ class Merger:
         self.biases: dict[str, torch.Tensor] = {}
         record = adapter.record
         # These read no base weight when they are made: one skeleton of weights without memory serves all modules.
-        self.whole = record.name in ("lora", "ia3") or record.tuner.uses_shared_state or bool(record.layer.shared_slots)
+        self.whole = not record.layer.weight_need or record.tuner.uses_shared_state or bool(record.layer.shared_slots)
 
     @functools.cached_property
     def _skeleton(self) -> nn.Module:
@@ -68,7 +73,9 @@ class Merger:
     def _read(self, module: str) -> torch.Tensor:
         """The weight, canonical [out, in] for linear layers, in the type that merging computes in."""
         entry = self.entries[module]
-        value = entry.tensor().to(entry.work_dtype)
+        value = torch.empty(entry.shape, dtype=entry.work_dtype)
+        for begin, end in entry.spans():
+            value[begin:end] = entry.rows(begin, end)
         return value.T if self._transposed(module) else value
 
     def _transposed(self, module: str) -> bool:
@@ -85,7 +92,7 @@ class Merger:
         entry = self.entries[module]
         if weight is None:
             shape = entry.shape[::-1] if self._transposed(module) else entry.shape
-            weight = torch.zeros((), dtype=entry.work_dtype).expand(shape)
+            weight = torch.tensor(math.nan, dtype=entry.work_dtype).expand(shape)
         bias, (out, *rest) = self._bias(module), weight.shape
         has_bias = bias is not None
         with torch.device("meta"):
@@ -130,11 +137,9 @@ class Merger:
             for key, tensor in self.adapter.tensors.items()
             if self.plan.owners.get(key) in modules or key.removeprefix(PREFIX).startswith("base_model.")
         }
-        with self._explained(next(iter(modules))), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            on_meta = self.adapter.method == "lora"  # all of it is in the file: nothing has to be drawn or computed
-            model = PeftModel(root, config, low_cpu_mem_usage=on_meta).eval()
-            report = load_adapter_state(model, tensors, "default", low_cpu_mem_usage=on_meta)
+        with self._explained(next(iter(modules))):
+            model = PeftModel(root, config, low_cpu_mem_usage=True).eval()  # what is in the file need not be drawn
+            report = load_adapter_state(model, tensors, "default", low_cpu_mem_usage=True)
         shared = getattr(model.base_model, "shared_containers", dict)()
         missing = [k for k in report.missing if not any(f"{s}.default" in k for s in shared)]
         if missing:
@@ -146,78 +151,78 @@ class Merger:
     @contextlib.contextmanager
     def _explained(self, module: str) -> Iterator[None]:
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             text = " ".join(str(error).split())
             hint = "shapes that do not fit; is this the right base model?" if "size mismatch" in text else ADVICE
             raise CliError(f"{self.adapter.folder}: {module}: {text} ({hint})") from error
 
-    @torch.no_grad()
-    def whole_weight(self, module: str) -> torch.Tensor:
-        """The merged weight as it is stored, in the type of the computation; the new bias is kept for later."""
-        layer = self.layer(module)
-        base = layer.get_base_layer()
-        if self.whole:
-            base.weight.data = self._read(module)
-        with self._explained(module), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            layer.merge(keep=False)
-        merged = layer.get_base_layer()
-        weight, bias = merged.weight.detach(), getattr(merged, "bias", None)
-        if bias is not None:
-            self.biases[module] = bias.detach().clone()
-        if self.whole:  # back to a stand-in
-            merged.weight.data = weight.new_zeros(()).expand(weight.shape)
-        return weight.T if self._transposed(module) else weight
-
     def new_bias(self, module: str) -> torch.Tensor:
         if module not in self.biases:
-            self._rows(module)
-        if module not in self.biases:
-            self.whole_weight(module)
+            with self._explained(module):
+                self._rows(module)
         return self.biases[module]
 
     def pieces(self, module: str) -> Pieces:
         """The merged weight as row blocks."""
         entry = self.entries[module]
-        dtype, blocks = entry.dtype, entry.spans()
 
+        @torch.no_grad()
         def pieces() -> Iterable[torch.Tensor]:
-            rows = self._rows(module)
-            if rows is None:
-                yield self.whole_weight(module).to(dtype)
-            else:
-                yield from (rows(*block).to(dtype) for block in blocks)
+            with self._explained(module):
+                rows = self._rows(module)
+            yield from (rows(*block).to(entry.dtype) for block in entry.spans())
 
         return pieces
 
     @torch.no_grad()
-    def _rows(self, module: str) -> Callable[[int, int], torch.Tensor] | None:
-        """Rows [begin, end) of the merged weight, as it is stored; None where they cannot be had alone. A bias that
-        changes with them is kept for later.
-        """
-        entry = self.entries[module]
+    def _rows(self, module: str) -> Rows:
+        """Rows [begin, end) of the merged weight, as it is stored. A bias that changes with them is kept for later."""
+        entry, layer, transposed = self.entries[module], self.layer(module), self._transposed(module)
+
+        def read(begin: int, end: int) -> torch.Tensor:
+            return entry.rows(begin, end).to(entry.work_dtype)
+
         if self.adapter.method == "ia3":
-            layer, bias = self.layer(module), self._bias(module)
             scale = layer.weight_scale("default", layer.get_base_layer().weight)
-            scale = scale.T if self._transposed(module) else scale
-            if bias is not None:
+            scale = scale.T if transposed else scale
+            if (bias := self._bias(module)) is not None:
                 self.biases[module] = layer.map_bias("default", bias)
-            return lambda begin, end: (
-                entry.rows(begin, end).to(scale.dtype) * (scale[begin:end] if len(scale) > 1 else scale)
-            )
-        factors = self._plain_factors(module)
-        if factors is None:
+            return lambda begin, end: read(begin, end) * (scale[begin:end] if len(scale) > 1 else scale)
+        if self.adapter.method in _ROWS_APART and not transposed:
+            swap = layer.kind.stored  # as stored <-> canonical
+            return lambda begin, end: swap(layer.map_weight("default", swap(read(begin, end))))
+        rows = self._added(module, layer, read)
+        if rows is None:
+            whole = self._whole(module, layer)
+            return lambda begin, end: whole[begin:end]
+        return rows
+
+    def _added(self, module: str, layer: Any, read: Rows) -> Rows | None:
+        """The rows where merging adds to the weight, or scales it after that (DoRA); None elsewhere."""
+        dora = bool(self.adapter.config.get("use_dora")) and layer.kind.is_linear
+        if not (dora or layer.additive("default")) or "replace" in layer.hooks:
             return None
-        left, right, m = factors
+        bias, old = layer.delta_bias("default"), self._bias(module)
+        layer.check_merge("default")
+        layer._check_bias(layer.get_base_layer(), bias)
+        if bias is not None and old is not None:
+            self.biases[module] = old + bias
+        factors = self._factors(module, layer, dora)
+        if factors is None:
+            return None if dora else self._plus_delta(module, layer, read)
+        left, right = factors
 
         def changed(begin: int, end: int) -> torch.Tensor:
-            return entry.rows(begin, end).to(left.dtype).flatten(1).addmm_(left[begin:end], right)
+            return read(begin, end).flatten(1).addmm_(left[begin:end], right)
 
-        if m is None:
+        if not dora:
             return changed
-        if self._transposed(module):  # DoRA: m (W + s B A) / |W + s B A|, norms over the inputs
-            squares = sum(changed(*block).double().square().sum(0) for block in entry.spans())
+        m = layer.lora_magnitude_vector["default"].weight.to(left.dtype).flatten()
+        if self._transposed(module):  # m (W + s B A) / |W + s B A|, norms over the inputs
+            squares = sum(changed(*block).double().square().sum(0) for block in self.entries[module].spans())
             scale = (m / squares.sqrt()).to(left.dtype)  # type: ignore[union-attr]
             return lambda begin, end: changed(begin, end) * scale
 
@@ -227,29 +232,49 @@ class Merger:
 
         return scaled
 
-    @torch.no_grad()
-    def _plain_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """L [rows, r] and R [r, columns] whose product is added to the stored weight, and DoRA's magnitudes [out];
-        None where the change is not of that form.
-        """
-        if not self.whole:
+    def _factors(self, module: str, layer: Any, plain: bool) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """L [rows, r] and R [r, columns] whose product is added to the stored weight; None where it is no product."""
+        if not (layer.factored or self.adapter.method == "lora"):
             return None
-        layer = self.layer(module)
-        dora = self.adapter.config.get("use_dora") and layer.kind.is_linear
-        if "factors" not in layer.hooks or not (dora or layer.additive("default")):
+        A, B, scale, _ = layer.plain_factors("default") if plain else layer.factors("default")
+        entry = self.entries[module]
+        A, B = A.to(entry.work_dtype).flatten(1), B.to(entry.work_dtype).flatten(1) * scale
+        left, right = (A.T, B.T) if layer.kind.transposed or self._transposed(module) else (B, A)
+        fits = B.shape[1] == len(A) and len(B) * A.shape[1] == math.prod(entry.shape)
+        return (left, right) if fits and self._real(left, right) else None
+
+    def _plus_delta(self, module: str, layer: Any, read: Rows) -> Rows | None:
+        delta = layer._weight_delta("default")
+        if delta is None:
+            return read
+        if not self._real(delta):
             return None
-        bias, old = layer.delta_bias("default"), self._bias(module)
-        with self._explained(module):
-            layer.check_merge("default")
-            layer._check_bias(layer.get_base_layer(), bias)
-        factors = layer.plain_factors("default") if dora else layer.factors("default")
-        if factors is None:
-            return None
-        work = self.entries[module].work_dtype
-        A, B = factors.A.to(work).flatten(1), factors.B.to(work).flatten(1) * factors.scale
-        if B.shape[1] != A.shape[0]:
-            return None
-        if bias is not None and old is not None:
-            self.biases[module] = old + bias
-        m = layer.lora_magnitude_vector["default"].weight.to(work).flatten() if dora else None
-        return (A.T, B.T, m) if layer.kind.transposed or self._transposed(module) else (B, A, m)
+        delta = layer.kind.stored(delta)
+        delta = delta.T if self._transposed(module) else delta
+        return lambda begin, end: read(begin, end) + delta[begin:end]
+
+    def _real(self, *tensors: torch.Tensor) -> bool:
+        """Whether they were computed without the stand-in for the weight, which is not a number."""
+        return not self.whole or all(bool(tensor.sum().isfinite()) for tensor in tensors)
+
+    def _whole(self, module: str, layer: Any) -> torch.Tensor:
+        """The merged weight as it is stored, in the type of the computation; the new bias is kept for later."""
+        base, bias = layer.get_base_layer(), self._bias(module)
+        stand_in = base.weight.data
+        if self.whole:
+            base.weight.data = self._read(module)
+        layer.check_merge("default")
+        if "replace" in layer.hooks:
+            replaced: Any = layer.replace("default")
+            weight, bias = replaced.weight, getattr(replaced, "bias", None)
+        elif self.adapter.method == "road":  # it treats each column alone
+            weight, bias = base.weight.detach(), None if bias is None else layer.map_bias("default", bias)
+            for part in weight.split(max(1, BLOCK_ELEMENTS // len(weight)), 1):
+                part.copy_(layer.map_weight("default", part))
+        else:
+            weight, bias = layer._applied("default", layer.kind.canonical(base.weight), bias)
+            weight = layer.kind.stored(weight)
+        if bias is not None:
+            self.biases[module] = bias
+        base.weight.data = stand_in
+        return weight.T if self._transposed(module) else weight

@@ -22,7 +22,7 @@ from .errors import CliError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COPY_BYTES = 8 << 20
-_BLOCK_ELEMENTS = 1 << 20  # of a row block; with float32 copies a few times 4 MiB
+BLOCK_ELEMENTS = 1 << 20  # of a row block; with float32 copies a few times 4 MiB
 
 # What is written for a tensor: pieces, each a part of its bytes in order.
 Pieces = Callable[[], Iterable[torch.Tensor]]
@@ -62,7 +62,7 @@ class Entry:
 
     def spans(self) -> list[tuple[int, int]]:
         """Row blocks of the tensor, small enough to compute with copies of one."""
-        step = max(1, _BLOCK_ELEMENTS // math.prod(self.shape[1:]))
+        step = max(1, BLOCK_ELEMENTS // math.prod(self.shape[1:]))
         return [(begin, min(begin + step, self.shape[0])) for begin in range(0, self.shape[0], step)]
 
 

@@ -53,6 +53,17 @@ def seeded_positions(count: int, shape: tuple[int, int], seed: int) -> torch.Ten
     return torch.stack([chosen // shape[1], chosen % shape[1]])
 
 
+def half_spectrum(indices: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, columns [n] up to in/2, and factors that give Re(ifft2(S)) = irfft2: an entry (k, l) of a real S counts as
+    half of (k, l) and half of (-k, -l), which is the other one of the pair that irfft2 makes of it. In columns that are
+    their own mirror image irfft2 takes the real part, so the entry counts whole.
+    """
+    (rows, cols), (height, width) = indices, shape
+    mirrored = 2 * cols > width
+    rows, cols = torch.where(mirrored, -rows % height, rows), torch.where(mirrored, width - cols, cols)
+    return rows, cols, torch.where((cols == 0) | (2 * cols == width), 1.0, 0.5)
+
+
 class FourierFTLayer(AdapterLayer):
     """Adds the inverse Fourier transform of a sparse spectrum."""
 
@@ -61,6 +72,7 @@ class FourierFTLayer(AdapterLayer):
     fourierft_scaling: Aux[dict]
     fourierft_random_loc_seed: Aux[dict]
     indices: Aux[dict]  # [2, n]
+    _fourierft_half: Aux[dict]  # rows, columns and factors of the same entries in the half that irfft2 takes
     kinds = (kinds.Linear, kinds.Conv1D)
     prefer_weight_path = True
 
@@ -69,15 +81,17 @@ class FourierFTLayer(AdapterLayer):
         self.fourierft_n_frequency[name], self.fourierft_scaling[name] = n, cfg.scaling
         self.fourierft_random_loc_seed[name] = cfg.random_loc_seed
         self.indices[name] = seeded_positions(n, (self.out_features, self.in_features), cfg.random_loc_seed)
+        self._fourierft_half[name] = half_spectrum(self.indices[name], (self.out_features, self.in_features))
         drawn = torch.randn(n)
         self.fourierft_spectrum[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else drawn)
 
     def delta_weight(self, name: str) -> torch.Tensor:
         c = self.fourierft_spectrum[name]
-        rows, cols = self.indices[name].to(c.device)
-        values = wide(c) * self.fourierft_scaling[name]
-        dense = values.new_zeros(self.out_features, self.in_features).index_put((rows, cols), values)
-        return torch.fft.ifft2(dense).real.to(c.dtype)
+        rows, cols, factors = (part.to(c.device) for part in self._fourierft_half[name])
+        values = wide(c) * (factors * self.fourierft_scaling[name])
+        out, n_in = self.out_features, self.in_features
+        half = values.new_zeros(out, n_in // 2 + 1).index_put_((rows, cols), values, accumulate=True)
+        return torch.fft.irfft2(half, s=(out, n_in)).to(c.dtype)
 
 
 def check_count(n: int, key: str, shape: tuple[int, ...]) -> None:

@@ -94,7 +94,7 @@ class ShiraLayer(AdapterLayer):
         values = self.shira_weight[name]
         rows, cols = self.shira_indices[name].to(values.device, torch.int64)
         zeros = values.new_zeros(self.out_features, self.in_features)
-        return zeros.index_put((rows, cols), values * self.scaling[name])
+        return zeros.index_put_((rows, cols), values * self.scaling[name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         if adapter in self.scaling:

@@ -99,7 +99,7 @@ class SupertuningLayer(AdapterLayer):
 
     def _sparse(self, name: str) -> torch.Tensor:
         values, indices = self.supertuning_values[name], self.supertuning_indices[name].long()
-        flat = values.new_zeros(self.out_features * self.in_features).index_put((indices.to(values.device),), values)
+        flat = values.new_zeros(self.out_features * self.in_features).index_put_((indices.to(values.device),), values)
         return flat.view(self.out_features, self.in_features)
 
     def _scale(self, name: str) -> float:

@@ -115,7 +115,7 @@ class WaveFTLayer(AdapterLayer):
         if self.waveft_use_idwt[name]:
             return wavelet.matrix(c, self._waveft_basis[name], scale)
         rows, cols = self.waveft_indices[name].to(c.device)
-        return c.new_zeros(self.out_features, self.in_features).index_put((rows, cols), c * scale)
+        return c.new_zeros(self.out_features, self.in_features).index_put_((rows, cols), c * scale)
 
 
 @register_method("waveft", config=WaveFTConfig)
