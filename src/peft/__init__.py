@@ -9,8 +9,7 @@ from .version import __version__ as __version__
 
 _SUBMODULES = words(
     "auto cli config core exports functional helpers import_utils io mapping mapping_func mixed_model model_card ops "
-    "optimizers peft_model "
-    "registry status storage task_models tuners utils version"
+    "optimizers peft_model registry status storage task_models tuners utils version"
 )
 
 __all__ = PUBLIC_NAMES  # pyright: ignore[reportUnsupportedDunderAll]

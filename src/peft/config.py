@@ -156,9 +156,7 @@ class PeftConfigMixin:
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "PeftConfigMixin":
         """The configuration of the method `peft_type`; unknown keys (newer files) are dropped with a warning."""
-        from .registry import config_class
-
-        target = config_class(kwargs["peft_type"]) if "peft_type" in kwargs else cls
+        target = cls._class_of(kwargs)
         known = {f.name for f in fields(target) if f.init}
         unknown = sorted(set(kwargs) - known)
         if not unknown:
@@ -225,10 +223,14 @@ class PeftConfigMixin:
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Last check of the values read from a file; the method named in the file may refuse old formats."""
-        from .registry import config_class
+        return cls._class_of(kwargs).check_file_values(kwargs)
 
-        target = config_class(kwargs["peft_type"]) if "peft_type" in kwargs else cls
-        return target.check_file_values(kwargs)
+    @classmethod
+    def _class_of(cls, values: dict[str, Any]) -> Any:
+        """The configuration class of the method that `values` name."""
+        from .registry import method
+
+        return method(values["peft_type"]).config if "peft_type" in values else cls
 
     @classmethod
     def check_file_values(cls, values: dict[str, Any]) -> dict[str, Any]:

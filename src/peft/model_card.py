@@ -51,9 +51,7 @@ def create_or_update_model_card(model: Any, output_dir: str | Path) -> None:
 
 
 def _is_causal_lm(model: Any) -> bool:
-    return type(model).__name__ == "PeftModelForCausalLM" or type(model.get_base_model()).__name__.endswith(
-        "ForCausalLM"
-    )
+    return any(type(m).__name__.endswith("ForCausalLM") for m in (model, model.get_base_model()))
 
 
 def _add_quantization(lines: list[str], config: Any) -> None:

@@ -27,10 +27,12 @@ from .utils._lazy import lazy_attributes, lazy_module, owners
 from .utils.collector import without_collector
 
 if TYPE_CHECKING:
-    from . import loading, status
+    from . import loading, model_card, prompt_inputs, status
     from .core import prompt
 else:  # read on first use: `import peft` and injection do without them
-    loading, status, prompt = map(lazy_module, ("peft.loading", "peft.status", "peft.core.prompt"))
+    loading, model_card, prompt_inputs, status, prompt = map(
+        lazy_module, ("peft.loading", "peft.model_card", "peft.prompt_inputs", "peft.status", "peft.core.prompt")
+    )
 
 # Published here too.
 __getattr__, __dir__ = lazy_attributes(
@@ -336,9 +338,7 @@ class PeftModel(nn.Module):
         self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
     ) -> torch.Tensor:
         """The active prompt for a batch: rows for the embeddings, or a cache of keys and values."""
-        from .prompt_inputs import get_prompt
-
-        return get_prompt(self, batch_size, task_ids, max_cache_len)
+        return prompt_inputs.get_prompt(self, batch_size, task_ids, max_cache_len)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The prompt as it is stored in the file."""
@@ -417,11 +417,7 @@ class PeftModel(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write README.md into `output_dir`, or bring an existing one up to date."""
-        from .model_card import create_or_update_model_card
-
-        create_or_update_model_card(self, output_dir)
+        model_card.create_or_update_model_card(self, output_dir)
 
     def _get_peft_specific_model_tags(self) -> list[str]:
-        from .model_card import specific_tags
-
-        return specific_tags(self)
+        return model_card.specific_tags(self)

@@ -183,10 +183,6 @@ def name_warning(adapter_name: str, prefix: str) -> str:
     )
 
 
-def config_class(peft_type: PeftType | str) -> type[PeftConfig]:
-    return method(peft_type).config
-
-
 class RecordView(dict):
     """A published mapping PeftType -> something, filled from the registry on first access."""
 

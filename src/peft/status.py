@@ -123,9 +123,8 @@ def _layer_status(name: str, layer: Any) -> TunerLayerStatus:
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The state of each adapter layer and each module that is trained in full, in the order of the modules."""
     root = _root(model, "get_layer_status")
-    found = [
-        _layer_status(n, m) for n, m in root.named_modules() if isinstance(m, (AdapterLayer, ModulesToSaveWrapper))
-    ]
+    kinds = (AdapterLayer, ModulesToSaveWrapper)
+    found = [_layer_status(name, m) for name, m in root.named_modules() if isinstance(m, kinds)]
     if not found:
         raise ValueError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters "
@@ -169,9 +168,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 def _merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
     """Merged adapters; "irregular" when one is merged in some of its layers only."""
     merged = sorted({a for layer in layers for a in layer.merged_adapters})
-    for layer in layers:
-        if layer.module_type != "ModulesToSaveWrapper" and any(
-            a in layer.available_adapters and a not in layer.merged_adapters for a in merged
-        ):
-            return "irregular"
-    return merged
+    can_merge = [layer for layer in layers if layer.module_type != "ModulesToSaveWrapper"]
+    partly = any(
+        a in layer.available_adapters and a not in layer.merged_adapters for layer in can_merge for a in merged
+    )
+    return "irregular" if partly else merged

@@ -202,9 +202,9 @@ def combine_factors(
         A = torch.cat([a * (w * s) for w, (a, _, s) in zip(weights, factors, strict=True)], dim=0)
         B = torch.cat([b for _, b, _ in factors], dim=1)
     elif kind == "linear_exact":
-        A, B = truncated_factors(factors, weights, rank or sum(ranks), balanced=True)
+        A, B = split_svd(*low_rank_svd(factors, weights), rank or sum(ranks), balanced=True)
     elif kind == "svd" and deltas is None and clamp is None and (rank or 0) <= sum(ranks):
-        A, B = truncated_factors(factors, weights, rank or max(ranks))
+        A, B = split_svd(*low_rank_svd(factors, weights), rank or max(ranks))
     else:
         if deltas is None:
             deltas, transposed = [s * (_matrix(b) @ _matrix(a)) for a, b, s in factors], False
@@ -243,16 +243,6 @@ def low_rank_svd(
     Q_in, R_in = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
     return Q_out @ U, S, Vh @ Q_in.T
-
-
-def truncated_factors(
-    factors: Sequence[Factors], weights: Sequence[float], rank: int, *, balanced: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best rank-`rank` factors of sum_i w_i s_i B_i A_i: A [rank, in], B [out, rank], through `low_rank_svd`.
-
-    B carries the singular values, or each factor their square root when `balanced`.
-    """
-    return split_svd(*low_rank_svd(factors, weights), rank, balanced=balanced)
 
 
 def svd_factors(

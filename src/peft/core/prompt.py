@@ -265,8 +265,6 @@ def find_word_embeddings(peft_model: Any) -> nn.Module:
 
 def delete_prompt_adapter(peft_model: Any, adapter_name: str) -> None:
     """Remove configuration, encoder and tokens; the first remaining adapter becomes active if this one was."""
-    if adapter_name not in peft_model.peft_config:
-        raise ValueError(f"Adapter {adapter_name!r} does not exist. Known adapters: {sorted(peft_model.peft_config)}.")
     del peft_model.peft_config[adapter_name]
     del peft_model.prompt_encoder[adapter_name]
     del peft_model.prompt_tokens[adapter_name]

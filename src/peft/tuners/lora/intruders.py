@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...core.combine import truncated_factors
+from ...core.combine import low_rank_svd, split_svd
 from ...utils.peft_types import PeftType
 from .layer import LoraLayer
 
@@ -49,7 +49,7 @@ def reduce_intruder_dimension(
         log(f"{key}: {len(S)} intruder dimensions")
         if len(S):
             parts, weights = [(A, B, 1.0), (Vh, U * S, 1.0)], [1.0, (mitigation_lambda - 1) / float(s)]
-            new_a, new_b = truncated_factors(parts, weights, A.shape[0], balanced=True)
+            new_a, new_b = split_svd(*low_rank_svd(parts, weights), A.shape[0], balanced=True)
             A, B = new_a.reshape(A.shape), new_b.reshape(B.shape)
         for parameter, value in zip(layer.factor_tensors(new_adapter_name), (A, B), strict=True):
             parameter.data = value.to(parameter.dtype).clone()
