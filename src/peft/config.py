@@ -60,17 +60,6 @@ def nearest(name: str, valid: Any, prefix: str = " Did you mean ") -> str:
     return prefix + " or ".join(repr(f) for f in found) + "?" if found else ""
 
 
-def check_choice(options: Any, *names: str) -> None:
-    """The values must be among those that the fields' types name."""
-    types: dict[str, Any] = {f.name: f.type for f in fields(options)} if names else {}
-    for name in names:
-        value, valid = getattr(options, name), choices(types[name])
-        if value not in valid:
-            raise ValueError(
-                f"Unknown `{name}` {value!r}; use one of {', '.join(map(str, valid))}.{nearest(value, valid)}"
-            )
-
-
 def choices(annotation: Any) -> list[Any]:
     """The values of a `Literal`, an enum, bool, None, or a union of them."""
     if annotation in (known := {bool: [True, False], type(None): [None]}):
@@ -85,8 +74,39 @@ def choices(annotation: Any) -> list[Any]:
 def positive(name: str, value: Any) -> Any:
     """`value` of the option `name`, which must be above 0."""
     if value is None or value <= 0:
-        raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value}")
+        kind = "value" if isinstance(value, float) else "integer value"
+        raise ValueError(f"`{name}` should be a positive {kind} but the value passed is {value}")
     return value
+
+
+class Checked:
+    """Options that are checked when an object is made, by what their class declares."""
+
+    # Options that must be above 0 (or None, where that is the default).
+    _positive: ClassVar[tuple[str, ...]] = ()
+    _not_negative: ClassVar[tuple[str, ...]] = ()
+    # Options that must be between 0 and 1; dropouts are.
+    _shares: ClassVar[tuple[str, ...]] = ()
+    # Options whose value must be one that their type names (`Literal`, bool).
+    _choices: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        types: dict[str, Any] = {f.name: f.type for f in fields(self)}  # type: ignore[arg-type]
+        for name in self._positive:
+            if (value := getattr(self, name)) is not None or getattr(type(self), name) is not None:
+                positive(name, value)
+        for name in self._not_negative:
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
+        for name in (*self._shares, *(n for n in types if n.endswith(("dropout", "dropout_p")))):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
+        for name in self._choices:
+            value, valid = getattr(self, name), choices(types[name])
+            if value not in valid:
+                raise ValueError(
+                    f"Unknown `{name}` {value!r}; use one of {', '.join(map(str, valid))}.{nearest(value, valid)}"
+                )
 
 
 @cache
@@ -97,7 +117,7 @@ def hub_parameters() -> frozenset[str]:
 
 
 @dataclass
-class PeftConfigMixin:
+class PeftConfigMixin(Checked):
     """Reading and writing of configurations; `PeftConfig` adds what all methods share."""
 
     task_type: TaskType | str | None = option(None, "Task of the model, see TaskType; picks the PeftModel class.")
@@ -106,6 +126,7 @@ class PeftConfigMixin:
     peft_version: str | None = option(None, "Version that wrote the file.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.task_type is not None and self.task_type not in list(TaskType):
             valid = [t.value for t in TaskType]
             raise ValueError(
@@ -272,10 +293,6 @@ class PeftConfig(PeftConfigMixin):
     _regex_with_layers: ClassVar[Literal["error", "warn"]] = "error"
     # Methods that always accepted a layers_pattern without layers_to_transform.
     _pattern_alone: ClassVar[bool] = False
-    # Options that must be above 0 (or None, where that is the default).
-    _positive: ClassVar[tuple[str, ...]] = ()
-    # Options whose value must be one that their type names (`Literal`, bool).
-    _choices: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -284,13 +301,6 @@ class PeftConfig(PeftConfigMixin):
         for name in self._set_fields:
             if isinstance(getattr(self, name, None), list):
                 setattr(self, name, set(getattr(self, name)))
-        for name in self._positive:
-            if (value := getattr(self, name)) is not None or getattr(type(self), name) is not None:
-                positive(name, value)
-        check_choice(self, *self._choices)
-        for f in fields(self):
-            if f.name.endswith(("dropout", "dropout_p")) and not 0 <= (p := getattr(self, f.name)) <= 1:
-                raise ValueError(f"`{f.name}` must be a probability between 0 and 1, got {p}.")
         self._check_layer_range()
 
     def _check_layer_range(self) -> None:

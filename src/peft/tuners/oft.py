@@ -47,12 +47,11 @@ class OFTConfig(PeftConfig):
     num_cayley_neumann_terms: int = option(5, "Number of terms of the series.")
     _regex_with_layers = "warn"
     _positive = ("num_cayley_neumann_terms",)
+    _not_negative = ("r", "oft_block_size")
     _choices = ("init_weights",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.r, self.oft_block_size) < 0:
-            raise ValueError(f"Sizes must not be negative: got r={self.r} and oft_block_size={self.oft_block_size}.")
         if (self.r == 0) == (self.oft_block_size == 0):
             raise ValueError(
                 f"Either `r` or `oft_block_size` must be non-zero, and not both: got r={self.r} and "

@@ -40,11 +40,10 @@ class PeanutConfig(PeftConfig):
     init_weights: bool = option(True, "Start at zero (B = 0).")
     _regex_with_layers = "warn"
     _positive = ("r",)
+    _not_negative = ("depth",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth < 0:
-            raise ValueError(f"`depth` must not be negative, got {self.depth}.")
         activation(self.act_fn)
 
 

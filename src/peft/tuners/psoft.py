@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import PeftConfig, excludes, fan_in_fan_out, layer_names, layer_range, option, saves, targets
+from ..config import PeftConfig, excludes, fan_in_fan_out, layer_names, layer_range, option, positive, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.slots import Aux, BufferDict, Trainable
@@ -65,8 +65,7 @@ class PsoftConfig(PeftConfig):
                     "The Cayley-Neumann options only have an effect with use_cayley_neumann=True.", stacklevel=3
                 )
             return
-        if self.num_cayley_neumann_terms <= 0:
-            raise ValueError(f"`num_cayley_neumann_terms` must be positive, got {self.num_cayley_neumann_terms}.")
+        positive("num_cayley_neumann_terms", self.num_cayley_neumann_terms)
         if self.cayley_neumann_eps is not None and not 0 < self.cayley_neumann_eps < 1:
             raise ValueError(f"`cayley_neumann_eps` must be in (0, 1), got {self.cayley_neumann_eps}.")
 
@@ -116,7 +115,6 @@ class PsoftLayer(AdapterLayer):
     _psoft_B_cache: Aux[BufferDict]  # [out, r]
     kinds = (kinds.Linear, kinds.Conv1D)
     weight_need = "read"
-    standalone_delta = True
 
     def create(self, name: str, cfg: Any) -> None:
         self.r[name], self.psoft_dropout[name] = cfg.r, dropout(cfg.psoft_dropout)
@@ -178,18 +176,17 @@ class PsoftModel(TunerModel):
         if cfg.r > min(shape):
             raise ValueError(f"Target module {key}: r={cfg.r} must be at most min(in, out) = {min(shape)}.")
 
-    def _holders(self, name: str) -> dict[str, PsoftLayer]:
-        layers = {k: m for k, m in self.named_layers().items() if isinstance(m, PsoftLayer) and name in m}
-        return {k: m for k, m in layers.items() if not m._psoft_A_cache[name].is_meta}
+    def holders(self, name: str) -> dict[str, PsoftLayer]:
+        return {k: m for k, m in super().holders(name).items() if not m._psoft_A_cache[name].is_meta}
 
     def export_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         from ..io.files import Tensors
 
-        return Tensors(state, {LANDMARKS: json.dumps({k: m.landmarks(name) for k, m in self._holders(name).items()})})
+        return Tensors(state, {LANDMARKS: json.dumps({k: m.landmarks(name) for k, m in self.holders(name).items()})})
 
     def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         stored = json.loads(getattr(state, "metadata", {}).get(LANDMARKS, "{}"))
-        for path, layer in self._holders(name).items():
+        for path, layer in self.holders(name).items():
             if path in stored and len(stored[path]) == layer.r[name]:
                 layer.turn(name, stored[path])
         return state

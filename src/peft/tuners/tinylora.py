@@ -43,11 +43,10 @@ class TinyLoraConfig(PeftConfig):
     _regex_with_layers = "warn"
     _positive = ("r", "u")
     _choices = ("init_weights",)
+    _shares = ("weight_tying",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.weight_tying <= 1:
-            raise ValueError(f"`weight_tying` must be in [0, 1], got {self.weight_tying}.")
         if not self.save_projection:
             warnings.warn(
                 "With save_projection=False the projections are drawn again from projection_seed, which "

@@ -41,12 +41,7 @@ class UniLoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = layer_names()
     _pattern_alone = True
     _choices = ("bias",)
-    _positive = ("r", "theta_d_length")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_theta_d_bound <= 0:
-            raise ValueError(f"`init_theta_d_bound` must be positive, got {self.init_theta_d_bound}.")
+    _positive = ("r", "theta_d_length", "init_theta_d_bound")
 
 
 class UniLoraLayer(AdapterLayer):

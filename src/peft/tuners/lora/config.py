@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from ...config import (
+    Checked,
     PeftConfig,
     biases,
-    check_choice,
     excludes,
     fan_in_fan_out,
     layer_names,
@@ -18,12 +18,6 @@ from ...config import (
     saves,
     targets,
 )
-
-
-def _check_positive(options: Any, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) <= 0:
-            raise ValueError(f"`{name}` must be greater than 0, got {getattr(options, name)}.")
 
 
 @dataclass
@@ -44,7 +38,7 @@ class LoftQConfig:
 
 
 @dataclass
-class EvaConfig:
+class EvaConfig(Checked):
     """EVA, arXiv 2410.07170."""
 
     rho: float = option(2.0, "Largest rank of a layer as a multiple of r; 1 gives all layers the same rank.")
@@ -54,15 +48,16 @@ class EvaConfig:
     whiten: bool = option(False, "Divide components by their singular value.")
     adjust_scaling_factors: bool = option(True, "Keep the scaling of layers whose rank changes.")
 
+    _shares = ("tau",)
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rho < 1.0:
             raise ValueError(f"`rho` must be >= 1.0, got {self.rho}.")
-        if not 0.0 <= self.tau <= 1.0:
-            raise ValueError(f"`tau` must be between 0.0 and 1.0, got {self.tau}.")
 
 
 @dataclass
-class CordaConfig:
+class CordaConfig(Checked):
     """CorDA, arXiv 2406.05223."""
 
     cache_file: str | None = option(None, "File to keep the decompositions in.")
@@ -71,13 +66,11 @@ class CordaConfig:
     verbose: bool = option(False, "Print the progress.")
     use_float16_for_covariance: bool = option(False, "Accumulate covariances in float16.")
     prune_temporary_fields: bool = option(True, "Remove covariances from the modules once they are used.")
-
-    def __post_init__(self) -> None:
-        check_choice(self, "corda_method")
+    _choices = ("corda_method",)
 
 
 @dataclass
-class LoraGAConfig:
+class LoraGAConfig(Checked):
     """LoRA-GA, arXiv 2407.05000."""
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = option(
@@ -85,13 +78,12 @@ class LoraGAConfig:
     )
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = option("stable", "How the factors are scaled.")
     stable_gamma: int = option(16, "Divisor of the scale 'stable'.")
-
-    def __post_init__(self) -> None:
-        check_choice(self, "direction", "scale")
+    _choices = ("direction", "scale")
+    _positive = ("stable_gamma",)
 
 
 @dataclass
-class VeloraConfig:
+class VeloraConfig(Checked):
     """VeLoRA, arXiv 2405.17991."""
 
     num_groups: int = option(64, "Groups an input is cut into.")
@@ -99,14 +91,12 @@ class VeloraConfig:
     init_type: Literal["batch_average", "batch_average_once", "random"] = option(
         "batch_average", "Where the projection comes from."
     )
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "num_groups", "scale")
-        check_choice(self, "init_type")
+    _choices = ("init_type",)
+    _positive = ("num_groups", "scale")
 
 
 @dataclass
-class MontecloraConfig:
+class MontecloraConfig(Checked):
     """MonteCLoRA, arXiv 2411.04358."""
 
     num_samples: int = option(8, "Samples of the mixture.")
@@ -115,29 +105,28 @@ class MontecloraConfig:
     sample_scaler: float = option(1e-4, "Factor on the noise.")
     kl_loss_weight: float = option(1e-5, "Weight of the KL terms of the loss.")
     buffer_size: int = option(150, "Noise draws that were kept in memory; noise is drawn when needed now.")
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "num_samples", "dirichlet_prior", "buffer_size")
+    _positive = ("num_samples", "dirichlet_prior", "buffer_size")
 
 
 @dataclass
-class BdLoraConfig:
+class BdLoraConfig(Checked):
     """BD-LoRA, arXiv 2510.23346."""
 
     target_modules_bd_a: list[str] | None = option(None, "Modules (parts of their names) whose A is block-diagonal.")
     target_modules_bd_b: list[str] | None = option(None, "Modules (parts of their names) whose B is block-diagonal.")
     nblocks: int = option(1, "Number of blocks.")
     match_strict: bool = option(True, "Every adapted module must be in one of the lists.")
+    _positive = ("nblocks",)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "nblocks")
+        super().__post_init__()
         both = set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ())
         if both:
             raise ValueError(f"`target_modules_bd_a` and `target_modules_bd_b` have common entries: {sorted(both)}.")
 
 
 @dataclass
-class ArrowConfig:
+class ArrowConfig(Checked):
     """Arrow routing, arXiv 2405.11157."""
 
     top_k: int = option(3, "Experts used for a token.")
@@ -148,22 +137,16 @@ class ArrowConfig:
     )
     task_adapter_names: list[str] | None = field(default=None, init=False, repr=False)
     gks_adapter_names: list[str] = field(default_factory=list, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "top_k", "router_temperature")
+    _positive = ("top_k", "router_temperature")
 
 
 @dataclass
-class KasaConfig:
+class KasaConfig(Checked):
     """KaSA, arXiv 2412.06071."""
 
     beta: float = option(1e-4, "Weight of the penalty on the knowledge-aware singular values.")
     gamma: float = option(1e-3, "Weight of the orthogonality penalty.")
-
-    def __post_init__(self) -> None:
-        for name in ("beta", "gamma"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+    _not_negative = ("beta", "gamma")
 
 
 Scheme = Literal[

@@ -38,11 +38,10 @@ class ShadowConfig(PeftConfig):
     layers_pattern: list[str] | str | None = layer_names()
     modules_to_save: list[str] | None = saves()
     _positive = ("r", "update_hidden_size", *_SIZES)
+    _not_negative = ("auxiliary_loss_weight",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.auxiliary_loss_weight < 0:
-            raise ValueError(f"`auxiliary_loss_weight` must not be negative, got {self.auxiliary_loss_weight}.")
         if self.shadow_model != MIRROR and (given := [n for n in _SIZES if getattr(self, n) is not None]):
             raise ValueError(
                 f"{', '.join(f'`{n}`' for n in given)} give the sizes of a mirror, but `shadow_model` is "
