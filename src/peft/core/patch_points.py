@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of the published injection that other frameworks replace on the class, or call: injection goes through them."""
 
+import warnings
 from typing import Any
 
 from torch import nn
 
-from . import match
+from . import match, tied
 
 
 class PatchPoints:
@@ -36,3 +37,15 @@ class PatchPoints:
     ) -> None:
         """Adapt the `target_parameters`, after all modules."""
         self._injection.apply_parameters()
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """`ensure_weight_tying`: the modules tied to the input embedding share its trained copy."""
+        tied.add_modules_to_save_to_tie(peft_config, tied_weight_keys, self.model)  # type: ignore[attr-defined]
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """`ensure_weight_tying` for targets: methods that can tie adapters override it."""
+        warnings.warn(
+            f"`ensure_weight_tying` was requested, but {type(self).__name__} cannot tie the adapters of the targets "
+            f"and of {', '.join(tied_weight_keys)}.",
+            stacklevel=5,
+        )

@@ -112,16 +112,9 @@ def check(tuner: "TunerModel", cfg: Any, model: nn.Module) -> None:
                 "You have requested `ensure_weight_tying`, but no tied modules are part of the adapter.", stacklevel=4
             )
     elif saved:
-        hook = getattr(type(tuner), "_add_modules_to_save_to_tie", None)
-        hook(tuner, cfg, names) if hook is not None else add_modules_to_save_to_tie(cfg, names, model)
-    elif (hook := getattr(type(tuner), "_add_targets_to_tie", None)) is not None:
-        hook(tuner, cfg, names)
+        tuner._add_modules_to_save_to_tie(cfg, names)
     else:
-        warnings.warn(
-            f"`ensure_weight_tying` was requested, but {type(tuner).__name__} cannot tie the adapters of "
-            f"{', '.join(targeted)} and {', '.join(names)}.",
-            stacklevel=4,
-        )
+        tuner._add_targets_to_tie(cfg, names)
 
 
 def add_modules_to_save_to_tie(cfg: Any, names: Iterable[str], model: nn.Module) -> None:
