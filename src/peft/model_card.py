@@ -41,7 +41,7 @@ def create_or_update_model_card(model: Any, output_dir: str | Path) -> None:
     config = TunerModel.get_model_config(model.get_base_model())
     if config.get("_name_or_path"):
         data["base_model"] = config["_name_or_path"]
-    if data.get("pipeline_tag") is None and _is_causal_lm(model):
+    if data.get("pipeline_tag") is None and type(model).__name__ == "PeftModelForCausalLM":
         data["pipeline_tag"] = "text-generation"
     lines = card.text.splitlines()
     _add_quantization(lines, config.get("quantization_config"))
@@ -50,15 +50,12 @@ def create_or_update_model_card(model: Any, output_dir: str | Path) -> None:
     write_text_atomic(path, str(card))
 
 
-def _is_causal_lm(model: Any) -> bool:
-    return any(type(m).__name__.endswith("ForCausalLM") for m in (model, model.get_base_model()))
-
-
 def _add_quantization(lines: list[str], config: Any) -> None:
     if config is None:
         return
     values = config if isinstance(config, dict) else config.to_dict()
-    title = "The following `bitsandbytes` quantization config was used during training:"
+    method = values.get("quant_method")
+    title = f"The following `{getattr(method, 'value', method)}` quantization config was used during training:"
     _add(lines, "## Training procedure", title, *(f"- {name}: {value}" for name, value in values.items()), "")
 
 

@@ -140,11 +140,11 @@ def test_other_methods_and_names(tmp_path):
     other = IA3Config(target_modules=["lin0"], feedforward_modules=[])
     with pytest.raises(ValueError, match="Incompatible PEFT types found: LORA and IA3"):
         check_hotswap_configs_compatible(lora(), other)
-    with pytest.raises(ValueError, match="only works for LORA but IA3"):
+    with pytest.raises(ValueError, match="only supports LORA but IA3"):
         check_hotswap_configs_compatible(other, other)
     saved(tmp_path, lora())
     model = get_peft_model(net(), lora())
-    with pytest.raises(ValueError, match="no adapter 'defualt'.*'default'"):
+    with pytest.raises(RuntimeError, match="did not succeed, there is no adapter 'defualt'.*Did you mean 'default'"):
         hotswap_adapter(model, tmp_path, adapter_name="defualt")
 
 
@@ -153,7 +153,7 @@ def test_merged_adapter(tmp_path):
     model = get_peft_model(net(), lora(target_modules=["lin0"]))
     model.merge_adapter()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="merged"):
+    with pytest.raises(ValueError, match="Cannot hot-swap adapter 'default' because it is currently merged"):
         hotswap_adapter(model, tmp_path, adapter_name="default")
     assert unchanged(model, before)
 
@@ -199,17 +199,17 @@ def test_prepared_model_keeps_shapes(tmp_path, rank):
 
 def test_prepare_options():
     model = get_peft_model(net(), lora())
-    with pytest.raises(ValueError, match="larger: 4"):
+    with pytest.raises(ValueError, match="to the target rank 2, but the original rank is larger \\(4"):
         prepare_model_for_compiled_hotswap(model, target_rank=2)
     config = lora(rank_pattern={"a": 1})
     prepare_model_for_compiled_hotswap(model, target_rank=8, config={"x": config})
     assert (config.r, config.rank_pattern) == (8, {"a": 8})
-    with pytest.raises(ValueError, match="No LoRA layers"):
+    with pytest.raises(ValueError, match="No adapter layers found on the model"):
         prepare_model_for_compiled_hotswap(net())
     compiled = torch.compile(model)
     with pytest.raises(ValueError, match=r"\*before\* compiling"):
         prepare_model_for_compiled_hotswap(compiled)
-    with pytest.warns(UserWarning, match=r"\*before\* compiling"):
+    with pytest.warns(UserWarning, match="was called with a model that is already compiled"):
         prepare_model_for_compiled_hotswap(compiled, check_compiled="warn")
     prepare_model_for_compiled_hotswap(compiled, check_compiled="ignore")
     with pytest.raises(ValueError, match="'error', 'warn', or 'ignore'"):

@@ -509,6 +509,21 @@ def test_model_card(tmp_path):
     assert text.count("- PEFT 0.21.2") == 1 and text.index("- PEFT") < text.index("- Torch 1")
 
 
+@pytest.mark.parametrize(("task", "tag"), [(None, False), ("FEATURE_EXTRACTION", False), ("CAUSAL_LM", True)])
+def test_model_card_names_task_and_quantisation(tmp_path, task, tag):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        quantization_config={"quant_method": "gptq", "bits": 4},
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"], task_type=task))
+    model.create_or_update_model_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert ("pipeline_tag: text-generation" in text) is tag
+    assert "The following `gptq` quantization config was used during training:\n- quant_method: gptq\n" in text
+
+
 def test_push_to_hub_uploads_the_saved_folder(monkeypatch):
     import huggingface_hub
 

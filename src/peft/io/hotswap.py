@@ -31,7 +31,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         raise ValueError(f"Incompatible PEFT types found: {_name(config0)} and {_name(config1)}")
     if config0.peft_type not in CONFIG_KEYS_TO_CHECK:
         raise ValueError(
-            f"Hotswapping only works for {', '.join(t.value for t in CONFIG_KEYS_TO_CHECK)} but {_name(config0)} was "
+            f"Hotswapping only supports {', '.join(t.value for t in CONFIG_KEYS_TO_CHECK)} but {_name(config0)} was "
             "passed."
         )
     for key in CONFIG_KEYS_TO_CHECK[PeftType(config0.peft_type)]:
@@ -55,7 +55,10 @@ def hotswap_adapter(
     config, state = read_adapter(model_name_or_path, device=torch_device, **kwargs)
     configs: dict[str, Any] = model.peft_config  # type: ignore[assignment]
     if adapter_name not in configs:
-        raise ValueError(f"There is no adapter {adapter_name!r} to replace.{nearest(adapter_name, configs)}")
+        raise RuntimeError(
+            f"Hot swapping the adapter did not succeed, there is no adapter {adapter_name!r} to replace, only "
+            f"{sorted(configs)}.{nearest(adapter_name, configs)}"
+        )
     check_hotswap_configs_compatible(configs[adapter_name], config)
     named = _insert_adapter_name_into_state_dict(state, adapter_name, "lora_")
     hotswap_adapter_from_state_dict(model, named, adapter_name, config)
@@ -107,7 +110,8 @@ def _plan(
     merged = [p for p, layer in layers.items() if name in layer.merged_adapters or layer.merged]
     if merged:
         raise ValueError(
-            f"Cannot hotswap when the adapter {name!r} is merged (in {merged[0]!r}). Call `unmerge_adapter` first."
+            f"Cannot hot-swap adapter {name!r} because it is currently merged into the base weights (of "
+            f"{merged[0]!r}). Unmerge it first, by `unmerge_adapter` (diffusers: `unfuse_lora`)."
         )
     entries = (entry for path, layer in layers.items() for entry in layer_entries(path, layer, name))
     present = {entry.memory.removeprefix(COMPILE_INFIX): entry for entry in entries if prefix in entry.memory}
@@ -275,17 +279,21 @@ def prepare_model_for_compiled_hotswap(
     `config` (one or a dict of them) gets the new rank too.
     """
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        text = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
-            raise ValueError(text)
+            raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
         if check_compiled == "warn":
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(
+                "prepare_model_for_compiled_hotswap was called with a model that is already compiled, which probably "
+                "has to be compiled again. Call the function before compiling the model.",
+                stacklevel=2,
+            )
         elif check_compiled != "ignore":
             raise ValueError(f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}.")
     layers = [m for m in model.modules() if isinstance(m, AdapterLayer) and "lora_A" in m.slots]
     if not layers:
         raise ValueError(
-            "No LoRA layers were found on the model: load the first adapter before preparing it for hot swapping."
+            "No adapter layers found on the model, call `prepare_model_for_compiled_hotswap` after loading the first "
+            "LoRA and before loading the second."
         )
     rank = target_rank or 0
     padded = [] if target_rank is None else [m for m in layers if m.kind.class_name in ("Linear", "Conv2d")]
@@ -315,7 +323,8 @@ def _check_rank(layer: Any, rank: int) -> None:
         own = module.weight.shape[0]
         if own > rank:
             raise ValueError(
-                f"Trying to pad the adapter {name!r} to the target rank {rank}, but its rank is larger: {own}."
+                f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({own}, adapter "
+                f"{name!r})."
             )
         if rank % groups or own % groups:
             raise ValueError(f"The ranks {own} and {rank} must be multiples of the layer's {groups} groups.")

@@ -114,7 +114,8 @@ def _layers(model: nn.Module, adapter_name: str, config: Any) -> list[tuple[str,
 def _check_source(config: Any, layers: dict[str, AdapterLayer], adapter_name: str) -> None:
     bias = getattr(config, "bias", getattr(config, "lora_bias", "none"))
     if bias not in ("none", False) or any(layer.delta_bias(adapter_name) is not None for layer in layers.values()):
-        raise ValueError(f"The adapter trains biases (bias={bias!r}), which cannot be part of the converted LoRA.")
+        which = "lora_bias=True" if bias in ("none", False) else f"bias={bias!r}"
+        raise ValueError(f"The adapter trains biases ({which}), which cannot be part of the converted LoRA.")
     if any("lora_A" in layer.slots for layer in layers.values()):
         warnings.warn(
             "Converting a LoRA adapter to a LoRA adapter is not useful unless its rank is to be reduced.", stacklevel=4
