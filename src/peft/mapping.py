@@ -13,6 +13,7 @@ from .core.modules import tree
 from .core.rollback import unchanged_on_error
 from .peft_model import PeftModel
 from .registry import RecordView, method_of, name_warning
+from .utils._lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from .mixed_model import PeftMixedModel
@@ -21,14 +22,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING = RecordView(lambda m: m.config)
 PEFT_TYPE_TO_TUNER_MAPPING = RecordView(lambda m: m.tuner)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = RecordView(lambda m: m.tuner, keep=lambda m: m.mixed)
 PEFT_TYPE_TO_PREFIX_MAPPING = RecordView(lambda m: m.prefix)
-
-
-def __getattr__(name: str) -> Any:
-    if name == "MODEL_TYPE_TO_PEFT_MODEL_MAPPING":
-        from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
-        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_attributes(__name__, {"MODEL_TYPE_TO_PEFT_MODEL_MAPPING": "peft.task_models"})
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -75,12 +69,10 @@ def get_peft_model(
 
 def peft_model_class(config: PeftConfig, default: type | None = None) -> type[PeftModel]:
     """The PeftModel class for the task of `config`; prompt methods only exist with a task."""
-    if config.task_type is None and not config.is_prompt_learning:
+    if config.task_type is None and (default is not None or not config.is_prompt_learning):
         return default or PeftModel
     from .task_models import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-    if config.task_type is None and default is not None:
-        return default
     if config.task_type not in MODEL_TYPE_TO_PEFT_MODEL_MAPPING:
         valid = ", ".join(MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
         raise KeyError(f"{type(config).__name__} needs a task_type (one of {valid}), got {config.task_type!r}.")
