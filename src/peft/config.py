@@ -101,6 +101,9 @@ class Checked:
         for name in (*self._shares, *(n for n in types if n.endswith(("dropout", "dropout_p")))):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
+        for name in (n for n in types if n.endswith("_pattern") and n != "layers_pattern"):
+            if not isinstance(value := getattr(self, name), (dict, type(None))):
+                raise TypeError(f"`{name}` must be a dict {{name or regex: value}}, got {value!r}.")
         for name in self._choices:
             value, valid = getattr(self, name), choices(types[name])
             if value not in valid:

@@ -72,10 +72,18 @@ def test_a_file_without_a_method(tmp_path):
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
+        ("AdaLoraConfig", {"total_step": 9, "layer_replication": [[0, 1]]}, "does not support `layer_replication`"),
+        ("AdaLoraConfig", {"total_step": 9, "deltaT": 0}, "`deltaT` should be a positive"),
+        ("AdaLoraConfig", {"total_step": 9, "target_r": -1}, "`target_r` must not be negative, got -1"),
         ("AdamssConfig", {"num_subspaces": 0}, "`num_subspaces` should be a positive"),
+        ("AdamssConfig", {"init_weights": "orthogonel"}, "Did you mean 'orthogonal'"),
         ("BOFTConfig", {"init_weights": None}, "use one of True, False"),
         ("BOFTConfig", {"boft_block_size": -4}, "must be above 0, and not both: got boft_block_size=-4"),
         ("C3AConfig", {"target_modules": "q", "layers_pattern": "h"}, "`layers_pattern` cannot be used when"),
+        ("C3AConfig", {"init_weights": "xavier"}, "Did you mean 'xavier_uniform'"),
+        ("DeftConfig", {"r": 0}, "`r` should be a positive"),
+        ("GloraConfig", {"r": -1}, "`r` must not be negative, got -1"),
+        ("GraloraConfig", {"hybrid_r": -1}, "`hybrid_r` must not be negative, got -1"),
         ("LoKrConfig", {"init_weights": "licoris"}, "use one of True, False, lycoris, None. Did you mean 'lycoris'"),
         ("MissConfig", {"init_weights": "mimi"}, "use one of True, False, bat, mini. Did you mean 'mini'"),
         ("MissConfig", {"miss_dropout": -0.5}, "`miss_dropout` must be between 0 and 1, got -0.5"),
@@ -104,6 +112,11 @@ def test_values_that_no_option_allows(cls, options, message):
     with pytest.raises(ValueError) as caught:
         getattr(peft, cls)(**options)
     assert message in str(caught.value)
+
+
+def test_a_pattern_is_a_dict():
+    with pytest.raises(TypeError, match="`rank_pattern` must be a dict .*, got 'q'"):
+        peft.DeloraConfig(rank_pattern="q")
 
 
 def test_a_layers_pattern_alone_where_it_was_always_accepted():

@@ -181,6 +181,11 @@ def test_errors(tmp_path):
             adapted(**wrong)
     with pytest.raises(ValueError, match="model type"):
         adapted(base("t5"))
+    net = base("llama")
+    with pytest.raises(ValueError, match=r"layers.0.mlp.*no attention of llama: they have no q_proj"):
+        adapted(net, target_modules="mlp")
+    assert all(p.requires_grad for p in net.parameters())
+    assert not any(isinstance(m, AdaptedAttention) for m in net.modules())
     with pytest.raises(ValueError, match="inject_adapter_in_model"):
         peft.inject_adapter_in_model(AdaptionPromptConfig(**OPTIONS), base("llama"))
     model = adapted()

@@ -23,6 +23,11 @@ def test_configuration():
         CPTConfig()
     with pytest.raises(ValueError, match="same length"):
         CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1])
+    for wrong in ({"opt_weighted_loss_type": "decai"}, {"opt_projection_epsilon": -0.1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            CPTConfig(task_type="CAUSAL_LM", **wrong)
+    with pytest.raises(IndexError, match=r"Token ids \[99\] are not in the vocabulary"):
+        peft.get_peft_model(base("llama"), CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 99]))
     done = CPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=9, token_dim=3)
     assert (done.num_virtual_tokens, done.token_dim, done.cpt_token_ids) == (1, None, [0])
     assert done.is_prompt_learning
@@ -43,6 +48,7 @@ def test_rows_stay_in_their_balls():
     radii = [{1: 0.5, 2: 2.0, 3: 0.5}.get(code % 4, 0) * scale for code in ROLES]
     close(norms, torch.tensor(radii), 1e-6)
     close(encoder.get_projection(), encoder.delta_embedding.weight, 1e-7)
+    assert made(cpt_tokens_type_mask=[-1] * 9).prompt_encoder["default"].get_epsilon().max() < 1e-6  # no role
     small = before * 1e-4
     encoder.delta_embedding.weight.data.copy_(small)
     close(encoder.get_projection()[:3], small[:3], 1e-9)

@@ -94,9 +94,9 @@ def test_adalora_allocates_without_gradients():
     assert model.peft_config["default"].rank_pattern == {}
 
 
-def trained_adalora(model: nn.Module, name: str = "default") -> PeftModel:
+def trained_adalora(model: nn.Module, name: str = "default", **options) -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(model, adalora(tinit=1, tfinal=2, deltaT=1), adapter_name=name)
+    model = get_peft_model(model, adalora(tinit=1, tfinal=2, deltaT=1, **options), adapter_name=name)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
     for step in range(1, 11):
         optimizer.zero_grad()
@@ -118,6 +118,23 @@ def test_adalora_pattern_loads_on_meta(tmp_path):
             k.removeprefix("model.").partition(".lora_E")[0]: n for k, n in kept.items()
         }
         torch.testing.assert_close(loaded(x).y, model(x).y)
+
+
+@pytest.mark.parametrize("alpha", [8, 0])
+def test_adalora_training_goes_on_after_loading(tmp_path, alpha):
+    model, x = trained_adalora(WithLoss(), lora_alpha=alpha), torch.randn(3, 16)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(WithLoss(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(loaded(x).y, model(x).y)
+    loaded(x).loss.backward()
+    loaded.base_model.update_and_allocate(9)  # past the last step of the schedule: the pattern is applied again
+    torch.testing.assert_close(loaded(x).y, model(x).y)
+
+
+def test_adalora_parameters_have_the_published_order():
+    model = get_peft_model(WithLoss(), adalora())  # optimizer states go by it
+    names = [n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad]
+    assert names[:3] == ["lora_A", "lora_B", "lora_E"]
 
 
 def test_adalora_adapters_and_modules_may_be_called_alike():

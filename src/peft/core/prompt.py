@@ -136,6 +136,8 @@ def word_vectors(word_embeddings: Any, ids: torch.Tensor) -> torch.Tensor:
 
     weight = word_embeddings.weight
     with gather_params_ctx([weight]):
+        if wrong := [i for i in ids.flatten().tolist() if not 0 <= i < len(weight)]:
+            raise IndexError(f"Token ids {wrong[:5]} are not in the vocabulary of the model, 0 to {len(weight) - 1}.")
         return word_embeddings(ids.to(weight.device)).detach().to(torch.float32, copy=True)
 
 

@@ -37,17 +37,16 @@ class AdaLoraConfig(LoraConfig):
     beta2: float = option(0.85, "Decay of the averaged uncertainty.")
     orth_reg_weight: float = option(0.5, "Weight of the orthogonality loss.")
     total_step: int | None = option(None, "Number of training steps; required.")
+    _positive = ("deltaT",)
+    _not_negative = ("target_r", "init_r", "orth_reg_weight")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.use_dora:
-            raise ValueError("ADALORA does not support DoRA.")
-        if self.loftq_config:
-            raise ValueError("ADALORA does not support LOFTQ.")
+        for name in ("use_dora", "loftq_config", "layer_replication"):
+            if getattr(self, name):
+                raise ValueError(f"ADALORA does not support `{name}`, got {getattr(self, name)!r}.")
         if self.total_step is None or self.total_step <= 0:
             raise ValueError("AdaLoRA does not work when `total_step` is None or not positive, supply a value > 0.")
-        if self.orth_reg_weight < 0:
-            raise ValueError(f"`orth_reg_weight` must not be negative, got {self.orth_reg_weight}.")
         if self.tinit >= self.total_step - self.tfinal:
             raise ValueError(
                 f"The schedule leaves no step for pruning: tinit={self.tinit}, tfinal={self.tfinal}, "
@@ -67,8 +66,8 @@ class AdaLoraLayer(Rescaling, AdapterLayer):
     """A low-rank delta in the form of a singular value decomposition."""
 
     lora_A: Trainable[nn.ParameterDict]  # [r, in]; convolutions [r, in·kernel]
-    lora_E: Trainable[nn.ParameterDict]  # [r, 1]
     lora_B: Trainable[nn.ParameterDict]  # [out, r]
+    lora_E: Trainable[nn.ParameterDict]  # [r, 1]
     ranknum: Aux[nn.ParameterDict]  # [1], the initial rank
     r: Aux[dict]
     lora_alpha: Aux[dict]
@@ -79,10 +78,9 @@ class AdaLoraLayer(Rescaling, AdapterLayer):
     standalone_delta = False
 
     def create(self, name: str, cfg: Any) -> None:
-        r = getattr(cfg, "kept_r", cfg.init_r)
-        if r < 0:
-            raise ValueError(f"`init_r` should not be negative, the value passed is {r}")
-        self.r[name], self.lora_alpha[name], self.lora_dropout[name] = r, cfg.lora_alpha, dropout(cfg.lora_dropout)
+        r = self.r[name] = getattr(cfg, "kept_r", cfg.init_r)
+        self.lora_alpha[name], self.lora_dropout[name] = cfg.lora_alpha, dropout(cfg.lora_dropout)
+        self.ranknum[name] = nn.Parameter(torch.full((1,), float(cfg.init_r), device="cpu"), requires_grad=False)
         self.scaling[name] = self._initial_scaling(name)
         width = torch.Size(self.kind.shape(self.get_base_layer())[1:]).numel()
         A, E, B = torch.randn(r, width), torch.randn(r, 1), torch.randn(self.out_features, r)
@@ -90,11 +88,10 @@ class AdaLoraLayer(Rescaling, AdapterLayer):
         if cfg.init_lora_weights:
             A, E, B = nn.init.normal_(A, std=0.02), torch.zeros_like(E), nn.init.normal_(B, std=0.02)
         self.lora_A[name], self.lora_E[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(E), nn.Parameter(B)
-        self.ranknum[name] = nn.Parameter(torch.full((1,), float(cfg.init_r), device="cpu"), requires_grad=False)
 
     def _initial_scaling(self, name: str) -> float:
         """Divided by the initial rank at every use."""
-        return self.lora_alpha[name] if self.lora_alpha[name] > 0 else float(self.r[name])
+        return self.lora_alpha[name] if self.lora_alpha[name] > 0 else float(self.ranknum[name])
 
     def factors(self, name: str) -> Factors:
         """diag(E) and the scale act on the r-wide intermediate."""
@@ -167,8 +164,8 @@ class RankAllocator:
     def apply(self, pattern: dict[str, list[bool]]) -> None:
         for key, layer in self.layers.items():
             alive = pattern.get(f"{key}.lora_E.{self.name}", pattern.get(f"{key}.lora_E"))
-            if alive is not None:
-                E = layer.lora_E[self.name]
+            E = layer.lora_E[self.name]
+            if alive is not None and len(alive) == len(E):  # loaded layers hold what survived alone
                 E.masked_fill_(~torch.tensor(alive, device=E.device)[:, None], 0.0)
 
 
@@ -252,6 +249,9 @@ class AdaLoraModel(TunerModel):
                     kept = torch.tensor(alive, device=state[full].device)
                     out[full] = state[full][:, kept] if dim else state[full][kept]
         return out
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{type(self).__name__} does not support add_weighted_adapter.")
 
     def on_delete(self, name: str) -> None:
         self.__dict__.pop("_allocator", None)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import PeftConfig, layer_names, layer_range, option, saves, targets
+from ..config import PeftConfig, layer_names, layer_range, option, positive, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.modules import making_on_meta
@@ -53,17 +53,15 @@ class AdamssConfig(PeftConfig):
     _pattern_alone = True
     _regex_with_layers = "warn"
     _positive = ("r", "num_subspaces")
+    _choices = ("init_weights",)
 
     def __post_init__(self) -> None:
+        self.init_weights = self.init_weights or None  # published: False means None
         super().__post_init__()
-        self.init_weights = self.init_weights or None
-        if self.init_weights not in ("orthogonal", None):
-            raise ValueError(f"`init_weights` must be 'orthogonal' or None, got {self.init_weights!r}.")
         if not self.use_asa:
             return
         for field in ("mask_interval", "asa_target_subspaces", "asa_schedule_exponent"):
-            if getattr(self, field) <= 0:
-                raise ValueError(f"`{field}` must be positive, got {getattr(self, field)}.")
+            positive(field, getattr(self, field))
         if self.init_warmup >= self.final_warmup:
             raise ValueError(
                 f"`init_warmup` ({self.init_warmup}) must be smaller than `final_warmup` ({self.final_warmup})."

@@ -207,7 +207,6 @@ class AdaptionPromptModel(TunerModel):
         """Add an adapter; all checks come first. The parameters are few: `low_cpu_mem_usage` makes no difference."""
         cfg = self.peft_config[adapter_name]
         self.check_name(adapter_name)
-        self.prepare(cfg, model)
         nodes = self._targets(cfg, model)
         active = adapter_name in self.switch.active
         if not self.wrapped():
@@ -223,7 +222,8 @@ class AdaptionPromptModel(TunerModel):
                 module.activate(adapter_name)
         self._note(self.targeted_module_names, [n.key for n in nodes])
 
-    def prepare(self, cfg: Any, model: nn.Module) -> None:
+    def _targets(self, cfg: Any, model: nn.Module) -> list[Node]:
+        """The attention modules to adapt; completes the configuration."""
         model_type = self._model_type(model)
         if model_type not in TRANSFORMERS_MODEL_CONFIG:
             known = sorted(TRANSFORMERS_MODEL_CONFIG)
@@ -235,21 +235,21 @@ class AdaptionPromptModel(TunerModel):
             value = getattr(cfg, option_name)
             if not isinstance(value, int) or value <= 0:
                 raise ValueError(f"`{option_name}` of AdaptionPromptConfig must be a positive integer, got {value!r}.")
+        arch = TRANSFORMERS_MODEL_CONFIG[model_type]
         if cfg.target_modules is None:
-            cfg.target_modules = TRANSFORMERS_MODEL_CONFIG[model_type].target_modules
-
-    def _model_type(self, model: nn.Module) -> str:
-        return self.get_model_config(model).get("model_type", "custom")
-
-    @staticmethod
-    def _targets(cfg: Any, model: nn.Module) -> list[Node]:
+            cfg.target_modules = arch.target_modules
         found = [n for n in walk(model) if n.leaf == cfg.target_modules]
         if cfg.adapter_layers > len(found):
             raise ValueError(
                 f"Config specifies more adapter layers '{cfg.adapter_layers}' than the model has: {len(found)} modules "
                 f"are called {cfg.target_modules!r}."
             )
+        if lost := [n.key for n in found if not hasattr(n.module, arch.dtype_from)]:
+            raise ValueError(f"Target modules {lost} are no attention of {model_type}: they have no {arch.dtype_from}.")
         return found[-cfg.adapter_layers :]
+
+    def _model_type(self, model: nn.Module) -> str:
+        return self.get_model_config(model).get("model_type", "custom")
 
     # ---- switching
     def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:

@@ -41,6 +41,7 @@ class C3AConfig(PeftConfig):
         "xavier_uniform", "Initialisation; True starts at zero."
     )
     _pattern_alone = True
+    _choices = ("init_weights",)
 
 
 class C3ALayer(AdapterLayer):
@@ -59,11 +60,6 @@ class C3ALayer(AdapterLayer):
             nn.init.normal_(kernel)
         elif bound := bounds.get(cfg.init_weights):
             nn.init.uniform_(kernel, -bound, bound)
-        elif cfg.init_weights is not True:
-            raise ValueError(
-                f"Unknown init_weights {cfg.init_weights!r}: use True, False, 'gaussian', "
-                "'kaiming_uniform' or 'xavier_uniform'."
-            )
         self.c3a_kernel[name] = nn.Parameter(kernel)
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,9 @@ class CPTConfig(PromptLearningConfig):
     opt_projection_format_epsilon: float = option(0.1, "Radius of the ball for template tokens.")
     tokenizer_name_or_path: str | None = option(None, "Tokenizer of the examples (not used).")
 
+    _choices = ("opt_weighted_loss_type",)
+    _not_negative = ("opt_projection_epsilon", "opt_projection_format_epsilon")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task_type != TaskType.CAUSAL_LM:
@@ -99,11 +102,12 @@ class CPTEmbedding(BasePromptEncoder):
         codes = torch.tensor(config.cpt_tokens_type_mask, dtype=torch.long)
         self.register_buffer("type_codes", codes, persistent=False)  # [nv]
         self.register_buffer("token_ids", torch.tensor(config.cpt_token_ids, dtype=torch.long), persistent=False)
-        self.register_buffer("moves", (codes % 4 != 0).unsqueeze(1), persistent=False)  # [nv, 1]
+        roles = codes.clamp(min=0) % 4
+        self.register_buffer("moves", (roles != 0).unsqueeze(1), persistent=False)  # [nv, 1]
         scale = math.sqrt(size.width / 2048)
         given, template = config.opt_projection_epsilon * scale, config.opt_projection_format_epsilon * scale
         radii = torch.tensor([1e-10, template, given, template])  # by role
-        self.register_buffer("epsilon", radii[codes % 4], persistent=False)  # [nv]
+        self.register_buffer("epsilon", radii[roles], persistent=False)  # [nv]
 
     def get_epsilon(self) -> torch.Tensor:
         """Radius of the ball of each row of delta, [nv]."""

@@ -13,18 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import (
-    PeftConfig,
-    biases,
-    excludes,
-    fan_in_fan_out,
-    layer_names,
-    layer_range,
-    option,
-    positive,
-    saves,
-    targets,
-)
+from ..config import PeftConfig, biases, excludes, fan_in_fan_out, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, dropout, dropout_p
 from ..core.scaling import FixedScale
@@ -54,6 +43,7 @@ class DeftConfig(PeftConfig):
     bias: str = biases("deft_only")
     modules_to_save: list[str] | None = saves()
     _choices = ("decomposition_method",)
+    _positive = ("r",)
 
 
 class DeftLayer(FixedScale, AdapterLayer):
@@ -73,7 +63,7 @@ class DeftLayer(FixedScale, AdapterLayer):
     casts_input = False
 
     def create(self, name: str, cfg: Any) -> None:
-        r = self.deft_r[name] = min(positive("r", cfg.r), self.out_features)
+        r = self.deft_r[name] = min(cfg.r, self.out_features)
         self.deft_decomposition[name], self.deft_para[name] = cfg.decomposition_method, cfg.para
         self.deft_init_scale[name], self.deft_scaling[name] = cfg.init_scale, cfg.alpha / r if cfg.alpha else 1.0
         self.deft_dropout[name] = dropout(cfg.deft_dropout)

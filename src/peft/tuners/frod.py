@@ -41,11 +41,7 @@ class FrodConfig(PeftConfig):
     progressbar: bool = option(True, "Show the progress of the decompositions.")
     runtime_offload_base_weight: bool = option(False, "Has no effect here: base weights are not copied.")
     _regex_with_layers = "warn"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.sparse_rate <= 1:
-            raise ValueError(f"`sparse_rate` must be in [0, 1], got {self.sparse_rate}.")
+    _shares = ("sparse_rate",)
 
 
 class FrodLayer(AdapterLayer):
@@ -176,7 +172,8 @@ class FrodModel(TunerModel):
         V, indices, size = stores = [BufferDict(persistent=cfg.save_projection) for _ in range(3)]
         generator = torch.Generator(device="cpu").manual_seed(cfg.projection_prng_key)
         for c in tqdm(sorted(groups), desc="FRoD: shared bases", disable=not cfg.progressbar):
-            matrices = [self._weight(m) for _, m in sorted(groups[c], key=lambda item: item[0])]
+            layers = [self.layer_cls.wrap(m, self.switch) for _, m in sorted(groups[c], key=lambda item: item[0])]
+            matrices = [layer.base_weight().detach() for layer in layers]
             widths = {m.shape[1] for m in matrices}
             if len(widths) > 1:
                 raise ValueError(
@@ -190,13 +187,6 @@ class FrodModel(TunerModel):
             indices[c] = sparse_pattern(width, cfg.sparse_rate, generator)
             size[c] = torch.tensor([width, width], device="cpu")
         self.frod_V[name], self.frod_s_indices[name], self.frod_s_size[name] = stores
-
-    def _weight(self, module: nn.Module) -> torch.Tensor:
-        if isinstance(module, AdapterLayer):
-            return module.base_weight()
-        kind = kinds.pick(module, self.layer_cls.kinds)
-        assert kind is not None
-        return self.layer_cls.wrap(module, self.switch, kind).base_weight().detach()
 
     def layer_config(self, cfg: Any, key: str, module: nn.Module) -> Any:
         return cfg.with_values(category=category(key))

@@ -32,6 +32,7 @@ class GloraConfig(PeftConfig):
     config_D_E: Literal["vector", "constant", "none"] = option("constant", "Form of D and E.")
     init_weights: bool = option(True, "Start at zero.")
     _choices = ("config_A_B", "config_C", "config_D_E")
+    _not_negative = ("r",)
 
 
 class GloraPath(nn.Module):

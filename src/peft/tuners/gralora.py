@@ -38,7 +38,8 @@ class GraloraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = layer_names()
     _regex_with_layers = "warn"
     _pattern_alone = True
-    _positive = ("gralora_k",)
+    _positive = ("r", "gralora_k")
+    _not_negative = ("hybrid_r",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,12 +110,6 @@ class GraloraModel(TunerModel):
     example = {"r": 4, "alpha": 8}
 
     def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
-        if cfg.r <= 0 or cfg.hybrid_r < 0:
-            raise ValueError(
-                f"`r` must be positive and `hybrid_r` not negative, got r={cfg.r}, hybrid_r={cfg.hybrid_r}."
-            )
-        if any(n % cfg.gralora_k for n in self.target_shape(module)[:2]):
-            raise ValueError(
-                f"Target module {key}: the widths {self.target_shape(module)[:2]} must be divisible by "
-                f"gralora_k={cfg.gralora_k}."
-            )
+        k, widths = cfg.gralora_k, self.target_shape(module)[:2]
+        if any(n % k for n in widths):
+            raise ValueError(f"Target module {key}: the widths {widths} must be divisible by gralora_k={k}.")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, positive, saves, targets
+from ..config import PeftConfig, biases, excludes, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer, kaiming
 from ..core.scaling import FixedScale
@@ -36,6 +36,7 @@ class HRAConfig(PeftConfig):
     layers_pattern: list[str] | str | None = layer_names()
     bias: str = biases("hra_only")
     modules_to_save: list[str] | None = saves()
+    _positive = ("r",)
 
 
 class HRALayer(FixedScale, AdapterLayer):
@@ -49,8 +50,8 @@ class HRALayer(FixedScale, AdapterLayer):
     casts_input = False
 
     def create(self, name: str, cfg: Any) -> None:
-        r = positive("r", cfg.r)
-        self.hra_r[name], self.hra_apply_GS[name] = r, cfg.apply_GS
+        r, self.hra_apply_GS[name] = cfg.r, cfg.apply_GS
+        self.hra_r[name] = r
         features = math.prod(self.kind.shape(self.get_base_layer())[1:])
         # Gram-Schmidt makes noise of the second vector of a pair; orthonormal reflections are never the identity.
         pairs = cfg.init_weights and r % 2 == 0 and not cfg.apply_GS

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import PeftConfig, excludes, layer_names, layer_range, option, positive, saves, targets
+from ..config import PeftConfig, excludes, layer_names, layer_range, option, saves, targets
 from ..core import kinds
 from ..core.layer import AdapterLayer
 from ..core.match import suffixes
@@ -37,11 +37,10 @@ class LilyConfig(PeftConfig):
     layers_pattern: list[str] | str | None = layer_names()
     init_weights: bool = option(True, "Start at zero (B = 0).")
     _regex_with_layers = "warn"
+    _positive = ("r", "stride_A")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stride_A < 1:
-            raise ValueError(f"`stride_A` must be at least 1, got {self.stride_A}.")
         if self.num_B < 2:
             raise ValueError(f"`num_B` must be at least 2, got {self.num_B}.")
 
@@ -58,7 +57,7 @@ class LilyLayer(AdapterLayer):
     kinds = (kinds.Linear, kinds.Conv1D)
 
     def create(self, name: str, cfg: Any) -> None:
-        self.r[name], self.num_B[name], self.scaling[name] = positive("r", cfg.r), cfg.num_B, cfg.scaling
+        self.r[name], self.num_B[name], self.scaling[name] = cfg.r, cfg.num_B, cfg.scaling
         A = kinds.linear(self.in_features, cfg.r)
         B = kinds.linear(self.out_features, cfg.num_B * cfg.r)
         router = kinds.linear(cfg.r, cfg.num_B)
