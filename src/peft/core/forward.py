@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import low_rank
+from ..ops import low_rank, mixed
 from ..ops.dropout import drop
 from ..storage.dtensor import Split, is_sharded
 from . import kinds
@@ -26,12 +26,13 @@ from .offload import loaded
 class ForwardPaths:
     """The forward half of AdapterLayer."""
 
+    _rows_path: tuple[tuple[str, ...], str] | None = None
     _split: Split | None = None  # tensor parallelism: how the activations of this layer are spread over processes
 
     def _replan(self: Any, key: tuple[tuple[str, ...], bool]) -> None:
         self._plan = self._active_here(key)
         self._path = self._choose_path(self._plan)
-        self._seen = key
+        self._seen, self._rows_path = key, None
         self._find_split()
 
     def _find_split(self: Any) -> None:
@@ -64,6 +65,14 @@ class ForwardPaths:
 
     def _path_of(self: Any, names: tuple[str, ...]) -> str:
         return self._choose_path(names) if torch.compiler.is_compiling() else self._path
+
+    def _path_of_rows(self: Any, names: tuple[str, ...]) -> str:
+        """The path of a mixed batch, remembered until the layer changes or other adapters come."""
+        if torch.compiler.is_compiling():
+            return self._choose_path(names)
+        if self._rows_path is None or self._rows_path[0] != names:
+            self._rows_path = (names, self._choose_path(names))
+        return self._rows_path[1]
 
     def _choose_path(self: Any, names: tuple[str, ...]) -> str:
         if "replace" in self.hooks:
@@ -234,15 +243,20 @@ class ForwardPaths:
         y = self._base_output(x, *args, **kwargs)
         if not rows:
             return y
-        path = self._path_of(tuple(rows))
+        path = self._path_of_rows(tuple(rows))
+        if path == "factored" and not self.training:
+            factors = self.factors_of(tuple(rows))
+            if mixed.pays(x, y, factors):
+                return self._gathered_rows(y, x, rows, factors)
         if path in ("factored", "fused") or (
             path in ("activation", "prefer_weight") and not self.hooks & {"map_input", "map_output"}
         ):
+            put, y = (torch.Tensor.index_copy, y) if torch.is_grad_enabled() else (torch.Tensor.index_copy_, y.clone())
             try:
                 for name, index in rows.items():
                     call.part, base = index, y[index]
                     part = self.advance(name, self._cast_input(name, x[index]), base, base)
-                    y = y.index_copy(0, index, part.to(y.dtype))
+                    y = put(y, 0, index, part.to(y.dtype))
             finally:
                 call.part = None
             return y
@@ -256,3 +270,16 @@ class ForwardPaths:
             with call.only(name, len(index)) if nested else contextlib.nullcontext():
                 y = y.index_copy(0, index, self._adapt((name,), x[index], *args, **kwargs))
         return y
+
+    def factors_of(self: Any, names: tuple[str, ...]) -> list[low_rank.Factors]:
+        return [self.factors(n) for n in names]
+
+    def _gathered_rows(
+        self: Any, y: torch.Tensor, x: torch.Tensor, rows: dict[str, torch.Tensor], factors: list[low_rank.Factors]
+    ) -> torch.Tensor:
+        """Low-rank adapters of all rows at once."""
+        own, names = dict(zip(rows, factors, strict=True)), self.switch.call.adapter_names
+        if all(n in own for n in names):
+            return mixed.accumulate(y, x, [own[n] for n in names])
+        every = [own[n] for n, index in rows.items() for _ in range(len(index))]
+        return mixed.accumulate(y, x, every, torch.cat(list(rows.values())))
