@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixed batches of low-rank adapters: every row has factors of its own, and all rows are done by two batched products.
 
-y_n <- y_n + s_n · (x_n A_nᵀ) B_nᵀ. The factors are gathered, row by row, into [n, r, in] and [n, out, r]: five operators
-whatever the number of adapters, where a loop over adapters takes five for each (Punica, arXiv 2310.18547, S-LoRA,
-2311.03285, do this gathering inside a kernel).
+y_n <- y_n + s_n · (x_n A_nᵀ) B_nᵀ. The factors are gathered, row by row, into [n, r, in] and [n, out, r]: four
+operators whatever the number of adapters, where a loop takes six for each adapter (the kernels of Punica, arXiv
+2310.18547, and S-LoRA, 2311.03285, gather inside).
 """
 
 import torch
