@@ -170,6 +170,22 @@ def test_disable_adapter_keeps_frozen_adapters_frozen():
     assert not trained(model)
 
 
+def test_active_adapter_of_the_tuner_is_what_was_set_last():
+    """A list, until a name is set by itself."""
+    model = get_peft_model(Net(), lora())
+    seen = [model.base_model.active_adapter]
+    model.add_adapter("b", lora())
+    for change in (
+        lambda: model.set_adapter("b"),
+        lambda: model.add_adapter("c", lora()),
+        lambda: model.base_model.set_adapter(["b", "c"]),
+        lambda: model.delete_adapter("c"),
+    ):
+        change()
+        seen.append(model.base_model.active_adapter)
+    assert seen == [["default"], "b", ["b"], ["b", "c"], ["b"]] and model.active_adapter == "b"
+
+
 def test_disable_adapter_warns_about_mixed_states_and_biases():
     model = peft_model()
     model.base_model.model.lin0.enable_adapters(False)

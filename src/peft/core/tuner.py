@@ -65,14 +65,12 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
         if isinstance(existing, dict) and existing is not configs:
             warnings.warn(
                 "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters "
-                "in the model. "
-                "Make sure to know what you are doing!",
+                "in the model. Make sure to know what you are doing!",
                 stacklevel=3,
             )
         self._surround(model, existing if isinstance(existing, dict) else {})
         before = dict(self.peft_config)
         self.peft_config.update(configs)
-        self.active_adapter = adapter_name
         key = self.switch.key
         self.switch.set_active((adapter_name,))
         try:
@@ -315,6 +313,7 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
         self._note(self.targeted_module_names, injection.report.modules)
         self._note(self.targeted_parameter_names, injection.report.parameters)
         self._check_patterns(cfg, layers)
+        self.active_adapter = self.active_adapters
 
     def add(self, name: str, cfg: PeftConfig, low_cpu_mem_usage: bool = False, state_dict: dict | None = None) -> None:
         """Add one more adapter, inactive; a failure leaves no trace."""
@@ -411,7 +410,7 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
             )
         if active != self.active_adapters:
             frozen = all(self.peft_config[n].inference_mode for n in active) if active else True
-            self.set_adapter(active[0] if len(active) == 1 else active, inference_mode=frozen)
+            self.set_adapter(active, inference_mode=frozen)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         layers = [layer for layer in self.layers() if adapter_name in layer] or self.layers()
