@@ -150,3 +150,15 @@ def test_adapter_name_goes_into_keys():
     assert insert(keys, "ad", "lora_") == {
         "a.lora_A.ad.weight": 1, "b.lora_vec.ad": 2, "c.weight": 3, "lora_x.q.lora_B.ad.weight": 4,
     }  # fmt: skip
+
+
+def test_dict_of_buffers():
+    held = tuners_utils.BufferDict({"a": torch.zeros(2)})
+    held.update([("b", torch.ones(3, 4))])
+    held.update(tuners_utils.BufferDict({"c": torch.ones(1)}))
+    assert list(held) == ["a", "b", "c"] and list(held.state_dict()) == []
+    sizes = {"a": "2", "b": "3x4", "c": "1"}
+    lines = [f"    ({name}): Buffer containing: [torch.FloatTensor of size {size}]" for name, size in sizes.items()]
+    assert repr(held) == "\n".join(["BufferDict(", *lines, ")"]) and repr(tuners_utils.BufferDict()) == "BufferDict()"
+    with pytest.raises(TypeError, match="got int"):
+        held.update(3)

@@ -14,7 +14,7 @@ deletion and the published name lists all derive from these declarations.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -82,14 +82,15 @@ class BufferDict(nn.Module):
     def values(self):
         return self._buffers.values()
 
-    def update(self, buffers: Mapping[str, torch.Tensor]) -> None:
-        if not isinstance(buffers, Mapping):
-            raise TypeError(f"BufferDict.update needs a mapping from name to tensor, got {type(buffers).__name__}.")
-        for key, value in buffers.items():
+    def update(self, buffers: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
+        if not isinstance(buffers, Iterable):
+            raise TypeError(f"BufferDict.update needs names and tensors in a mapping, got {type(buffers).__name__}.")
+        for key, value in dict(buffers).items():
             self[key] = value
 
     def extra_repr(self) -> str:
-        return ", ".join(f"({k}): {tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" for k, v in self.items())  # type: ignore
+        sizes = {k: f"{v.type()} of size {'x'.join(map(str, v.shape))}" for k, v in self.items()}  # type: ignore[union-attr]
+        return "\n".join(f"  ({k}): Buffer containing: [{size}]" for k, size in sizes.items())
 
 
 class PersistentBufferDict(BufferDict):
