@@ -71,6 +71,23 @@ def test_default_init_changes_nothing(name, kind):
     torch.testing.assert_close(model(inputs(kind)), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_stays_near_full_precision(name, kind):
+    """Forward and backward in a bfloat16 region, as mixed-precision training runs them."""
+    model, x = adapted(name, kind), inputs(kind)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(3)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = model(x)
+        y.float().square().sum().backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((y.detach().float(), torch.cat(grads)))
+    (y, g), (low_y, low_g) = found
+    torch.testing.assert_close(low_y, y, rtol=5e-2, atol=5e-2)
+    assert nn.functional.cosine_similarity(low_g, g, dim=0) > 0.97
+
+
 def test_trained_adapter_changes_the_output_and_disabling_restores_it_bitwise(name, kind):
     expected = base(kind).requires_grad_(False)(
         inputs(kind)

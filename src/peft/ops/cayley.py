@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import derived, fusable, is_plain, reshaped, wide
+from .dispatch import derived, fusable, is_plain, reshaped, settled, wide
 
 
 def skew(v: Tensor, size: int, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
@@ -80,9 +80,10 @@ def cayley_series(Q: Tensor, terms: int) -> Tensor:
     """
     if terms < 1:
         raise ValueError(f"the Cayley-Neumann series needs at least 1 term, got {terms}")
-    if terms == 5 and Q.dim() == 3 and fusable(Q) and not is_plain():
-        return _FiveTerms.apply(Q)  # type: ignore[return-value]
-    return _series(Q, 3 if terms == 3 else terms - 1)
+    with settled(Q):  # a rotation keeps its dtype under autocast
+        if terms == 5 and Q.dim() == 3 and fusable(Q) and not is_plain():
+            return _FiveTerms.apply(Q)  # type: ignore[return-value]
+        return _series(Q, 3 if terms == 3 else terms - 1)
 
 
 def _series(Q: Tensor, degree: int) -> Tensor:

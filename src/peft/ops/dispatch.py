@@ -97,7 +97,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def settled(g: Tensor) -> AbstractContextManager:
-    """For a backward that gets g: forward settled the dtypes, so autocast is off inside."""
+    """Autocast is off inside: for a backward that gets g, as forward settled the dtypes, and for small matrices."""
     return nullcontext() if autocast_dtype(g) is None else torch.autocast(g.device.type, enabled=False)
 
 
@@ -127,8 +127,11 @@ def derived(
 
 
 def recomputed(form: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`form(*inputs)`, of which only the inputs are kept: for weights made of parameters by a few cheap ops."""
-    if is_plain() or not fusable(*inputs):
+    """`form(*inputs)`, of which only the inputs are kept: for weights made of parameters by a few cheap ops.
+
+    Not under autocast, whose dtypes a second run outside of it would not have.
+    """
+    if is_plain() or not fusable(*inputs) or autocast_dtype(inputs[0]) is not None:
         return form(*inputs)
     return _Recomputed.apply(form, *inputs)  # type: ignore[return-value]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import derived, fusable, is_plain, wide
+from .dispatch import derived, fusable, is_plain, settled, wide
 from .low_rank import Factors, accumulate
 
 
@@ -38,7 +38,8 @@ def wy(u: Tensor, orthonormal: bool = False) -> tuple[Tensor, Tensor]:
     if orthonormal:
         U = gram_schmidt(u)
         return U, 2 * U
-    return u, (_Solved.apply(u) if fusable(u) else _solved(u))  # type: ignore[return-value]
+    with settled(u):
+        return u, (_Solved.apply(u) if fusable(u) else _solved(u))  # type: ignore[return-value]
 
 
 def _solved(u: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class LilyLayer(AdapterLayer):
         h = F.linear(x, self.lily_A[name].weight)  # type: ignore
         p = F.linear(h, self.lily_router[name].weight).softmax(-1).flatten(0, -2).mean(0)  # [experts]  # type: ignore
         experts = self.lily_B[name].weight.view(self.num_B[name], self.r[name], -1)  # type: ignore
-        mixed = torch.tensordot(p * self.scaling[name], experts, dims=1)  # [r, out]
+        mixed = torch.tensordot((p * self.scaling[name]).to(experts.dtype), experts, dims=1)  # [r, out]
         return h @ mixed
 
 

@@ -20,6 +20,7 @@ from ..core.slots import Aux, BufferDict, Trainable
 from ..core.targets import default_targets
 from ..core.tuner import TunerModel
 from ..ops import dense
+from ..ops.dispatch import settled
 from ..registry import register_method
 
 # The method itself: the gradients of U and V are projected, so they are not the derivatives.
@@ -106,7 +107,8 @@ class OSFLayer(AdapterLayer):
             keep_u, keep_v = name not in self._osf_U_high, name not in self._osf_V_high
             U = ProjectGradient.apply(U, U0 if keep_u else self._osf_U_high[name], keep_u, True)
             V = ProjectGradient.apply(V, V0 if keep_v else self._osf_V_high[name], keep_v, False)
-        return torch.addmm(dense.triplets(U, S, V), (U0 * S0).to(U.dtype), V0.to(V.dtype), alpha=-1)
+        with settled(U):  # a difference of two near products
+            return torch.addmm(dense.triplets(U, S, V), (U0 * S0).to(U.dtype), V0.to(V.dtype), alpha=-1)
 
 
 @register_method("osf", config=OSFConfig)
