@@ -141,19 +141,13 @@ class MontecloraTrainerMixin:
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
-        loss, outputs = result if return_outputs else (result, None)
-        extra = self._monteclora_loss(model)
-        loss = loss if extra is None else loss + extra
-        return (loss, outputs) if return_outputs else loss
-
-    @staticmethod
-    def _monteclora_loss(model: nn.Module) -> Any:
         from .tuners.lora import LoraModel
 
-        tuners = [module for module in model.modules() if isinstance(module, LoraModel)]
-        losses: list[Any] = [tuner._get_monteclora_loss() for tuner in tuners]
-        return sum(losses[1:], losses[0]) / len(losses) if losses else None
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        loss, outputs = result if return_outputs else (result, None)
+        losses: list[Any] = [m._get_monteclora_loss() for m in model.modules() if isinstance(m, LoraModel)]
+        loss = loss + sum(losses) / len(losses) if losses else loss
+        return (loss, outputs) if return_outputs else loss
 
 
 # ---- targets by condition number

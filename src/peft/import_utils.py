@@ -76,11 +76,7 @@ is_hqq_available = _finder("hqq")
 is_inc_available = _finder("neural_compressor")
 is_optimum_available = _finder("optimum")
 is_te_available = _finder("transformer_engine")
-
-
-@functools.lru_cache
-def is_te_pytorch_available() -> bool:
-    return is_te_available() and _is_there("transformer_engine.pytorch")
+is_te_pytorch_available = _finder("transformer_engine.pytorch")
 
 
 @functools.lru_cache

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Swapping LoRA weights in place."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -162,10 +164,11 @@ def test_shapes_that_cannot_be(tmp_path):
     model = get_peft_model(net(), lora(target_modules=["lin0"]))
     before = snapshot(model)
     state = {k.replace("weight", "default.weight"): v for k, v in get_peft_model_state_dict(model).items()}
-    state["base_model.model.lin0.lora_A.default.weight"] = torch.ones(2, 5)
-    with pytest.raises(ValueError, match=r"lin0\.lora_A.*\(4, 8\).*\(2, 5\)"):
-        hotswap_adapter_from_state_dict(model, state, "default", lora())
-    assert unchanged(model, before)
+    for shape in ((2, 5), (4, 9), (8, 9), (4, 8, 1)):  # a bigger one would not fit the inputs either
+        state["base_model.model.lin0.lora_A.default.weight"] = torch.ones(shape)
+        with pytest.raises(ValueError, match=rf"lin0\.lora_A.*\(4, 8\).*{re.escape(str(shape))}"):
+            hotswap_adapter_from_state_dict(model, state, "default", lora())
+        assert unchanged(model, before)
 
 
 # ---- for compiled models

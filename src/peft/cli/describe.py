@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -12,7 +12,7 @@ from typing import Any
 class Targets:
     counts: dict[str, int]
     unmatched: list[str]
-    lines: list[str] = field(default_factory=list)
+    lines: list[str]
 
 
 def count_targets(names: list[str], entries: Any) -> tuple[dict[str, int], list[str]]:
@@ -26,28 +26,24 @@ def count_targets(names: list[str], entries: Any) -> tuple[dict[str, int], list[
 
 
 def describe_targets(model: Any) -> Targets:
-    config = model.peft_config[model.active_adapter]
-    if config.is_prompt_learning:
-        line = f"targets  the input: {config.num_virtual_tokens} virtual tokens"
-        return _with_saved(model, config, Targets({"virtual tokens": config.num_virtual_tokens}, [], [line]))
-    names = list(getattr(model.base_model, "targeted_module_names", []))
-    parameters = list(getattr(model.base_model, "targeted_parameter_names", []))
-    counts, unmatched = count_targets(names, getattr(config, "target_modules", None))
-    counts |= dict(Counter(name.rpartition(".")[2] for name in parameters))
-    total = sum(counts.values())
-    lines = [f"targets  {total} modules: " + ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))]
-    return _with_saved(model, config, Targets(counts, unmatched, lines))
-
-
-def _with_saved(model: Any, config: Any, targets: Targets) -> Targets:
-    """Adds the modules that are trained in full."""
     from peft.core.wrappers import ModulesToSaveWrapper
 
-    names = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    counts, unmatched = count_targets(names, getattr(config, "modules_to_save", None))
-    if counts:
-        targets.lines.append("in full  " + ", ".join(f"{name} x{count}" for name, count in sorted(counts.items())))
-    targets.unmatched += unmatched
-    if targets.unmatched:
-        targets.lines.append("         matched nothing: " + ", ".join(targets.unmatched))
-    return targets
+    config, tuner = model.peft_config[model.active_adapter], model.base_model
+    if config.is_prompt_learning:
+        counts, unmatched = {"virtual tokens": config.num_virtual_tokens}, []
+        lines = [f"targets  the input: {config.num_virtual_tokens} virtual tokens"]
+    else:
+        counts, unmatched = count_targets(tuner.targeted_module_names, getattr(config, "target_modules", None))
+        counts |= Counter(name.rpartition(".")[2] for name in tuner.targeted_parameter_names)
+        lines = [f"targets  {sum(counts.values())} modules: {_listed(counts)}"]
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    in_full, missing = count_targets(wrapped, getattr(config, "modules_to_save", None))
+    if in_full:
+        lines.append(f"in full  {_listed(in_full)}")
+    if unmatched := unmatched + missing:
+        lines.append("         matched nothing: " + ", ".join(unmatched))
+    return Targets(counts, unmatched, lines)
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))

@@ -18,15 +18,10 @@ FIXED = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def method_configs() -> dict[str, type]:
-    """Registered methods by lower-case name."""
+def config_class(method: str) -> type:
     from peft.registry import methods
 
-    return {record.name: record.config for record in methods().values()}
-
-
-def config_class(method: str) -> type:
-    configs = method_configs()
+    configs = {record.name: record.config for record in methods().values()}
     found = configs.get(method.lower())
     if found is None:
         raise CliError(f"unknown method '{method}'{nearest(method.lower(), configs)} `peft methods` lists them all.")

@@ -45,10 +45,6 @@ class FlattenDims(ConversionOps):
         flat = tensor.flatten(self.dims) if isinstance(self.dims, int) else tensor.flatten(self.dims[0], self.dims[-1])
         return {target_patterns[0]: flat.contiguous()}
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("The sizes of flattened dimensions are not known any more.")
-
 
 class PeftConcatenate(Concatenate):
     """lora_B of fused projections: block diagonal for each expert, experts folded into the columns. [out * n, rank * n

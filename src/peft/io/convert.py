@@ -106,9 +106,6 @@ class _Names:
             elif path.rpartition(".")[2] == "gate" and module._parameters.get("weight") is not None:
                 self.routers.append(path)
 
-    def is_linear(self, entry: str) -> bool:
-        return any(n == entry or n.endswith("." + entry) for n in self.linear)
-
 
 def _heads(model: Any) -> set[int]:
     function = getattr(model, "get_output_embeddings", None)
@@ -125,14 +122,13 @@ def _convert_names(config: Any, names: _Names, table: dict[str, str]) -> None:
     if not moved:
         return
     _check_fused(set(moved.values()), table)
-    stay = {e for e in config.target_modules if e not in moved or names.is_linear(e)}
+    stay = {e for e in config.target_modules if e not in moved or any(f".{n}".endswith(f".{e}") for n in names.linear)}
     _apply(config, stay, {table[leaf] for leaf in moved.values()}, table)
 
 
 def _check_fused(leaves: set[str], table: dict[str, str]) -> None:
-    fused = [leaf for leaf, parameter in table.items() if parameter == FUSED]
-    found = [leaf for leaf in fused if leaf in leaves]
-    lost = [leaf for leaf in fused if leaf not in leaves]
+    found = [leaf for leaf in _halves(table) if leaf in leaves]
+    lost = [leaf for leaf in _halves(table) if leaf not in leaves]
     if found and lost:
         raise ValueError(
             f"Cannot convert PEFT target(s) {', '.join(found)} without also targeting {', '.join(lost)} because they "
@@ -140,17 +136,17 @@ def _check_fused(leaves: set[str], table: dict[str, str]) -> None:
         )
 
 
+def _halves(table: dict[str, str]) -> list[str]:
+    """The old projections that are one parameter now."""
+    return [leaf for leaf, parameter in table.items() if parameter == FUSED]
+
+
 def _apply(config: Any, modules: set[str], parameters: set[str], table: dict[str, str]) -> None:
     config.target_modules = modules
-    config.target_parameters = set(getattr(config, "target_parameters", None) or ()) | parameters
-    ranks, alphas = (
-        dict(getattr(config, "rank_pattern", None) or {}),
-        dict(getattr(config, "alpha_pattern", None) or {}),
-    )
+    config.target_parameters = set(config.target_parameters or ()) | parameters
+    ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     if any(p == FUSED or p.endswith("." + FUSED) for p in parameters):
-        rank, alpha = _fused_rank(
-            config, ranks, alphas, [leaf for leaf, parameter in table.items() if parameter == FUSED]
-        )
+        rank, alpha = _fused_rank(config, ranks, alphas, _halves(table))
         ranks.setdefault(FUSED_PATTERN, rank)
         alphas.setdefault(FUSED_PATTERN, alpha)
     for patterns in (ranks, alphas):
@@ -382,8 +378,6 @@ def _lora_converter(conversion: Any, factor: str, adapter_name: str, alone: bool
     else:
         operations += [PermuteDims((2, 0, 1)), FlattenDims((0, 1)), Transpose(0, 1)]
     made = conversion.copy(sources, f"{head}.{inner}lora_{factor}.{adapter_name}.weight", operations=operations)
-    made.distributed_operation, made.quantization_operation = (
-        conversion.distributed_operation,
-        conversion.quantization_operation,
-    )
+    made.distributed_operation = conversion.distributed_operation
+    made.quantization_operation = conversion.quantization_operation
     return made

@@ -17,6 +17,7 @@ from ..core.layer import AdapterLayer
 from ..core.match import pattern_value
 from ..utils.peft_types import PeftType
 from .files import read_adapter
+from .initial import rank_axis
 from .keys import COMPILE_INFIX, PEFT_PREFIX, Entry, clean, layer_entries, resolve, walk
 
 # Options that must agree, since they are part of the computation and not of the weights.
@@ -138,20 +139,13 @@ def _plan(
 
 
 def _check(entry: Entry, new: torch.Tensor) -> None:
-    """A bigger tensor takes the place of the old one, a smaller one must fit into it along one of two dimensions."""
-    old, key = entry.tensor, entry.memory
-    if old.dim() != new.dim():
-        raise ValueError(f"{key}: the loaded weight has shape {tuple(new.shape)}, expected {tuple(old.shape)}.")
-    if new.numel() >= old.numel():
-        return
-    if old.dim() not in (2, 4) or entry.attr == "bias":
-        raise NotImplementedError(
-            f"{key}: weights of shape {tuple(new.shape)} cannot be padded to {tuple(old.shape)}; only linear and "
-            "Conv2d factors can."
-        )
-    other = [i for i, (a, b) in enumerate(zip(old.shape, new.shape, strict=True)) if a != b]
-    if other not in ([0], [1]):
-        raise ValueError(f"{key}: incompatible shapes {tuple(old.shape)} (loaded) and {tuple(new.shape)} (new).")
+    """Ranks may differ: a bigger factor takes the place of the old one, a smaller one is padded."""
+    old, shapes = entry.tensor, f"{tuple(entry.tensor.shape)} (loaded) and {tuple(new.shape)} (new)"
+    differ = [i for i, sizes in enumerate(zip(old.shape, new.shape, strict=False)) if len(set(sizes)) > 1]
+    if old.dim() != new.dim() or differ not in ([], [rank_axis(entry.file)]):
+        raise ValueError(f"{entry.memory}: incompatible shapes {shapes}.")
+    if new.numel() < old.numel() and old.dim() not in (2, 4):
+        raise NotImplementedError(f"{entry.memory}: only linear and Conv2d factors can be padded, not {shapes}.")
 
 
 @torch.no_grad()

@@ -31,8 +31,7 @@ def convert_to_plain_lora(
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ValueError(
             "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when using "
-            "`rank_pattern` or "
-            "`alpha_pattern` at the same time as `use_rslora=True`."
+            "`rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`."
         )
     if not str(config.init_lora_weights).lower().startswith(CHANGES_BASE):
         warnings.warn(
@@ -51,7 +50,7 @@ def subtract_initial(
     """[A; A0] and [B | -B0] for every pair of factors; `before` holds A0 and B0 under the same keys."""
     out = {}
     for key, value in state.items():
-        axis = _rank_axis(key)
+        axis = rank_axis(key)
         if axis is None:
             out[key] = value
             continue
@@ -62,7 +61,7 @@ def subtract_initial(
     return out
 
 
-def _rank_axis(key: str) -> int | None:
+def rank_axis(key: str) -> int | None:
     """The dimension of a factor that counts the rank; None for everything else in the file (biases, saved modules
     ...).
     """

@@ -120,9 +120,8 @@ def _check_gathered(config: Any, state: dict[str, torch.Tensor]) -> None:
     if empty:
         warnings.warn(
             f"{len(empty)} LoRA weights have no two-dimensional shape, e.g. {empty[0]!r}: they are probably shards of "
-            "ZeRO-3 or FSDP that "
-            "were not gathered, and the saved adapter will be broken. Gather the weights and pass them as "
-            "`state_dict`.",
+            "ZeRO-3 or FSDP that were not gathered, and the saved adapter will be broken. Gather the weights and pass "
+            "them as `state_dict`.",
             PeftWarning,
             stacklevel=3,
         )

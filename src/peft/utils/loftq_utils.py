@@ -67,24 +67,6 @@ def _int8(W: torch.Tensor) -> torch.Tensor:
     return (W / scale).round() * scale
 
 
-def _low_rank_decomposition(weight: torch.Tensor, reduced_rank: int = 32) -> dict[str, Any]:
-    """Balanced factors L [out, r], R [r, in] of the best rank-r approximation of a matrix, and its SVD."""
-    if weight.dim() != 2:
-        raise ValueError(f"Only support 2D matrix, but your input has {weight.dim()} dimensions.")
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    R, L = split_svd(U, S, Vh, reduced_rank, balanced=True)
-    return {"L": L, "R": R, "U": U, "S": S, "Vh": Vh, "reduced_rank": reduced_rank}
-
-
-@torch.no_grad()
-def _residual_factors(quantized: nn.Module, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B) of the error of a quantised layer."""
-    dequantized = dequantize_bnb_weight(quantized.weight, state=getattr(quantized, "state", None))  # type: ignore[arg-type]
-    error = weight.to(dequantized.device, torch.float32) - dequantized.to(torch.float32)
-    parts = _low_rank_decomposition(error, rank)
-    return parts["R"], parts["L"]
-
-
 class _SafetensorLoader:
     """Reads single tensors of the unquantised base model from its safetensors file or shards."""
 
@@ -175,7 +157,11 @@ def replace_lora_weights_loftq(
             raise TypeError(f"The passed model does not appear to be a valid PeftModel: {name!r} lacks {_PREFIX!r}.")
         A, B = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
         original = loader.get_tensor(name.removeprefix(_PREFIX) + ".weight")
-        new_a, new_b = _residual_factors(module.get_base_layer(), original, module.r[adapter_name])
+        base = module.get_base_layer()
+        dequantized = dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
+        error = original.to(dequantized.device, torch.float32) - dequantized.float()
+        U, S, Vh = torch.linalg.svd(error, full_matrices=False)
+        new_a, new_b = split_svd(U, S, Vh, module.r[adapter_name], balanced=True)
         before = (A.detach().clone(), B.detach().clone())
         A.copy_(new_a)
         B.copy_(new_b)

@@ -345,22 +345,29 @@ def get_gptqmodel_quant_linear(gptq_quantization_config: Any, device_map: Any = 
     return hf_select_quant_linear(**{name: value for name, value in arguments.items() if name in known})
 
 
-_HOMES = owners(
-    {
-        "peft.core.match": "get_pattern_key match_target_against_key",
-        "peft.core.wrappers": (
-            "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper _set_adapter _set_trainable "
-            "set_additional_trainable_modules"
-        ),
-        "peft.core.prompt:prepare_prompt_config": "_prepare_prompt_learning_config",
-        "peft.io.files": "check_file_exists_on_hf_hub",
-        "peft.core.tied": "_get_module_names_tied_with_embedding",
-        "peft.utils.constants": [
-            *("CONFIG_NAME", "EMBEDDING_LAYER_NAMES", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "SAFETENSORS_WEIGHTS_NAME"),
-            *("WEIGHTS_NAME", "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"),
-            *("bloom_model_postprocess_past_key_value", "starcoder_model_postprocess_past_key_value"),
-            *published_names(),
-        ],
-    }
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    owners(
+        {
+            "peft.core.match": "get_pattern_key match_target_against_key",
+            "peft.core.wrappers": (
+                "AuxiliaryTrainingWrapper ModulesToSaveWrapper TrainableTokensWrapper _set_adapter _set_trainable "
+                "set_additional_trainable_modules"
+            ),
+            "peft.core.prompt:prepare_prompt_config": "_prepare_prompt_learning_config",
+            "peft.io.files": "check_file_exists_on_hf_hub",
+            "peft.core.tied": "_get_module_names_tied_with_embedding",
+            "peft.utils.constants": [
+                *(
+                    "CONFIG_NAME",
+                    "EMBEDDING_LAYER_NAMES",
+                    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+                    "SAFETENSORS_WEIGHTS_NAME",
+                ),
+                *("WEIGHTS_NAME", "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING"),
+                *("bloom_model_postprocess_past_key_value", "starcoder_model_postprocess_past_key_value"),
+                *published_names(),
+            ],
+        }
+    ),
 )
-__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)
