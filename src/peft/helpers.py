@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 
 # ---- signatures
-
-
 def _show_base_signature(model: Any, method: str, base_method: Callable) -> None:
     """Give the instance a copy of its wrapping method that shows name, doc and signature of the base model's one."""
     wrapper = getattr(type(model), method)
@@ -73,8 +71,6 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 
 # ---- temporary switches
-
-
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator[None]:
     """Inside, the scaling of all LoRA adapters is multiplied by `multiplier`; the old values come back on any exit."""
@@ -151,7 +147,6 @@ class MontecloraTrainerMixin:
 
 
 # ---- targets by condition number
-
 _EXPERT_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
 

@@ -144,7 +144,6 @@ def is_xpu_available(check_device: bool = False) -> bool:
 
 
 # ---- transformers, by the version of the installed distribution
-
 _TRANSFORMERS = {
     "is_transformers_le_4_53": "<4.54.0.dev0",
     "is_transformers_ge_v5": ">=5.0.0.dev0",

@@ -50,8 +50,6 @@ def _batch_size(call: Call) -> int:
 
 
 # ---- the prompt itself
-
-
 def get_prompt(
     peft_model: Any, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
 ) -> Any:
@@ -91,8 +89,6 @@ def _fill(peft_model: Any, encoder: BasePromptEncoder, cache: Any, batch: int) -
 
 
 # ---- parts of the inputs
-
-
 def _extend(values: torch.Tensor, n: int, fill: int) -> torch.Tensor:
     """n columns of `fill` in front, in the dtype of `values`."""
     return torch.cat([values.new_full((*values.shape[:-1], n), fill), values], dim=-1)
@@ -129,8 +125,6 @@ def _join(prompt: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
 
 
 # ---- forward
-
-
 def prepare_forward(peft_model: Any, rule: InputRule, call: Call) -> Call:
     """Arguments of the base model for a forward with the active prompt. `call` holds what was given, without None."""
     encoder = peft_model.prompt_encoder[peft_model.active_adapter]
@@ -279,8 +273,6 @@ def shadowed(module: torch.nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 # ---- generation
-
-
 def prepare_generation(peft_model: Any, args: tuple[Any, ...], kwargs: Call, task_ids: Any = None) -> Call:
     """One step of generation: the base model prepares its inputs from a mask, positions and cache with the prompt."""
     prepare = peft_model.base_model_prepare_inputs_for_generation

@@ -21,8 +21,6 @@ Factors = tuple[torch.Tensor, torch.Tensor, float]  # A [r, in, *kernel], B [out
 
 
 # ---- operators on lists of tensors of one shape
-
-
 def reshape_weight_task_tensors(task_tensors: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Append dimensions of size 1 to `weights` [n] until it broadcasts over `task_tensors` [n, ...]."""
     return weights.view(weights.shape + (1,) * (task_tensors.dim() - weights.dim()))
@@ -121,7 +119,6 @@ def dare_ties(
 
 
 # ---- combination types of `add_weighted_adapter`
-
 _OPERATORS: dict[str, Callable[..., torch.Tensor]] = {
     "linear": lambda tensors, weights, density, sign: task_arithmetic(tensors, weights),
     "ties": ties,

@@ -142,8 +142,6 @@ def word_vectors(word_embeddings: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 # ---- configuration
-
-
 def prepare_prompt_config(config: PromptLearningConfig, model_config: Any) -> PromptLearningConfig:
     """Fill what the base model decides (layers, widths, heads) into `config`, in place; values set by the user stay."""
     values = _as_dict(model_config)
@@ -205,8 +203,6 @@ def _encoder_class(config: PromptLearningConfig) -> type[BasePromptEncoder]:
 
 
 # ---- encoders of a PeftModel
-
-
 def setup_prompt_encoder(peft_model: Any, adapter_name: str, config: PromptLearningConfig) -> None:
     """Complete `config`, freeze the base model, and create the encoder and tokens of `adapter_name`."""
     base = peft_model.base_model
