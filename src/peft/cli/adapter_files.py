@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from peft.core.match import pattern_value
+from peft.io.files import Tensors
 from peft.io.keys import PEFT_PREFIX as PREFIX
 
 from .errors import CliError
@@ -23,7 +24,7 @@ from .errors import CliError
 class Adapter:
     folder: Path
     peft_config: Any
-    tensors: dict[str, torch.Tensor]
+    tensors: Tensors
     version: str | None = None  # that wrote it; files of old versions do not say
 
     def __post_init__(self) -> None:

@@ -119,6 +119,7 @@ class Merger:
 
     def _load(self, modules: dict[str, nn.Module]) -> nn.Module:
         from peft import PeftModel
+        from peft.io.files import Tensors
         from peft.io.state_dict import load_adapter_state
 
         root = nn.Module()
@@ -132,11 +133,12 @@ class Merger:
         for option, value in (_SETTLED | {"target_modules": set(modules)}).items():
             if hasattr(config, option):
                 setattr(config, option, value)
-        tensors = {
+        kept = {
             key: tensor
             for key, tensor in self.adapter.tensors.items()
             if self.plan.owners.get(key) in modules or key.removeprefix(PREFIX).startswith("base_model.")
         }
+        tensors = Tensors(kept, self.adapter.tensors.metadata)
         with self._explained(next(iter(modules))):
             model = PeftModel(root, config, low_cpu_mem_usage=True).eval()  # what is in the file need not be drawn
             report = load_adapter_state(model, tensors, "default", low_cpu_mem_usage=True)

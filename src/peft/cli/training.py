@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import inspect as pyinspect
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -61,6 +62,7 @@ class Progress(ProgressCallback):
         self.current_step, self._seen_before = state.global_step, state.num_input_tokens_seen
         if self.training_bar is not None:
             self.training_bar.initial = self.training_bar.n = state.global_step
+            self.training_bar.mininterval = 0.1 if sys.stderr.isatty() else 10.0  # a log keeps every line
             self.training_bar.bar_format = (
                 "training {percentage:3.0f}% {bar:24} {n_fmt}/{total_fmt} [{elapsed}, left {remaining}{postfix}]"
             )
