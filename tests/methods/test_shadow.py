@@ -304,6 +304,14 @@ def test_merging_is_refused_and_harmless():
     assert torch.equal(logits(model), expected)
 
 
+def test_autocast():
+    model = adapted()
+    want = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = logits(model)
+    torch.testing.assert_close(got.float(), want, rtol=5e-2, atol=5e-2)
+
+
 def test_excluded_blocks_are_left_alone():
     assert list(adapted(exclude_modules=["layers.0"]).base_model.holders("default")) == ["model.layers.1"]
     assert list(adapted(layers_to_transform=0).base_model.holders("default")) == ["model.layers.0"]

@@ -45,6 +45,8 @@ class OSFConfig(PeftConfig):
 class ProjectGradient(torch.autograd.Function):
     """Identity; the gradient is projected along one side: g - P Pᵀ g (or P Pᵀ g), with P orthonormal."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(value: torch.Tensor, basis: torch.Tensor, keep: bool, left: bool) -> torch.Tensor:
         return value.view_as(value)

@@ -92,5 +92,5 @@ class ShadowLayer(AdapterLayer):
     def updated(self, name: str, s: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         down: Any = self.shadow_down[name]
         x = h.to(down.weight.dtype)
-        g = self.shadow_update_gate[name](x).sigmoid()
-        return torch.lerp(s.to(x.dtype), self.shadow_update_transform[name](x), g).to(s.dtype)
+        g, t = self.shadow_update_gate[name](x).sigmoid(), self.shadow_update_transform[name](x)
+        return torch.lerp(s.to(t.dtype), t, g).to(s.dtype)  # of another dtype than x under autocast
