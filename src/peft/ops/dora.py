@@ -216,7 +216,7 @@ def _backward(ctx: Any, G: Tensor, saved: Any) -> tuple[Any, ...]:
     x, W, b, A, B, m, norm, Ac, Bc, z, g, u = saved
     G = G.reshape(-1, G.shape[-1])
     h = x.reshape(-1, x.shape[-1]).to(plan.dtype)
-    hd = dropped(h, plan.drop, plan.seed)
+    mask = None if plan.seed is None else keep_mask(plan.seed, plan.drop, h)
     alpha = plan.scale * rescale(plan.drop)
     dx = db = dA = dB = dm = None
     if needs[2]:
@@ -234,17 +234,17 @@ def _backward(ctx: Any, G: Tensor, saved: Any) -> tuple[Any, ...]:
         dB = torch.addmm(Bc, dU.t(), z, beta=0, alpha=alpha).to(B.dtype)
     p = torch.addmm(Bc[:1], dU, Bc, beta=0, alpha=alpha) if needs[0] or needs[3] else None
     if needs[3]:
-        dA = torch.mm(p.t(), hd).to(A.dtype)  # type: ignore[union-attr]
+        dA = torch.mm(p.t(), h if mask is None else h * mask).to(A.dtype)  # type: ignore[union-attr]
     if needs[0]:
-        dx = _input_grad(G, dU, W.to(plan.dtype), p, Ac, plan).view(x.shape).to(x.dtype)
+        dx = _input_grad(G, dU, W.to(plan.dtype), p, Ac, plan.drop, mask).view(x.shape).to(x.dtype)
     return dx, None, db, dA, dB, dm, None, None
 
 
-def _input_grad(G: Tensor, dU: Tensor, W: Tensor, p: Any, A: Tensor, plan: _Plan) -> Tensor:
-    if plan.seed is None:
+def _input_grad(G: Tensor, dU: Tensor, W: Tensor, p: Any, A: Tensor, drop: float, mask: Tensor | None) -> Tensor:
+    if mask is None:
         return torch.mm(dU, W).addmm_(p, A)
-    inner = torch.mm(dU.sub_(G), W).mul_(rescale(plan.drop)).addmm_(p, A)
-    return torch.mm(G, W).addcmul_(inner, keep_mask(plan.seed, plan.drop, inner))
+    inner = torch.mm(dU.sub_(G), W).mul_(rescale(drop)).addmm_(p, A)
+    return torch.mm(G, W).addcmul_(inner, mask)
 
 
 def _differentiable_backward(ctx: Any, G: Tensor, saved: Any) -> tuple[Any, ...]:

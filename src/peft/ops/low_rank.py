@@ -335,24 +335,22 @@ def _backward(ctx: Any, g: Tensor, saved: Any) -> tuple[Any, ...]:
                 dS = gate_grad(p * z, S, x.shape)  # type: ignore[arg-type]
             if S is not None:
                 p = gated(p, S, x.shape)
+        mask = None if plan.seeds[i] is None or Bc is None else keep_mask(plan.seeds[i], plan.drops[i], h)  # type: ignore
         if need_A:
-            dA = torch.mm(p.t(), dropped(h, plan.drops[i], plan.seeds[i])).to(A.dtype)
+            dA = torch.mm(p.t(), h if mask is None else h * mask).to(A.dtype)
         if needs[0]:
             start = g if ctx.residual and dx is None else dx
-            dx = add_input_grad(start, p, Ac, plan.drops[i], plan.seeds[i], own=start is not g)
+            dx = add_input_grad(start, p, Ac, mask, own=start is not g)
         out += [dA, dB, dS]
     if dx is not None:
         dx = dx.view(x.shape).to(x.dtype)
     return dx, dW, db, dy, None, *out
 
 
-def add_input_grad(
-    dx: Tensor | None, p: Tensor, A: Tensor, drop: float, seed: int | None, *, own: bool = True
-) -> Tensor:
+def add_input_grad(dx: Tensor | None, p: Tensor, A: Tensor, mask: Tensor | None, *, own: bool = True) -> Tensor:
     """dx + mask * (p A), in place if dx is ours; p already holds the scale and 1/(1-drop)."""
-    if seed is not None:
+    if mask is not None:
         part = torch.mm(p, A)
-        mask = keep_mask(seed, drop, part)
         if dx is None or not own:
             part = part.mul_(mask)
             return part if dx is None else part.add_(dx)
