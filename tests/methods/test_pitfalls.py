@@ -450,6 +450,16 @@ def test_ia3_with_all_linear_targets_loads_again(tmp_path):
 # ---- Lily, LN tuning
 
 
+@pytest.mark.parametrize("shape", [(16,), (0, 16), (2, 0, 16)])
+def test_lily_on_one_position_and_on_none(shape):
+    layer = adapted(peft.LilyConfig(target_modules=["lin0"], r=4)).base_model.layers()[0]
+    x = torch.randn(shape)
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, layer(x.view(-1, 16)).view(y.shape))
+    assert layer.lily_B["default"].weight.grad.isfinite().all()
+
+
 class Blocks(nn.Module):
     def __init__(self):
         super().__init__()

@@ -18,6 +18,7 @@ def squares(model) -> list[float]:
 @pytest.mark.parametrize(("config", "sizes", "following"), [
     (peft.GloraConfig(r=2, **RANDOM), [8.4728, 0.6095, 7.9477, 0.7446, 5.5081, 0.0757, 0.0002, 0.0007], 0.20204),
     (peft.LilyConfig(r=2, **RANDOM), [0.7456, 1.2721, 0.1865], 0.68136),
+    (peft.AdamssConfig(r=8, num_subspaces=3, **RANDOM), [1.0, 1.0, 1.0, 0.0004, 0.0008, 0.0003], 0.74966),
 ], ids=lambda c: getattr(c, "peft_type", ""))  # fmt: skip
 def test_random_starts(config, sizes, following):
     model = base("Linear")

@@ -106,10 +106,12 @@ class AdamssLayer(AdapterLayer):
                 U, _, V = torch.svd_lowrank(augmented, q=R, niter=2)
             labels = cluster(U, K)
             self.adamss_newB[name] = V.T.contiguous()
-            A = [self._directions(U[labels == i], cfg) for i in range(K)]
+            A, B = [], []
+            for i in range(K):  # drawn cluster by cluster, as published
+                A.append(self._directions(U[labels == i], cfg))
+                size = int((labels == i).sum()), len(A[i])
+                B.append(torch.zeros(size) if cfg.init_weights else 0.01 * torch.randn(size))
         self.num_subspaces[name], self.labels[name], self.pruned[name], self._averages[name] = K, labels, set(), {}
-        shapes = [(int((labels == i).sum()), a.shape[0]) for i, a in enumerate(A)]
-        B = [torch.zeros(s) if cfg.init_weights else 0.01 * torch.randn(s) for s in shapes]
         if making_on_meta():
             A = [torch.empty(a.shape) for a in A]
         self.adamss_A[name], self.adamss_B[name] = nn.ParameterList(A), nn.ParameterList(B)
@@ -246,13 +248,11 @@ class AdamssModel(TunerModel):
 
 
 # ---- the callback, at its published address peft.tuners.adamss.asa_callback
-sys.modules[f"{__name__}.asa_callback"] = sys.modules[__name__]
+asa_callback = sys.modules[f"{__name__}.asa_callback"] = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Any:
     """AdamssAsaCallback is made on first use: it needs transformers."""
-    if name == "asa_callback":
-        return sys.modules[__name__]
     if name != "AdamssAsaCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from transformers import TrainerCallback
