@@ -176,6 +176,17 @@ def test_rows_of_tied_embeddings_are_those_of_both_ends(model_folder, tmp_path):
     assert fresh.lm_head.weight is fresh.get_input_embeddings().weight
 
 
+def test_a_trained_norm_is_merged_with_its_bias(write_adapter, tmp_path):
+    base, tensors = tmp_path / "base", {"norm.weight": torch.randn(6), "norm.bias": torch.randn(6)}
+    base.mkdir()
+    save_file(tensors, base / "model.safetensors")
+    trained = {key.replace("norm", "norm.ln_tuning_layers"): value + 1 for key, value in tensors.items()}
+    adapter = write_adapter({"peft_type": "LN_TUNING", "target_modules": ["norm"]}, trained)
+    assert merge(adapter, base, tmp_path / "out") == 0
+    for name, value in read_folder(tmp_path / "out").items():
+        assert torch.equal(value, tensors[name] + 1), name
+
+
 def test_miss_that_reads_the_base_weight(model_folder, tmp_path):
     """Its class says that it does not; a stand-in without values must not be merged."""
     from transformers import AutoModelForCausalLM

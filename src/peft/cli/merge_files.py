@@ -58,7 +58,9 @@ def make_plan(adapter: Adapter, base: Base) -> Plan:
     """Match the adapter's tensors with the base's; what does not match is an error, before anything is written."""
     check_mergeable(adapter)
     plan = Plan()
-    changes_bias = adapter.record.layer.hooks & {"delta_bias", "map_bias"} and adapter.config.get("lora_bias", True)
+    changes_bias = adapter.record.layer.hooks & {"delta_bias", "map_bias", "replace"} and adapter.config.get(
+        "lora_bias", True
+    )
     for key, tensor in adapter.tensors.items():
         name = key.removeprefix(PREFIX)
         if name.startswith("base_model.") or _plan_rest(name, tensor, plan, base, adapter):
