@@ -34,7 +34,7 @@ def test_frozen_rows():
 
 
 def test_configuration():
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
         CartridgeConfig(num_frozen_tokens=-1)
     with pytest.raises(ValueError, match="larger than"):
         CartridgeConfig(num_virtual_tokens=2, num_frozen_tokens=3)
@@ -73,6 +73,14 @@ def test_text(tmp_path):
         initialize_kv_prefix_from_text(model, words, text="a b")
     with pytest.raises(ValueError, match="longer text"):
         initialize_kv_prefix_from_text(model, words, text="a b c d", max_length=2)
+    calls = []
+
+    def cutting(text, **kwargs):  # tokenizers keep what they put at the end of a text
+        calls.append(kwargs)
+        return words(text, **kwargs)
+
+    initialize_kv_prefix_from_text(model, cutting, text="a b c d", max_length=3)
+    assert calls == [{"return_tensors": "pt", "truncation": True, "max_length": 3}]
     words.chat_template = "{{ 'd ' + messages[0]['content'] }}"
     rows = initialize_kv_prefix_from_text(model, words, text="a b c d")
     cache = base("llama")(input_ids=torch.tensor([[8, 5, 6]]), use_cache=True).past_key_values
@@ -92,6 +100,8 @@ def test_rows_of_a_cache():
     ]:
         with pytest.raises(ValueError, match=text):
             prompt_embeddings_from_past_key_values(bad, num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="`num_virtual_tokens` should be a positive integer value.* -1"):
+        prompt_embeddings_from_past_key_values(layers, num_virtual_tokens=-1)
     with pytest.raises(TypeError, match="not supported"):
         prompt_embeddings_from_past_key_values(3, num_virtual_tokens=3)
 

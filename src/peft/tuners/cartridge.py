@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import PeftConfig, PromptLearningConfig, option
+from ..config import PeftConfig, PromptLearningConfig, option, positive
 from ..core.prompt import PROMPT_KEY, BasePromptEncoder, prompt_rows, sizes
 from ..registry import register_method
 from ..storage.dtensor import whole
@@ -27,6 +27,7 @@ class CartridgeConfig(PromptLearningConfig):
     """Options of cartridges."""
 
     num_frozen_tokens: int = option(1, "Number of first virtual tokens that are not trained.")
+    _not_negative = ("num_frozen_tokens",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,8 +36,6 @@ class CartridgeConfig(PromptLearningConfig):
 
 def _check_frozen(config: CartridgeConfig) -> None:
     frozen, nv = config.num_frozen_tokens, config.num_virtual_tokens
-    if frozen < 0:
-        raise ValueError(f"num_frozen_tokens must be at least 0, got {frozen}.")
     if nv is not None and frozen > nv:
         raise ValueError(f"num_frozen_tokens={frozen} must not be larger than num_virtual_tokens={nv}.")
 
@@ -118,6 +117,7 @@ def _cached_layers(past_key_values: Any) -> list[tuple[torch.Tensor, torch.Tenso
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> torch.Tensor:
     """The first tokens of a cache of one sample as prefix rows [num_virtual_tokens, 2 L heads head_dim]."""
+    positive("num_virtual_tokens", num_virtual_tokens)
     layers = _cached_layers(past_key_values)
     if not layers:
         raise ValueError("past_key_values is empty.")
@@ -182,7 +182,8 @@ def _text_ids(tokenizer: Any, text: str, use_chat_template: bool, max_length: in
                 return_tensors="pt",
             )
     if ids is None:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        cut = {"truncation": max_length is not None, "max_length": max_length}
+        ids = tokenizer(text, return_tensors="pt", **cut)["input_ids"]
     return ids if max_length is None else ids[:, :max_length]
 
 
