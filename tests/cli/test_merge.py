@@ -328,6 +328,11 @@ BAD = [
         factors(Q.format(0), 32, 32) | {f"{Q.format(0)}.lora_magnitude_vector": torch.ones(32)},
         "no place for base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
     ),
+    (
+        {"trainable_token_indices": {"embed_tokens": [1, 99]}},
+        {f"{EMBED}.token_adapter.trainable_tokens_delta": torch.randn(2, 32)},
+        "rows [1, 99] of width 32, the base has [28, 32]",
+    ),
     ({}, {}, "nothing to merge"),
     ({"peft_type": "UNILORA"}, {"base_model.unilora_theta_d": torch.ones(8)}, "tensors that all layers share"),
 ]

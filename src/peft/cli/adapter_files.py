@@ -48,7 +48,6 @@ class LayerStrength:
 
     module: str
     norm: float
-    parameters: int
     singular_values: list[float] = field(default_factory=list)
     rank: int | None = None
 
@@ -104,10 +103,9 @@ def _strength(module: str, tensors: dict[str, torch.Tensor], adapter: Adapter) -
     """For LoRA the norm is that of the weight change, from the factors alone: with A^T = Q1 R1 and B = Q2 R2 the
     singular values of B A are those of the small R2 R1^T. For other methods it is the norm of the module's tensors.
     """
-    count = sum(t.numel() for t in tensors.values())
     A, B = (tensors.get(f"lora_{x}.weight", tensors.get(f"lora_embedding_{x}")) for x in "AB")
     if adapter.method != "lora" or (A is None and B is None):
-        return LayerStrength(module, float(torch.stack([t.float().norm() for t in tensors.values()]).norm()), count)
+        return LayerStrength(module, float(torch.stack([t.float().norm() for t in tensors.values()]).norm()))
     if A is None or B is None:
         raise CliError(f"{adapter.folder}: {module} has only {sorted(tensors)}, one factor of the pair is missing")
     config, rank = adapter.config, A.shape[0]
@@ -115,7 +113,7 @@ def _strength(module: str, tensors: dict[str, torch.Tensor], adapter: Adapter) -
     scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     A, B = A.float().flatten(1), B.float().flatten(1)
     if B.shape[1] != rank:  # grouped convolution: factors do not multiply directly
-        return LayerStrength(module, float(A.norm() * B.norm()) * scaling, count, [], rank)
+        return LayerStrength(module, float(A.norm() * B.norm()) * scaling, [], rank)
     R1, R2 = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
     values = torch.linalg.svdvals(R2 @ R1.T) * scaling
-    return LayerStrength(module, float(values.norm()), count, values.tolist(), rank)
+    return LayerStrength(module, float(values.norm()), values.tolist(), rank)

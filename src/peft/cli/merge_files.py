@@ -120,7 +120,7 @@ def _plan_rest(name: str, tensor: torch.Tensor, plan: Plan, base: Base, adapter:
         if weight is None:
             raise CliError(f"{adapter.folder}: {module} is not in {base.folder}{nearest(module, base.places)}")
         _check_type(weight, base)
-        plan.token_rows[weight] = (_token_indices(adapter, module, tensor), tensor)
+        plan.token_rows[weight] = (_token_indices(adapter, module, tensor, base.places[weight].shape), tensor)
         return True
     plain = name.replace(".base_layer.", ".")
     known = base.find(plain)
@@ -140,14 +140,19 @@ def _plan_rest(name: str, tensor: torch.Tensor, plan: Plan, base: Base, adapter:
     return True
 
 
-def _token_indices(adapter: Adapter, module: str, rows: torch.Tensor) -> list[int]:
+def _token_indices(adapter: Adapter, module: str, rows: torch.Tensor, shape: tuple[int, ...]) -> list[int]:
     option = "token_indices" if adapter.method == "trainable_tokens" else "trainable_token_indices"
     indices = adapter.config.get(option)
     if isinstance(indices, dict):
         indices = pattern_value(indices, module, None)
     if not isinstance(indices, list) or len(indices) != rows.shape[0]:
         raise CliError(f"{adapter.folder}: {option} does not say which {rows.shape[0]} rows {module} has")
-    return [int(index) for index in indices]
+    if rows.shape[1:] != shape[1:] or not all(0 <= index < shape[0] for index in indices):
+        raise CliError(
+            f"{module}: the adapter brings rows {indices} of width {rows.shape[1]}, the base has {list(shape)}; "
+            "resize the base model (its vocabulary?) and save it first"
+        )
+    return indices
 
 
 # ---- writing
