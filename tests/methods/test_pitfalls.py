@@ -394,6 +394,14 @@ def test_frod_adapter_may_be_called_like_a_module():
     assert keys[0] == keys[1] and keys[0]
 
 
+def test_frod_bases_of_another_width_are_named():
+    model = adapted(peft.FrodConfig(target_modules=["lin0"], progressbar=False))
+    state = {k: torch.zeros(7, 3) if "frod_V" in k else v for k, v in get_peft_model_state_dict(model).items()}
+    with pytest.raises(RuntimeError, match="size mismatch for .*frod_V"):
+        peft.set_peft_model_state_dict(model, state)
+    peft.set_peft_model_state_dict(model, state, ignore_mismatched_sizes=True)
+
+
 @pytest.mark.parametrize("kernel", [(1, 1, 3), (1, 3, 1), (1, 1, 1)])
 def test_hira_on_flat_kernels(kernel):
     torch.manual_seed(0)

@@ -207,7 +207,7 @@ class FrodModel(TunerModel):
                 stacklevel=2,
             )
         for layer in self.holders(name).values():
-            if layer.category[name] in found:
-                U = layer.counterpart(found[layer.category[name]])[0]
-                layer.frod_U[name] = U.to(layer.frod_U[name])
+            V = found.get(layer.category[name])
+            if V is not None and V.shape == (layer.in_features, layer.in_features):  # others are named as misfits next
+                layer.frod_U[name] = layer.counterpart(V)[0].to(layer.frod_U[name])
         return state
