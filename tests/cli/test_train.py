@@ -157,6 +157,7 @@ def test_other_data(train, tmp_path, form, capsys):
         (["--set", "init_lora_weights=eva"], "looks at data before training"),
         (["--model", "{tmp}"], "holds no config.json"),
         (["--output", "{tmp}/file/sub"], "/file is a file"),
+        (["--output", "{tmp}/file"], "is a file, expected a folder"),
         (["--data", "{tmp}"], "is a folder, expected a file"),
         (["--method", "prompt_tuning", "--set", "num_virtual_tokens=60"], "and 60 virtual ones, the model takes 64"),
         (["--lr", "1e30"], "the loss is nan after 12 steps, nothing is saved"),

@@ -40,9 +40,12 @@ def number(kind: type, expected: str, ok: Callable[[Any], bool]) -> Callable[[st
 positive = number(int, "a positive whole number", lambda value: value > 0)
 
 
-def check_place(option: str, path: Path) -> None:
-    """Whether something can be written to a path that may not exist yet; found out before the work."""
+def check_place(option: str, path: Path, folder: bool) -> None:
+    """Whether a folder, or a file, can be written to a path that may not exist yet; found out before the work."""
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if there == path and there.is_dir() != folder:
+        is_, not_ = ("file", "folder") if folder else ("folder", "file")
+        raise CliError(f"{option} {path}: is a {is_}, expected a {not_}")
     if there != path and not there.is_dir():
         raise CliError(f"{option} {path}: {there} is a file")
     if not os.access(there, os.W_OK):

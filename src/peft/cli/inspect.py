@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CliError, check_place, positive
+from .errors import check_place, positive
 
 if TYPE_CHECKING:
     from .adapter_files import Adapter, LayerStrength
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from .heatmap import make_grid, text_heatmap
 
     if args.html:
-        check_place("--html", args.html)
-        if args.html.is_dir():
-            raise CliError(f"--html {args.html}: is a folder, expected a file")
+        check_place("--html", args.html, folder=False)
     adapter = read_adapter(args.adapter)
     layers = strengths(adapter)
     for name, value in facts(adapter, layers).items():

@@ -190,11 +190,11 @@ def _token_pieces(entry: Entry, indices: list[int], rows: torch.Tensor) -> Piece
 def merge_into_folder(adapter: Adapter, base: Base, out: Path, report: Callable[[], object]) -> Plan:
     """Write the merged model to `out`, which appears only when it is complete."""
     plan = make_plan(adapter, base)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_place("--out", out, folder=True)
+    if out.exists() and any(out.iterdir()):
         raise CliError(f"--out {out}: exists and is not empty")
     if out.resolve().is_relative_to(base.folder.resolve()):
         raise CliError(f"--out {out}: must not be inside the base folder")
-    check_place("--out", out)
     out.parent.mkdir(parents=True, exist_ok=True)
     room = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     room.mkdir()

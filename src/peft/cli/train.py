@@ -87,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.steps is not None and args.epochs is not None:
         raise CliError("give --steps or --epochs, not both")
-    if args.output.exists() and not args.output.is_dir():
-        raise CliError(f"--output {args.output}: is a file")
-    check_place("--output", args.output)
+    check_place("--output", args.output, folder=True)
     if args.data is not None:
         check_data_file(args.data)
     if args.resume is not None:

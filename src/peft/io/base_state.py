@@ -11,7 +11,7 @@ from torch import nn
 from ..core.layer import AdapterLayer
 from ..core.tuner import TunerModel
 from ..core.wrappers import AuxiliaryTrainingWrapper
-from .keys import _join, clean, resolve, tensor_of
+from .keys import _join, clean
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ("missing_keys", "unexpected_keys"))
 
@@ -63,11 +63,12 @@ def set_base_model_state_dict(
     """
     base = _base_of(model)
     renamed: dict[str, str] = {}
+    shapes: dict[str, torch.Size | None] = {}
     for name, path, module in _base_modules(base, "", ""):
         own: dict[str, torch.Tensor] = {}
         module._save_to_state_dict(own, "", keep_vars=True)
-        for key in own:
-            renamed[_join(name, key)] = _join(path, key)
+        renamed |= {_join(name, key): _join(path, key) for key in own}
+        shapes |= {_join(name, key): getattr(value, "shape", None) for key, value in own.items()}
     given = {clean(k): v for k, v in state_dict.items()}
     missing = [k for k in renamed if k not in given]
     unexpected = [k for k in given if k not in renamed]
@@ -75,20 +76,15 @@ def set_base_model_state_dict(
         lines = [f"Missing key(s): {missing}."] if missing else []
         lines += [f"Unexpected key(s): {unexpected}."] if unexpected else []
         raise RuntimeError(_nothing_loaded(base, " ".join(lines)))
-    _check_shapes(base, renamed, given)
-    base.load_state_dict({renamed[k]: v for k, v in given.items() if k in renamed}, strict=False)
-    return IncompatibleKeys(missing, unexpected)
-
-
-def _check_shapes(base: nn.Module, renamed: dict[str, str], given: dict[str, torch.Tensor]) -> None:
-    wrong = []
-    for key, value in given.items():
-        held = resolve(base, renamed[key]) if key in renamed else None
-        shape = tensor_of(*held).shape if held else None
-        if shape is not None and isinstance(value, torch.Tensor) and shape != value.shape:
-            wrong.append(f"size mismatch for {key}: shape {value.shape} in the state dict, {shape} in the model")
+    wrong = [
+        f"size mismatch for {key}: shape {value.shape} in the state dict, {shapes[key]} in the model"
+        for key, value in given.items()
+        if isinstance(value, torch.Tensor) and shapes.get(key) not in (None, value.shape)
+    ]
     if wrong:
         raise RuntimeError(_nothing_loaded(base, "; ".join(wrong) + "."))
+    base.load_state_dict({renamed[k]: v for k, v in given.items() if k in renamed}, strict=False)
+    return IncompatibleKeys(missing, unexpected)
 
 
 def _nothing_loaded(base: nn.Module, what: str) -> str:

@@ -73,32 +73,22 @@ def _is_targeted(model: nn.Module, config: Any) -> bool:
 
 
 def _decide(model: nn.Module, config: Any, targeted: bool) -> bool:
-    tokens = (
-        config.peft_type == PeftType.TRAINABLE_TOKENS or getattr(config, "trainable_token_indices", None) is not None
-    )
+    tokens = getattr(config, "trainable_token_indices", None) is not None
+    tokens = tokens or config.peft_type == PeftType.TRAINABLE_TOKENS
+    size, origin = getattr(getattr(model, "config", None), "vocab_size", None), config.base_model_name_or_path
+    why = ""
     if targeted and not tokens:
-        warnings.warn(
-            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=5
-        )
-        return True
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    origin = config.base_model_name_or_path
-    if not origin or size is None:
-        return False
-    original = _vocab_size(origin, config.revision)
-    if original is None:
-        warnings.warn(
-            f"Could not find a config file in {origin} - will assume that the vocabulary was not modified.",
-            stacklevel=5,
-        )
-        return False
-    if original != size:
-        warnings.warn(
-            "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
-            stacklevel=5,
-        )
-        return True
-    return False
+        why = "embedding layers found in `target_modules`"
+    elif origin and size is not None:
+        original = _vocab_size(origin, config.revision)
+        if original is None:
+            text = f"Could not find a config file in {origin} - will assume that the vocabulary was not modified."
+            warnings.warn(text, stacklevel=5)
+        elif original != size:
+            why = "the embedding layer has been resized during finetuning"
+    if why:
+        warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", stacklevel=5)
+    return bool(why)
 
 
 def _vocab_size(origin: str, revision: str | None) -> int | None:
