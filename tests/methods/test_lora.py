@@ -140,6 +140,22 @@ def test_attention_counts_out_proj_twice_in_value_and_once_in_gradient():
     assert type(merged.mha) is nn.MultiheadAttention and not isinstance(merged.mha.out_proj, LoraLayer)
 
 
+def test_bias_of_an_attention_output_is_there_before_merging():
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True)), torch.randn(2, 5, 8)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], lora_bias=True))
+    randomise(model)
+    attention = layer_of(model, "0")
+    bias = attention.base_layer.out_proj.lora_B["default"].bias
+    with torch.no_grad():
+        bias.normal_()
+    before = attention(x, x, x)[0]
+    before.sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((8,), 10.0 * attention.base_layer.out_proj.scaling["default"]))
+    model.merge_adapter()
+    torch.testing.assert_close(attention(x, x, x)[0], before)
+
+
 # ---- raw parameters
 @pytest.mark.parametrize("swapped", [False, True])
 def test_experts_layout(swapped):

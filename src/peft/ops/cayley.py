@@ -21,7 +21,7 @@ def skew(v: Tensor, size: int, rows: Tensor | None = None, cols: Tensor | None =
 
     `rows`, `cols` are `torch.triu_indices(size, size, 1)` if the caller keeps them.
     """
-    if rows is None or cols is None:
+    if rows is None or cols is None or (rows.is_meta and not v.is_meta):  # kept from a time without a device
         rows, cols = torch.triu_indices(size, size, 1, device=v.device)
     if fusable(v) and not is_plain():
         return _Skew.apply(v, size, rows, cols)  # type: ignore[return-value]
