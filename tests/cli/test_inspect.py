@@ -151,6 +151,11 @@ def test_old_weight_format(write_adapter, capsys):
     assert config["peft_type"] == "LORA"
 
 
+def test_dora_is_not_passed_off_as_the_whole_change(write_adapter, capsys):
+    assert main(["inspect", str(write_adapter({"use_dora": True}, lora()))]) == 0
+    assert "norm of the change before DoRA's scaling, per layer" in capsys.readouterr().out
+
+
 def test_the_version_is_that_of_the_file(write_adapter, capsys):
     for config, text in (({"peft_version": "0.9.0"}, "peft 0.9.0\n"), ({}, "peft (version not named)\n")):
         assert main(["inspect", str(write_adapter(config, lora(), text))]) == 0

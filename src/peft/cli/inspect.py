@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:11} {value}")
     if layers:
         what = "change of the weight" if any(layer.singular_values for layer in layers) else "adapter's tensors"
+        what = "change before DoRA's scaling" if adapter.config.get("use_dora") else what
         print(f"\nnorm of the {what}, per layer\n")
         print(text_heatmap(make_grid(layers), args.width or shutil.get_terminal_size((100, 24)).columns))
     if args.html:

@@ -35,7 +35,9 @@ def register(subparsers: Any) -> None:
     )
     what = parser.add_argument_group("what to train")
     what.add_argument("--model", help="folder, hub id or .gguf file", default=None)
-    what.add_argument("--data", type=Path, help=".jsonl (text | prompt, completion | messages) or .txt", default=None)
+    what.add_argument(
+        "--data", type=Path, help=".jsonl or .json (text | prompt, completion | messages), or .txt", default=None
+    )
     what.add_argument("--method", default="lora", help="any name that `peft methods` lists")
     what.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
     what.add_argument("--output", type=Path, default=Path("peft-output"), help="folder for everything written")
