@@ -180,6 +180,16 @@ class OldStyle(nn.Module):
         return self.emb(x)
 
 
+def test_a_model_of_its_own_gets_a_dict_of_checkpointing_arguments():
+    class Own(OldStyle):
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+            self.enabled = gradient_checkpointing_kwargs
+
+    for given, passed in ((None, {}), ({"use_reentrant": False}, {"use_reentrant": False})):
+        model = other.prepare_model_for_kbit_training(Own(), gradient_checkpointing_kwargs=given)
+        assert model.enabled == passed
+
+
 def test_old_style_model():
     model = OldStyle()
     with pytest.warns(FutureWarning, match="gradient_checkpointing_kwargs is not supported"):

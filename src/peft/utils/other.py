@@ -221,7 +221,7 @@ def _enable_checkpointing(model: Any, kwargs: dict[str, Any] | None) -> None:
         model.activation_checkpointing_enable(kwargs)
         return
     if "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs or {})
         return
     if kwargs:
         warnings.warn(
