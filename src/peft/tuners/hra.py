@@ -50,8 +50,8 @@ class HRALayer(FixedScale, AdapterLayer):
     casts_input = False
 
     def create(self, name: str, cfg: Any) -> None:
-        r, self.hra_apply_GS[name] = cfg.r, cfg.apply_GS
-        self.hra_r[name] = r
+        r = self.hra_r[name] = cfg.r
+        self.hra_apply_GS[name] = cfg.apply_GS
         features = math.prod(self.kind.shape(self.get_base_layer())[1:])
         # Gram-Schmidt makes noise of the second vector of a pair; orthonormal reflections are never the identity.
         pairs = cfg.init_weights and r % 2 == 0 and not cfg.apply_GS

@@ -71,9 +71,9 @@ class LilyLayer(AdapterLayer):
         """The router averages over all positions of the batch, as published."""
         h = F.linear(x, self.lily_A[name].weight)  # type: ignore
         p = F.linear(h, self.lily_router[name].weight).softmax(-1).view(-1, self.num_B[name])  # [T, experts]  # type: ignore
-        p = p.sum(0) / max(len(p), 1)
+        p = p.sum(0) * (self.scaling[name] / max(len(p), 1))
         experts = self.lily_B[name].weight.view(self.num_B[name], self.r[name], -1)  # type: ignore
-        mixed = torch.tensordot((p * self.scaling[name]).to(experts.dtype), experts, dims=1)  # [r, out]
+        mixed = torch.tensordot(p.to(experts.dtype), experts, dims=1)  # [r, out]
         return h @ mixed
 
 
