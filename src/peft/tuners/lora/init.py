@@ -186,7 +186,7 @@ _CHANGE_BASE = (pissa, olora, corda, lora_ga, loftq)
 _READ_BASE = (*_CHANGE_BASE, mica)
 _ON_CONVS = (gaussian, lora_ga)
 _ON_SUBSTITUTED = (gaussian, zero_b)
-_NOT_ON_EMBEDDINGS = (gaussian, zero_b, loftq)  # these get the default
+_ON_EMBEDDINGS = (None, default, mica)  # the others mean the default there, as published
 
 
 def scheme(value: Any) -> Scheme | None:
@@ -240,7 +240,7 @@ def check(cfg: Any, key: str, kind: type[kinds.LayerKind], base: nn.Module) -> N
 def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
     """Fill the factors of adapter `name`."""
     function = scheme(cfg.init_lora_weights)
-    if layer.kind is kinds.Embedding and function in _NOT_ON_EMBEDDINGS:
+    if layer.kind is kinds.Embedding and function not in _ON_EMBEDDINGS:
         function = default
     if function is None:
         return
