@@ -88,6 +88,16 @@ def test_autocast_stays_near_full_precision(name, kind):
     assert nn.functional.cosine_similarity(low_g, g, dim=0) > 0.97
 
 
+def test_orientation_is_written_as_published(name, kind):
+    """`fan_in_fan_out` in the file says how the base weight is stored, whatever the user said."""
+    if "fan_in_fan_out" not in LAYER_METHODS[name].config.__dataclass_fields__ or kind not in ("Linear", "Conv1D"):
+        pytest.skip("no such option, or no linear layer")
+    config = make_config(name, kind, fan_in_fan_out=kind == "Linear")
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to"):
+        peft.get_peft_model(base(kind), config)
+    assert config.fan_in_fan_out == (kind == "Conv1D")
+
+
 def test_trained_adapter_changes_the_output_and_disabling_restores_it_bitwise(name, kind):
     expected = base(kind).requires_grad_(False)(
         inputs(kind)

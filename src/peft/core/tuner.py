@@ -314,6 +314,7 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
         self._note(self.targeted_parameter_names, injection.report.parameters)
         self._check_patterns(cfg, layers)
         self.active_adapter = self.active_adapters
+        self._set_orientation(cfg, layers)
 
     def add(self, name: str, cfg: PeftConfig, low_cpu_mem_usage: bool = False, state_dict: dict | None = None) -> None:
         """Add one more adapter, inactive; a failure leaves no trace."""
@@ -366,6 +367,23 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
                     RuntimeWarning,
                     stacklevel=5,
                 )
+
+    @staticmethod
+    def _set_orientation(cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+        """`fan_in_fan_out` as published files have it: what the last linear layer is.
+
+        Layers know their orientation by themselves.
+        """
+        linear = [layer for layer in layers.values() if layer.kind.is_linear] if hasattr(cfg, "fan_in_fan_out") else []
+        if linear and linear[-1].fan_in_fan_out != cfg.fan_in_fan_out:
+            actual = linear[-1].fan_in_fan_out
+            kind = "`transformers.pytorch_utils.Conv1D`" if actual else "`torch.nn.Linear`"
+            warnings.warn(
+                f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is {kind}. Setting "
+                f"fan_in_fan_out to {actual}.",
+                stacklevel=5,
+            )
+            cfg.fan_in_fan_out = actual
 
     def _make_shared(self) -> None:
         for slot in self.layer_cls.slots.values() if hasattr(type(self), "layer_cls") else ():

@@ -113,30 +113,12 @@ class LoraModel(TunerModel):
             convert_config(cfg, model)
 
     def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
-        self._set_orientation(cfg, layers)
         if cfg.use_qalora and not any(layer.storage.label == "gptq" for layer in layers.values()):
             warnings.warn("use_qalora has no effect: none of the adapted layers is a GPTQ layer.", stacklevel=6)
         if getattr(cfg, "target_modules_to_tie", None):
             from .tied import tie_layers
 
             tie_layers(self, name, cfg, layers, self._undo)
-
-    @staticmethod
-    def _set_orientation(cfg: Any, layers: dict[str, AdapterLayer]) -> None:
-        """`fan_in_fan_out` as published files have it: what the last linear layer is.
-
-        Layers know their orientation by themselves.
-        """
-        linear = [layer for layer in layers.values() if layer.kind.is_linear]
-        if linear and linear[-1].fan_in_fan_out != cfg.fan_in_fan_out:
-            actual = linear[-1].fan_in_fan_out
-            kind = "`transformers.pytorch_utils.Conv1D`" if actual else "`torch.nn.Linear`"
-            warnings.warn(
-                f"fan_in_fan_out is set to {cfg.fan_in_fan_out} but the target module is {kind}. Setting "
-                f"fan_in_fan_out to {actual}.",
-                stacklevel=6,
-            )
-            cfg.fan_in_fan_out = actual
 
     # ---- tied layers
     def _add_targets_to_tie(self, cfg: Any, names: list[str]) -> None:
