@@ -185,6 +185,17 @@ def test_conversion_to_plain_lora_keeps_biases(tmp_path):
 # ---- initialisations
 
 
+@pytest.mark.parametrize("scheme", ["pissa", "pissa_niter_2", "olora", "orthogonal", "eva", "corda", "lora_ga"])
+def test_schemes_leave_embeddings_alone(scheme):
+    """As published: the base stays as it is, and a file of an adapted embedding fits it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 8))
+    before = model[0].weight.detach().clone()
+    layer = get_peft_model(model, lora(target_modules=["0"], init_lora_weights=scheme)).base_model.layers()[0]
+    assert torch.equal(layer.base_layer.weight, before)
+    assert layer.lora_embedding_A["default"].abs().max() == 0 and layer.lora_embedding_B["default"].std() > 0.5
+
+
 @pytest.mark.parametrize("spelling", ["mica", "MiCA", "MICA"])
 def test_mica_in_any_case_freezes_b(spelling):
     model = get_peft_model(mlp(), lora(init_lora_weights=spelling))
