@@ -90,6 +90,7 @@ class LoraLayer(Rescaling, AdapterLayer):
             if slot.name not in self.slots:
                 self.__dict__["slots"] = {**self.slots, slot.name: slot}
                 setattr(self, slot.name, slot.container())
+                self.__dict__["module_slots"] = (*self.module_slots, slot.name)
                 if slot.role == "trainable":
                     self.__dict__["adapter_layer_names"] = (*self.adapter_layer_names, slot.name)
 

@@ -43,7 +43,6 @@ class Arrow(LoraVariant):
         self.options = cfg.arrow_config
 
     def create(self, layer: Any, name: str, cfg: Any) -> None:
-        super().create(layer, name, cfg)
         layer.lora_arrow[name] = Router()
 
     def check_merge(self, layer: Any, name: str) -> None:

@@ -54,8 +54,6 @@ class LoraVariant:
 
     def create(self, layer: "LoraLayer", name: str, cfg: Any) -> None:
         """Allocate what the variant adds; the factors of plain LoRA exist and are initialised."""
-        added = (s.name for s in self.slots if s.name not in layer.module_slots)
-        layer.__dict__["module_slots"] = (*layer.module_slots, *added)  # moved and cast with the layer's own
 
     def factors(self, layer: "LoraLayer", name: str) -> Factors:
         return layer.plain_factors(name)

@@ -33,7 +33,6 @@ class Kasa(LoraVariant):
             )
 
     def create(self, layer: Any, name: str, cfg: Any) -> None:
-        super().create(layer, name, cfg)
         layer.lora_diag[name] = nn.Parameter(torch.randn(cfg.r))
         weight = layer.kind.parameter(layer.get_base_layer())
         if weight.device.type != "meta":

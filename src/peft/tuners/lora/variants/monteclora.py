@@ -107,7 +107,6 @@ class MonteCLora(LoraVariant):
         self.options = cfg.monteclora_config
 
     def create(self, layer: Any, name: str, cfg: Any) -> None:
-        super().create(layer, name, cfg)
         layer.lora_monteclora_sampler[name] = Sampler(cfg.r, layer.in_features, self.options)
         if torch.empty(0).device.type == "cpu":
             _advance_generator(cfg.r, layer.in_features, self.options)

@@ -29,7 +29,6 @@ class Velora(LoraVariant):
     def create(self, layer: Any, name: str, cfg: Any) -> None:
         size = math.ceil(layer.in_features / self.num_groups)
         embed = F.normalize(torch.randn(size), dim=0) if self.init_type == "random" else torch.zeros(size)
-        super().create(layer, name, cfg)
         layer.lora_velora_embed[name] = embed
 
     def advance(self, layer: Any, name: str, x: torch.Tensor, y: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
