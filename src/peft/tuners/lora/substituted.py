@@ -67,9 +67,13 @@ class MultiheadAttention(LoraLayer, _of_kind=True):
             for n in active:
                 weight = weight + inner.delta_weight(n)
             found["out_proj.base_layer.weight"] = weight.to(dtype)
-            bias, added = inner.base_bias(), [b for n in active if (b := inner.delta_bias(n)) is not None]
-            if bias is not None and added:
-                found["out_proj.base_layer.bias"] = (bias + sum(added)).to(bias.dtype)
+            bias = total = inner.base_bias()
+            for n in active:
+                added = inner.delta_bias(n)
+                if total is not None and added is not None:
+                    total = total + added
+            if bias is not None and total is not None:
+                found["out_proj.base_layer.bias"] = total.to(bias.dtype)
         return found
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
