@@ -7,12 +7,11 @@
         r: Aux[dict]
 
 Every slot is a container keyed by adapter name. `Trainable` get gradients and are saved; `Aux` is metadata, dropout,
-buffers (persistent
-buffers are saved); `Shared` is one container owned by the tuner and registered on each layer. Containers, merging,
-saving, moving,
-deletion and the published name lists all derive from these declarations.
+buffers (persistent buffers are saved); `Shared` is one container owned by the tuner and registered on each layer.
+Containers, merging, saving, moving, deletion and the published name lists all derive from these declarations.
 """
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ def read_slots(cls: type) -> dict[str, Slot]:
     """The slots declared on `cls` and its bases, in order of declaration (bases first)."""
     slots: dict[str, Slot] = {}
     for base in reversed(cls.__mro__):
-        for name, annotation in vars(base).get("__annotations__", {}).items():
+        for name, annotation in inspect.get_annotations(base).items():
             slot = _read(name, annotation, base)
             if slot is not None:
                 slots[name] = slot
