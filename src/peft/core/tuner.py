@@ -314,7 +314,7 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
         self._note(self.targeted_parameter_names, injection.report.parameters)
         self._check_patterns(cfg, layers)
         self.active_adapter = self.active_adapters
-        self._set_orientation(cfg, layers)
+        self.set_orientation(cfg, layers)
 
     def add(self, name: str, cfg: PeftConfig, low_cpu_mem_usage: bool = False, state_dict: dict | None = None) -> None:
         """Add one more adapter, inactive; a failure leaves no trace."""
@@ -368,8 +368,7 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
                     stacklevel=5,
                 )
 
-    @staticmethod
-    def _set_orientation(cfg: Any, layers: dict[str, AdapterLayer]) -> None:
+    def set_orientation(self, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
         """`fan_in_fan_out` as published files have it: what the last linear layer is.
 
         Layers know their orientation by themselves.

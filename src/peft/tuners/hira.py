@@ -100,6 +100,9 @@ class HiraModel(TunerModel):
     example = {"r": 4}
     patterned = {"r": "rank_pattern"}
 
+    def set_orientation(self, cfg: HiraConfig, layers: dict[str, AdapterLayer]) -> None:
+        """Published files keep `fan_in_fan_out` as it was given."""
+
     def import_state(self, name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Published files ignore the rank pattern: every layer has rank r."""
         from ..io.keys import misfits, resize
