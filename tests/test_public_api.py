@@ -210,4 +210,6 @@ def test_member(cls, name):
 
 @pytest.mark.parametrize(("module", "name"), IMPORTS, ids=lambda v: v)
 def test_import_of_other_libraries(module, name):
+    if name == "get_model_conversion_mapping":
+        pytest.importorskip("transformers.conversion_mapping", reason="since transformers 5")
     assert look_up(module, name) is not None

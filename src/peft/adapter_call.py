@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What surrounds one call of an adapted model: data for the layers (mixed batches), repeated for beam search."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .config import nearest
 from .core.tuner import TunerModel
@@ -16,51 +16,66 @@ SPECIAL_ARGUMENTS = frozenset({"adapter_names", "alora_offsets"})
 BASE = "__base__"
 
 
-@contextlib.contextmanager
-def adapter_call(
-    peft_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generate: bool = False
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Open the call's data for the layers and yield the arguments that the base model gets.
+class AdapterCall:
+    """Opens the call's data for the layers; `with` gives the arguments that the base model gets.
 
-    Cleared on errors and after inference. While gradients are on it stays until the next call, since backward may
-    recompute layers.
+    The data are cleared on errors and after inference. While gradients are on they stay until the next call, since
+    backward may recompute layers. A class, not a generator: every release of torch.compile traces it.
     """
-    kwargs = dict(kwargs)
-    names = kwargs.pop("adapter_names", None)
-    tuner = peft_model.base_model
-    if not isinstance(tuner, TunerModel):
-        if names is not None:
-            raise ValueError(
-                "`adapter_names` is not possible with prompt learning: a prompt belongs to the whole batch."
-            )
-        kwargs.pop("alora_offsets", None)
-        yield args, kwargs
-        return
-    call = tuner.switch.call
-    call.clear()
-    call.generating = generate
-    with contextlib.ExitStack() as stack:
-        stack.callback(_clear_if_done, call)
-        if names is not None and not tuner.switch.disabled:
-            names = check_adapter_names(peft_model, names)
-            call.adapter_names = names
-            if generate and (beams := _expansion(peft_model, kwargs)) > 1:
-                stack.enter_context(_repeated(peft_model, call, names, beams))
-        try:
-            kwargs = stack.enter_context(tuner.call_context(kwargs))
-            yield args, {k: v for k, v in kwargs.items() if k not in SPECIAL_ARGUMENTS}
-        except BaseException:
-            call.clear()
-            raise
 
+    def __init__(self, peft_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generate: bool = False):
+        self.peft_model, self.args, self.kwargs, self.generate = peft_model, args, dict(kwargs), generate
+        self.call: Any = None
+        self.hooks: list[RemovableHandle] = []
 
-def _user_model(peft_model: Any) -> Any:
-    return getattr(peft_model.base_model, "model", peft_model.base_model)
-
-
-def _clear_if_done(call: Any) -> None:
-    if not torch.is_grad_enabled():
+    def __enter__(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs, tuner = self.kwargs, self.peft_model.base_model
+        names = kwargs.pop("adapter_names", None)
+        if not isinstance(tuner, TunerModel):
+            if names is not None:
+                raise ValueError(
+                    "`adapter_names` is not possible with prompt learning: a prompt belongs to the whole batch."
+                )
+            kwargs.pop("alora_offsets", None)
+            return self.args, kwargs
+        self.call = call = tuner.switch.call
         call.clear()
+        call.generating = self.generate
+        try:
+            if names is not None and not tuner.switch.disabled:
+                call.adapter_names = check_adapter_names(self.peft_model, names)
+                if self.generate:
+                    self._repeat(call.adapter_names)
+            kwargs = tuner.call_arguments(kwargs)
+        except BaseException:
+            self._close(failed=True)
+            raise
+        return self.args, {k: v for k, v in kwargs.items() if k not in SPECIAL_ARGUMENTS}
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        self._close(failed=kind is not None)
+
+    def _close(self, failed: bool) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if self.call is not None and (failed or not torch.is_grad_enabled()):
+            self.call.clear()
+
+    def _repeat(self, names: tuple[str, ...]) -> None:
+        """Names for repeated samples; the encoder of an encoder-decoder runs before they are repeated."""
+        base = getattr(self.peft_model.base_model, "model", self.peft_model.base_model)
+        beams = _expansion(base, self.kwargs)
+        if beams <= 1:
+            return
+        many = tuple(n for n in names for _ in range(beams))
+        self._set_names(many)
+        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+            encoder: nn.Module = base.get_encoder()  # type: ignore[operator]
+            self.hooks.append(encoder.register_forward_pre_hook(lambda *_: self._set_names(names)))
+            self.hooks.append(encoder.register_forward_hook(lambda *_: self._set_names(many)))
+
+    def _set_names(self, names: tuple[str, ...]) -> None:
+        self.call.adapter_names, self.call.rows = names, None
 
 
 def check_adapter_names(peft_model: Any, names: Sequence[str]) -> tuple[str, ...]:
@@ -89,32 +104,8 @@ def check_adapter_names(peft_model: Any, names: Sequence[str]) -> tuple[str, ...
     return tuple(names)
 
 
-def _expansion(peft_model: Any, kwargs: dict[str, Any]) -> int:
+def _expansion(base: Any, kwargs: dict[str, Any]) -> int:
     """How often `generate` repeats each sample."""
-    config = kwargs.get("generation_config") or getattr(_user_model(peft_model), "generation_config", None)
+    config = kwargs.get("generation_config") or getattr(base, "generation_config", None)
     values = (kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
     return max(values)
-
-
-@contextlib.contextmanager
-def _repeated(peft_model: Any, call: Any, names: tuple[str, ...], beams: int) -> Iterator[None]:
-    """Names for repeated samples; the encoder of an encoder-decoder runs once a sample, before they are repeated."""
-
-    def set_names(new: tuple[str, ...]) -> None:
-        call.adapter_names, call.rows = new, None
-
-    many = tuple(n for n in names for _ in range(beams))
-    set_names(many)
-    base = _user_model(peft_model)
-    config = getattr(base, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
-        yield
-        return
-    encoder: nn.Module = base.get_encoder()
-    before = encoder.register_forward_pre_hook(lambda *_: set_names(names))
-    after = encoder.register_forward_hook(lambda *_: set_names(many))
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()

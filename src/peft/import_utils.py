@@ -15,7 +15,7 @@ OPTIMUM_MINIMUM = "1.24.0"
 TORCHAO_MINIMUM = "0.16.0"
 # Optional packages by import name: the requirement as it stands in pyproject.toml, and the extra that it stands in.
 OPTIONAL = {
-    "transformers": ("transformers>=4.51", "cli"),
+    "transformers": ("transformers>=4.57", "cli"),
     "accelerate": ("accelerate>=1.3", "cli"),
     "gguf": ("gguf>=0.10", "demo"),
     "sklearn": ("scikit-learn>=1.3", "adamss"),

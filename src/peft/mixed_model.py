@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from . import loading, status
+from .adapter_call import AdapterCall
 from .config import PeftConfig, nearest
 from .core.aux_modules import as_names
 from .core.layer import AdapterLayer
@@ -68,7 +69,6 @@ class PeftMixedModel(nn.Module):
     load_adapter = _Single.load_adapter
     _cast_adapter = _Single._cast_adapter
     _layers_off = _Single._layers_off
-    _adapter_call = _Single._adapter_call
 
     # ---- what there is
     @property
@@ -131,12 +131,12 @@ class PeftMixedModel(nn.Module):
     # ---- calls
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the base model with the active adapters, or with `adapter_names`: a name for each sample."""
-        with self._adapter_call(args, kwargs) as (args, kwargs):
+        with AdapterCall(self, args, kwargs) as (args, kwargs):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model with the active adapters."""
-        with self._adapter_call(args, kwargs, generate=True) as (args, kwargs):
+        with AdapterCall(self, args, kwargs, generate=True) as (args, kwargs):
             return self.base_model.generate(*args, **kwargs)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .adapter_call import SPECIAL_ARGUMENTS, adapter_call
+from .adapter_call import SPECIAL_ARGUMENTS, AdapterCall
 from .config import PeftConfig, nearest
 from .core.rollback import unchanged_on_error
 from .core.tuner import TunerModel
@@ -302,19 +302,17 @@ class PeftModel(nn.Module):
                 wrapper._local = key
 
     # ---- calls
-    _adapter_call = adapter_call
-
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        return adapter_call(self, args, kwargs)
+        return AdapterCall(self, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the base model with the active adapters, or with `adapter_names`: a name for each sample."""
-        with self._adapter_call(args, kwargs) as (args, kwargs):
+        with AdapterCall(self, args, kwargs) as (args, kwargs):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model with the active adapters, or with `adapter_names`."""
-        with self._adapter_call(args, kwargs, generate=True) as (args, kwargs):
+        with AdapterCall(self, args, kwargs, generate=True) as (args, kwargs):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:

@@ -293,30 +293,35 @@ def prepare_generation(peft_model: Any, args: tuple[Any, ...], kwargs: Call, tas
     fresh = cache_length(cache) == 0
     if fresh and cache is not None:
         kwargs["past_key_values"] = cache = with_room(cache, nv, base)
-    _extend_mask(kwargs, "decoder_attention_mask" if is_encoder_decoder else "attention_mask", nv, embeds=False)
+    mask = "decoder_attention_mask" if is_encoder_decoder else "attention_mask"
+    _extend_mask(kwargs, mask, nv, embeds=False)
     if encoder.produces == "kv":
         inputs = prepare(input_ids, **_with_prefix(peft_model, encoder, kwargs, len(input_ids)))
-        if fresh and inputs.get("cache_position") is not None:
-            inputs["cache_position"] = inputs["cache_position"] + nv
-        return inputs
+        return _without_text_positions(inputs, mask, kwargs)
     kwargs.pop("position_ids", None)  # made by generate from the mask of the text
     kwargs.pop("token_type_ids", None)
     embeds = kwargs.pop("inputs_embeds", None)
     if not fresh:
-        return _without_positions(prepare(input_ids, **kwargs))
-    embeds = find_word_embeddings(peft_model)(input_ids) if embeds is None else embeds
-    embeds = _join(_embeds(peft_model, encoder, embeds.shape[0], task_ids), embeds)
-    kwargs.pop("next_sequence_length", None)  # counts text tokens
-    if _accepts(prepare, "is_first_iteration"):
-        kwargs["is_first_iteration"] = True  # else the embeddings are ignored; without a cache each step is a first one
-    inputs = _without_positions(prepare(input_ids, inputs_embeds=embeds, **kwargs))
-    inputs["input_ids"], inputs["inputs_embeds"] = None, embeds
-    return inputs
-
-
-def _without_positions(inputs: Call) -> Call:
+        inputs = prepare(input_ids, **kwargs)
+    else:
+        embeds = find_word_embeddings(peft_model)(input_ids) if embeds is None else embeds
+        embeds = _join(_embeds(peft_model, encoder, embeds.shape[0], task_ids), embeds)
+        kwargs.pop("next_sequence_length", None)  # counts text tokens
+        if _accepts(prepare, "is_first_iteration"):
+            kwargs["is_first_iteration"] = (
+                True  # else the embeddings are ignored; without a cache each step is a first one
+            )
+        inputs = prepare(input_ids, inputs_embeds=embeds, **kwargs)
+        inputs["input_ids"], inputs["inputs_embeds"] = None, embeds
     inputs.pop("position_ids", None)
+    return _without_text_positions(inputs, mask, kwargs)
+
+
+def _without_text_positions(inputs: Call, mask: str, given: Call) -> Call:
+    """Positions of transformers 4, and the 4-D masks it makes from them, do not count the prompt: the model's do."""
     inputs.pop("cache_position", None)
+    if given.get("cache_position") is not None and given.get(mask) is not None:
+        inputs[mask] = given[mask]
     return inputs
 
 

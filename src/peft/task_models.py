@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .adapter_call import AdapterCall
 from .config import PeftConfig
 from .core.prompt import BasePromptEncoder, active_encoder
 from .peft_model import PeftModel
@@ -71,7 +72,7 @@ class TaskModel(PeftModel):
 
     def _run(self, call: dict[str, Any]) -> Any:
         """Forward with the prompt, or through the layers of the other methods."""
-        with self._adapter_call((), call) as (_, call):
+        with AdapterCall(self, (), call) as (_, call):
             if active_encoder(self) is not None:
                 return prompt_forward(self, self.rule, call)
             return self.base_model(**self._without_prompt_arguments(call))

@@ -6,8 +6,11 @@ import pytest
 import torch
 from tests.benchmarks.costs import configs, measured
 from tests.docs.costs import described, page, row
+from tests.versions import since
 
 from peft import registry
+
+pytestmark = since("torch", "2.13", "counts are those of this release")
 
 # the delta has a factored form, or the method transforms activations
 FACTORED = """lora lora_drop dora adalora oft boft hra vera pvera road miss c3a gralora delora deft lily loha lokr

@@ -430,6 +430,7 @@ from peft.cli import main
 torch.set_num_threads(1)
 from peft import PeftModel
 from peft.cli import merge_files, adapter_files, tensor_files
+import torch.fx.experimental.symbolic_shapes  # torch imports it to draw on the meta device
 import tqdm
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 torch.ones(1024, 8) @ torch.ones(8, 1024)

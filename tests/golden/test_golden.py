@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
 FOLDER = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("inlay_check_golden", FOLDER / "check_golden.py")
@@ -23,6 +25,8 @@ for _name in sorted(CASES, key=lambda n: ("llama" in n, n)):
 
 @pytest.mark.parametrize("name", [n if n in QUICK.values() else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_case(name):
+    if name == "generate_prefix" and Version(transformers.__version__) < Version("5"):
+        pytest.skip("transformers 4 searches beams in another order")
     rows = check_golden.check_case(FOLDER, FOLDER / "cases" / name)
     failed = [f"{check}: {detail}" for check, ok, detail in rows if not ok]
     assert rows

@@ -42,7 +42,7 @@ def test_a_complete_file_leaves_the_random_state(folder):
 
 @pytest.mark.parametrize("trainable", [False, True])
 def test_what_a_file_lacks_is_drawn_as_for_a_new_adapter(folder, trainable):
-    state = load_file(folder / FILE)
+    state = {k: v.clone() for k, v in load_file(folder / FILE).items()}  # the file is written again
     del state[B_KEY], state[A_KEY]
     save_file(state, folder / FILE)
     model, other = (get_peft_model(net(), config()) for _ in range(2))
@@ -66,7 +66,7 @@ def test_a_scheme_that_changes_the_base_changes_it_once(folder):
     """Files of such adapters belong to the changed base, whatever they lack."""
     pissa = {"init_lora_weights": "pissa"}
     get_peft_model(net(), config(**pissa)).save_pretrained(folder)
-    state = load_file(folder / FILE)
+    state = {k: v.clone() for k, v in load_file(folder / FILE).items()}  # the file is written again
     del state[B_KEY]
     save_file(state, folder / FILE)
     model, other = (get_peft_model(net(), config(target_modules=["attn"])) for _ in range(2))
@@ -81,7 +81,7 @@ def test_a_scheme_that_changes_the_base_changes_it_once(folder):
 def test_variants_are_made_in_full(folder):
     saved = get_peft_model(net(), config(use_dora=True))
     saved.save_pretrained(folder)
-    state = load_file(folder / FILE)
+    state = {k: v.clone() for k, v in load_file(folder / FILE).items()}  # the file is written again
     key = "base_model.model.lin0.lora_magnitude_vector"
     del state[key]
     save_file(state, folder / FILE)

@@ -316,6 +316,8 @@ def test_offloaded_base(name, kind):
 
 
 def test_traces_without_graph_break(name, kind):
+    if kind == "MultiheadAttention" and torch.__version__ < "2.7":
+        pytest.skip("the context manager of torch.nn.utils.stateless traces from torch 2.7 on")
     model = adapted(name, kind)
     expected = model(inputs(kind))
     torch._dynamo.reset()

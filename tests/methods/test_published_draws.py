@@ -5,6 +5,7 @@ cases cover the default initialisations; here are the others, and dropouts.
 import pytest
 import torch
 from tests.methods.bases import base, inputs
+from tests.versions import since
 
 import peft
 
@@ -40,6 +41,7 @@ def test_adamss_clusters_have_the_rank_asked_for(dynamic, ranks, following):
         torch.testing.assert_close(a @ a.T, torch.eye(len(a)))
 
 
+@since("torch", "2.13", "draws masks in this order")
 @pytest.mark.parametrize(("config", "size", "following"), [
     (peft.GraloraConfig(r=4, hybrid_r=2, gralora_dropout=0.5, **RANDOM), 78.073, 0.2098),
     (peft.BOFTConfig(boft_dropout=0.5, **RANDOM), 25.525, 0.9201),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tests.models.prompt_models import IDS, MASK, adapted, base
+from tests.versions import since
 
 METHODS = ["prompt", "p_tuning", "multitask", "cpt", "prefix", "cartridge"]
 LENGTH = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -40,9 +41,17 @@ def test_causal_lm(method, name):
     assert model.generate(**call).tolist() == want
     assert model.generate(**call, use_cache=False).tolist() == want
     assert model.generate(**call, cache_implementation="static").tolist() == want
-    assert model.generate(**call, prefill_chunk_size=3).tolist() == want
     assert model.generate(IDS, **{k: v for k, v in call.items() if k != "input_ids"}).tolist() == want
     assert "prepare_inputs_for_generation" not in vars(model.base_model)
+
+
+@since("transformers", "5", "positions of chunks do not count padding")
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_prefill_in_chunks(method, name):
+    model = adapted(name, method, "CAUSAL_LM")
+    call = {"input_ids": IDS, "attention_mask": MASK, **tasks(method), **LENGTH}
+    assert model.generate(**call, prefill_chunk_size=3).tolist() == by_hand(model, method).tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -71,6 +80,7 @@ def test_embeddings_as_input(method):
     assert model.generate(inputs_embeds=embeds, attention_mask=MASK, **LENGTH).tolist() == want.tolist()
 
 
+@since("transformers", "5", "marks caches that users give")
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_a_given_static_cache_is_filled(method):
     from transformers import StaticCache

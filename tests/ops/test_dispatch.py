@@ -2,6 +2,7 @@ import threading
 
 import pytest
 import torch
+from tests.versions import since
 
 from peft.ops import checks, is_plain, plain, use_plain
 
@@ -37,6 +38,7 @@ def test_process_wide():
     assert not is_plain()
 
 
+@since("torch", "2.7", "guards on thread locals")
 def test_switch_is_compiled_and_guarded():
     torch._dynamo.reset()
     fun = torch.compile(lambda x: x + 1 if is_plain() else x - 1, fullgraph=True, backend="eager")

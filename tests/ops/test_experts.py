@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.versions import since
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft import ops
@@ -103,6 +104,7 @@ def test_grouped_product(transposed):
     check(got, want, [x, *leaves])
 
 
+@since("transformers", "5", "fused experts")
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_transformers_experts(implementation):
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
@@ -178,6 +180,7 @@ def test_any_other_use_is_dense():
     assert w.data_ptr() == W.data_ptr()
 
 
+@since("transformers", "5", "fused experts")
 def test_what_may_compute_with_it():
     mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     from transformers import MixtralConfig

@@ -380,7 +380,7 @@ def test_compiled_scale_tensor_swaps_without_recompiling():
     torch._dynamo.reset()
     W, b, (f,) = make()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    fun = torch.compile(lambda x, s: linear(x, W, b, (f._replace(scale=s),)), fullgraph=True, backend=counter)
+    fun = torch.compile(lambda x, s: linear(x, W, b, (Factors(f.A, f.B, s),)), fullgraph=True, backend=counter)
     x = torch.randn(4, 12)
     for value in (1.0, 2.0, 0.5):
         torch.testing.assert_close(fun(x, torch.tensor(value)), formula(x, W, b, (f._replace(scale=value),)))

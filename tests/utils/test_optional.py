@@ -39,7 +39,7 @@ def test_one_message_for_all_that_is_missing_or_too_old(installed: Callable) -> 
     installed(transformers="4.30.2", accelerate="1.15.0")
     with pytest.raises(ImportError) as caught:
         import_utils.require("This", "transformers", "accelerate", "bitsandbytes")
-    wanted = "This needs transformers>=4.51 (4.30.2 is installed) and bitsandbytes (not installed): "
+    wanted = "This needs transformers>=4.57 (4.30.2 is installed) and bitsandbytes (not installed): "
     assert str(caught.value) == wanted + "pip install 'peft[cli]' 'peft[quantization]'"
     installed(transformers="5.23.0.dev0", accelerate="1.3")
     import_utils.require("This", "transformers", "accelerate")
@@ -71,7 +71,7 @@ def _cache(folder: Path) -> None:
 @pytest.mark.parametrize(("version", "said"), [(None, "not installed"), ("4.30.2", "4.30.2 is installed")])
 def test_transformers(installed: Callable, tmp_path: Path, use: Callable, version: str | None, said: str) -> None:
     installed(**({} if version is None else {"transformers": version}))
-    with pytest.raises(ImportError, match=rf"needs transformers>=4\.51 \({said}\): pip install 'peft\[cli\]'"):
+    with pytest.raises(ImportError, match=rf"needs transformers>=4\.57 \({said}\): pip install 'peft\[cli\]'"):
         use(tmp_path)
 
 
@@ -81,7 +81,7 @@ def test_command_line(installed: Callable, tmp_path: Path, capsys: pytest.Captur
     installed(accelerate="0.20.0")
     assert main(["train", "--model", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    wanted = "transformers>=4.51 (not installed) and accelerate>=1.3 (0.20.0 is installed): pip install 'peft[cli]'"
+    wanted = "transformers>=4.57 (not installed) and accelerate>=1.3 (0.20.0 is installed): pip install 'peft[cli]'"
     assert f"peft train needs {wanted}" in said
 
 

@@ -219,7 +219,9 @@ class ForwardPaths:
         return not any(dropout_p(held[n]) > 0 for held in live for n in names if n in held)
 
     def adapter_dtype(self: Any, name: str) -> torch.dtype | None:
-        return next((p.dtype for p in self.parameters_of(name)), None)
+        for parameter in self.parameters_of(name):  # not next(): torch 2.6 cannot trace it
+            return parameter.dtype
+        return None
 
     def _cast_input(self: Any, name: str, x: torch.Tensor) -> torch.Tensor:
         if not (self.casts_input and self.cast_input_dtype_enabled and self.kind.float_input):

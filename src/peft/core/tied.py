@@ -57,7 +57,7 @@ def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
         names.update(
             prefix + source.rpartition(".")[0] for source, target in keys.items() if _is_at(prefix, target, embedding)
         )
-    present = {name for name, _ in model.named_modules()}
+    present = {name for name, _ in model.named_modules(remove_duplicate=False)}
     return sorted((names & present) - {embedding})
 
 

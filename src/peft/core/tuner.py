@@ -5,7 +5,6 @@ operations.
 Also exported as `tuners_utils.BaseTuner`. Methods set `layer_cls` and override hooks.
 """
 
-import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator
@@ -170,12 +169,9 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
     def after_inject(self, name: str, cfg: Any, layers: dict[str, AdapterLayer]) -> None:
         """Whatever needs all layers of the adapter."""
 
-    @contextlib.contextmanager
-    def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Around one forward of the model: take this method's own arguments out of `kwargs` and leave them in
-        `switch.call`.
-        """
-        yield kwargs
+    def call_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Before one forward of the model: take this method's own arguments out of `kwargs`, into `switch.call`."""
+        return kwargs
 
     def after_forward(self, out: Any) -> Any:
         """What the model returns while adapters are on."""

@@ -117,7 +117,7 @@ def multiply(x: Tensor, c: Tensor, where: Basis, scale: float = 1.0) -> Tensor:
     """
     if is_plain():
         return (x.to(c.dtype) @ matrix(c, where, scale).t()).to(x.dtype)
-    where = where._replace(rows=where.rows.to(c.device), cols=where.cols.to(c.device))
+    where = Basis(where.rows.to(c.device), where.cols.to(c.device), where.shape, where.wavelet)
     if fusable(x, c) and torch.is_grad_enabled() and (x.requires_grad or c.requires_grad):
         return _Wavelet.apply(x, c, where.rows, where.cols, where, scale)  # type: ignore[return-value]
     h = x.reshape(-1, x.shape[-1])

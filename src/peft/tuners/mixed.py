@@ -5,9 +5,7 @@ Layers of different methods nest (the later one wraps the earlier one). One tune
 what that method shares between layers; switching, merging and deleting work on all layers at once, of any method.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -86,12 +84,10 @@ class MixedModel(TunerModel):
             if tuner.peft_config.pop(name, None) is not None:
                 tuner.on_delete(name)
 
-    @contextlib.contextmanager
-    def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        with contextlib.ExitStack() as stack:
-            for tuner in self._tuners.values():
-                kwargs = stack.enter_context(tuner.call_context(kwargs))
-            yield kwargs
+    def call_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        for tuner in self._tuners.values():
+            kwargs = tuner.call_arguments(kwargs)
+        return kwargs
 
     def after_forward(self, out: Any) -> Any:
         for tuner in self._tuners.values():

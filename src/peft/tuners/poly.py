@@ -6,8 +6,6 @@ Skills are low-rank updates; each task mixes its own, separately for each head q
     w[b,q,:] = σ(Z[task_b, q, :]) normalised over the skills; in training σ is a sample of the relaxed Bernoulli.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,12 +128,11 @@ class PolyModel(TunerModel):
                 f"Target module {key}: n_splits={cfg.n_splits} must divide both widths, which are {n_in} -> {out}."
             )
 
-    @contextlib.contextmanager
-    def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def call_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         task_ids = kwargs.pop("task_ids", None)
         if task_ids is not None:
             self.switch.call.task_ids = self._checked(task_ids)
-        yield kwargs
+        return kwargs
 
     def _checked(self, task_ids: Any) -> torch.Tensor:
         """Looked at once a call, not in every layer."""
@@ -146,14 +143,12 @@ class PolyModel(TunerModel):
         return ids
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self.call_context(kwargs) as rest:
-            return super().forward(*args, **rest)
+        return super().forward(*args, **self.call_arguments(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         call = self.switch.call
         call.generating = True
         try:
-            with self.call_context(kwargs) as rest:
-                return self.model.generate(*args, **rest)  # type: ignore[operator]
+            return self.model.generate(*args, **self.call_arguments(kwargs))  # type: ignore[operator]
         finally:
             call.clear()

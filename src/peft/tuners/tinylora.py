@@ -91,13 +91,13 @@ class TinyLoraLayer(AdapterLayer):
         return Factors(R @ A, B, 1.0, dropout_p(self.tinylora_dropout[name]))
 
     def delta_weight(self, name: str) -> torch.Tensor:
-        A, B = self.factors(name)[:2]
+        A, B, _, _ = self.factors(name)
         return (B @ A).T if self.kind is kinds.Embedding else B @ A
 
     def delta(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if self.kind is not kinds.Embedding:
             return super().delta(name, x, y)
-        A, B = self.factors(name)[:2]
+        A, B, _, _ = self.factors(name)
         out = self.tinylora_dropout[name](F.embedding(x, B)) @ A
         scale = self.kind.scale(self.get_base_layer())
         return out if scale is None else out * scale

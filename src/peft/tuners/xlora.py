@@ -6,7 +6,6 @@ Frozen LoRA experts e are mixed for each token t and each layer l, by a classifi
     pass 2:  y_t = W x_t + g · Σ_e S[t, l, e] · s_e · B_e (A_e x_t)
 """
 
-import contextlib
 import inspect
 import os
 import sys
@@ -189,13 +188,12 @@ class XLoraModel(TunerModel):
         return [self.adapter_name] if "adapter_name" in self.__dict__ else []
 
     # ---- calls
-    @contextlib.contextmanager
-    def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def call_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.switch.call.adapter_names is not None:
             raise ValueError("X-LoRA mixes its experts for each token by itself: `adapter_names` is not possible.")
         if self.switch.call.generating:
             kwargs = {**kwargs, "use_cache": False}
-        yield kwargs
+        return kwargs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # with the hooks below

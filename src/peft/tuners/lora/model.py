@@ -187,15 +187,14 @@ class LoraModel(TunerModel):
             combine(self, adapters, weights, adapter_name, combination_type, svd_rank, options)
 
     # ---- calls
-    @contextlib.contextmanager
-    def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def call_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if "alora_offsets" in kwargs or any(
             getattr(c, "alora_invocation_tokens", None) for c in self.peft_config.values()
         ):
             from .variants.alora import open_call
 
             open_call(self, kwargs)
-        yield kwargs
+        return kwargs
 
     # ---- merging
     def _check_merge_allowed(self) -> None:

@@ -102,9 +102,9 @@ def trained_parameters(cfg: Any, backbone: Any) -> list[nn.Parameter]:
 def load_backbone(name: str) -> tuple[nn.Module, nn.Linear | None]:
     """A pretrained shadow network, with its trained projection if it has one."""
     require("A pretrained shadow model", "transformers")
-    from transformers import AutoConfig, AutoModel, PreTrainedConfig
+    from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-    values = PreTrainedConfig.get_config_dict(name)[0]
+    values = PretrainedConfig.get_config_dict(name)[0]
     if values.get("model_type") != WITH_PROJECTION:
         return AutoModel.from_pretrained(name), None
     backbone = AutoModel.from_config(AutoConfig.for_model(**values["shadow_model_config"]))

@@ -5,7 +5,6 @@ s_0 = P · shadow network(inputs), a small decoder of its own; then each block c
 loss = loss of the model + λ · loss(head(s_0)):  the shadow network alone learns the task too
 """
 
-import contextlib
 import copy as copying
 import inspect
 from collections.abc import Iterator
@@ -130,13 +129,12 @@ class ShadowModel(TunerModel):
             del getattr(self, slot)[name]
 
     # ---- calls
-    @contextlib.contextmanager
-    def call_context(self, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def call_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.switch.call.adapter_names is not None:
             raise ValueError(
                 "Mixed batches are not possible with ShadowPEFT: its shadow network reads the whole batch."
             )
-        yield kwargs
+        return kwargs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # with the hooks below

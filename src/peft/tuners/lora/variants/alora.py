@@ -28,7 +28,7 @@ class ALora(LoraVariant):
         if gate is None:
             return y
         f = layer.plain_factors(name)
-        return low_rank.accumulate(y, x, (f._replace(scale=f.scale * gate),), layer.training)
+        return low_rank.accumulate(y, x, (low_rank.Factors(f.A, f.B, f.scale * gate, f.dropout),), layer.training)
 
     @staticmethod
     def gate(layer: Any, x: torch.Tensor) -> torch.Tensor | None:

@@ -40,7 +40,7 @@ class Kasa(LoraVariant):
 
     def factors(self, layer: Any, name: str) -> Factors:
         f = layer.plain_factors(name)
-        return f._replace(A=f.A * layer.lora_diag[name][:, None])
+        return Factors(f.A * layer.lora_diag[name][:, None], f.B, f.scale, f.dropout)
 
 
 def truncate(layer: Any, r: int) -> None:

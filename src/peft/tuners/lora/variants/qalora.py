@@ -40,4 +40,4 @@ class QALora(LoraVariant):
         if layer.training and f.dropout > 0.0:
             x = layer.lora_dropout[name](x)
         pooled = x.reshape(*x.shape[:-1], groups, self.group_size).mean(-1) * groups
-        return low_rank.accumulate(y, pooled, (f._replace(dropout=0.0),), layer.training)
+        return low_rank.accumulate(y, pooled, (low_rank.Factors(f.A, f.B, f.scale),), layer.training)
