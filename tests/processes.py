@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_ranks(command: Sequence[str], folder: Path, world: int = 2, seconds: int = 240) -> str:
+def run_ranks(command: Sequence[str], folder: Path, world: int = 2, seconds: int = 240, gpu: bool = False) -> str:
     """Run `command` once for each rank, with the variables that torch.distributed reads; returns what they printed.
 
     Fails as soon as one of them fails, or when they take longer than `seconds`.
@@ -23,9 +23,11 @@ def run_ranks(command: Sequence[str], folder: Path, world: int = 2, seconds: int
         port = found.getsockname()[1]
     env = os.environ | {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
     }  # fmt: skip
+    if not gpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
     with contextlib.ExitStack() as stack:

@@ -1,7 +1,13 @@
 """Tiny base models, one a layer kind, for the contract tests. Targeted layers are called lin0 and lin1."""
 
+import os
+
 import torch
 from torch import nn
+
+# Where the contract tests run: `PEFT_TEST_DEVICE=cuda make test` runs the same battery on an accelerator.
+DEVICE = torch.device(os.environ.get("PEFT_TEST_DEVICE", "cpu"))
+torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
 
 
 class Net(nn.Module):
@@ -63,17 +69,17 @@ BASES = {
 
 def base(kind: str) -> nn.Module:
     torch.manual_seed(7)
-    return BASES[kind]().eval()
+    return BASES[kind]().eval().to(DEVICE)
 
 
 def inputs(kind: str, rows: int = 4) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     if kind == "Embedding":
-        return torch.randint(0, 10, (rows, 5), generator=generator)
+        return torch.randint(0, 10, (rows, 5), generator=generator).to(DEVICE)
     shape = {"Conv1d": (4, 7), "Conv2d": (4, 6, 5), "Conv3d": (4, 5, 4, 3), "MultiheadAttention": (5, 16)}.get(
         kind, (5, 16)
     )
-    return torch.randn(rows, *shape, generator=generator)
+    return torch.randn(rows, *shape, generator=generator).to(DEVICE)
 
 
 def targets(kind: str) -> list[str]:

@@ -8,7 +8,7 @@ import warnings
 import accelerate
 import pytest
 import torch
-from tests.methods.bases import BASES, base, inputs, targets
+from tests.methods.bases import BASES, DEVICE, base, inputs, targets
 from torch import nn
 
 import peft
@@ -49,7 +49,7 @@ def perturb(model: nn.Module, seed: int = 11, size: float = 0.05) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter += size * noise.to(parameter.dtype)
+                parameter += size * noise.to(parameter)
     return model
 
 
@@ -78,7 +78,7 @@ def test_autocast_stays_near_full_precision(name, kind):
     for enabled in (False, True):
         torch.manual_seed(3)
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
             y = model(x)
         y.float().square().sum().backward()
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
@@ -171,7 +171,7 @@ def test_gradients_in_float64(name, kind, monkeypatch):
     x = x.double() if x.is_floating_point() else x
     params = [p for p in model.parameters() if p.requires_grad]
     assert params
-    weight = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
 
     def loss(*_):
         return (model(x) * weight).sum()
@@ -179,7 +179,7 @@ def test_gradients_in_float64(name, kind, monkeypatch):
     analytic = torch.autograd.grad(loss(), params, allow_unused=True)
     generator = torch.Generator().manual_seed(2)
     for p, g in zip(params, analytic, strict=True):
-        direction = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        direction = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(DEVICE)
         direction = direction / direction.norm()
         with torch.no_grad():
             eps = 1e-5
@@ -301,7 +301,7 @@ def test_offloaded_base(name, kind):
     if kind == "MultiheadAttention":
         pytest.skip("torch's attention reads the weight of out_proj past accelerate's hook")
     results = []
-    for prepare in (lambda model: model, lambda model: accelerate.cpu_offload(model, torch.device("cpu"))):
+    for prepare in (lambda model: model, lambda model: accelerate.cpu_offload(model, DEVICE)):
         model = adapted(name, kind, prepare=prepare)
         params = [p for p in model.parameters() if p.requires_grad]
         out = model(inputs(kind))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tests.methods.bases import Net
+from tests.methods.bases import DEVICE, Net
 from torch import nn
 
 GROUP = 16
@@ -24,7 +24,7 @@ def bnb8(layer: nn.Linear) -> nn.Module:
     made = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False)
     made.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
     made.bias = layer.bias
-    return made.to("cpu")
+    return made.to(DEVICE)
 
 
 def bnb4(layer: nn.Linear) -> nn.Module:
@@ -33,7 +33,7 @@ def bnb4(layer: nn.Linear) -> nn.Module:
     made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=torch.float32, quant_type="nf4")
     made.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4", blocksize=32)
     made.bias = layer.bias
-    made = made.to("cpu")
+    made = made.to(DEVICE)
     made.support_avx512bf16_for_cpu = False  # what prepare_model_for_kbit_training does
     return made
 
@@ -54,7 +54,7 @@ def hqq(layer: nn.Linear) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     config = BaseQuantizeConfig(nbits=4, group_size=32, axis=1)
-    return HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu", del_orig=False)
+    return HQQLinear(layer, config, compute_dtype=torch.float32, device=str(DEVICE), del_orig=False)
 
 
 def quanto(layer: nn.Linear) -> nn.Module:
@@ -82,7 +82,7 @@ def stand_in(package: str, *names: str, **methods: Any) -> Any:
 
 
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, module.plain_weight().to(x.dtype), module.bias)
+    return F.linear(x, module.plain_weight().to(x), module.bias)
 
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ _AWQ = [0, 2, 4, 6, 1, 3, 5, 7]
 
 def _awq_weight(m: Any) -> torch.Tensor:
     def values(words: torch.Tensor) -> torch.Tensor:
-        found = torch.empty(*words.shape, 8)
+        found = torch.empty(*words.shape, 8, device=words.device)
         found[..., _AWQ] = _nibbles(words).float()
         return found.flatten(1)
 
@@ -279,7 +279,7 @@ def base(name: str) -> Net:
     torch.manual_seed(7)
     layers = (nn.Linear(*widths).requires_grad_(False) for widths in ((32, 64), (64, 32)))
     net = Net(*map(FORMATS[name].make, layers))
-    return net.eval().requires_grad_(False)  # type: ignore[return-value]
+    return net.eval().requires_grad_(False).to(DEVICE)  # type: ignore[return-value]
 
 
 def dense(name: str) -> Net:
@@ -293,8 +293,8 @@ def dense(name: str) -> Net:
         layer.weight.data.copy_(resolve(old).read(old))
         layer.bias.data.copy_(old.bias)
         setattr(net, key, layer)
-    return net.eval().requires_grad_(False)  # type: ignore[return-value]
+    return net.eval().requires_grad_(False).to(DEVICE)  # type: ignore[return-value]
 
 
 def inputs(rows: int = 8) -> torch.Tensor:
-    return torch.randn(rows, 32, generator=torch.Generator().manual_seed(3))
+    return torch.randn(rows, 32, generator=torch.Generator().manual_seed(3)).to(DEVICE)

@@ -53,7 +53,7 @@ def perturb(model: Any, seed: int = 11) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
     return model
 
 
@@ -119,7 +119,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(method: str, name: s
     model, x = adapted(method, name).train(), inputs()
     net = model.base_model.model
     before = bytes_of(net)
-    target = base(name)(x) + 0.3 * torch.randn(len(x), 32, generator=torch.Generator().manual_seed(1))
+    target = base(name)(x) + 0.3 * torch.randn(len(x), 32, generator=torch.Generator().manual_seed(1)).to(x.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.Adam(parameters, lr=1e-2), []
     for _ in range(10):

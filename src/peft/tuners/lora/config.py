@@ -25,7 +25,7 @@ class LoraRuntimeConfig:
     """Options of the running process; never saved."""
 
     ephemeral_gpu_offload: bool = option(
-        False, "Compute DoRA norms on the accelerator although the factors are on the CPU."
+        False, "Decompose base weights (PiSSA, OLoRA ...) on the accelerator although they are on the CPU."
     )
 
 

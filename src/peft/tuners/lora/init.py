@@ -22,6 +22,7 @@ from ...core import kinds
 from ...core.combine import split_svd
 from ...core.modules import kaiming_, values_awaited
 from ...storage.base import resolve
+from ...utils.other import infer_device
 
 if TYPE_CHECKING:
     from .layer import LoraLayer
@@ -68,7 +69,7 @@ def orthogonal(layer: "LoraLayer", name: str, cfg: Any) -> None:
 
 def pissa(layer: "LoraLayer", name: str, cfg: Any) -> None:
     """The r principal components of W; "pissa_niter_N" by randomised SVD with N subspace iterations."""
-    W, s, r = compute_weight(layer, name), layer.scaling[name], layer.r[name]
+    W, s, r = compute_weight(layer, cfg), layer.scaling[name], layer.r[name]
     niter = _NITER.fullmatch(cfg.init_lora_weights.lower())
     if niter is None:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -80,7 +81,7 @@ def pissa(layer: "LoraLayer", name: str, cfg: Any) -> None:
 
 def olora(layer: "LoraLayer", name: str, cfg: Any) -> None:
     """W = Q R: A the first r rows of R, B the first r columns of Q. They depend on the first r columns of W only."""
-    W = compute_weight(layer, name)
+    W = compute_weight(layer, cfg)
     Q = torch.linalg.qr(W[:, : layer.r[name]]).Q
     _replace(layer, name, W, Q.T @ W, Q)
 
@@ -90,7 +91,7 @@ def mica(layer: "LoraLayer", name: str, cfg: Any) -> None:
     A, B = layer.factor_tensors(name)
     if B.device.type == "meta":
         return
-    U = torch.linalg.svd(compute_weight(layer, name), full_matrices=False).U
+    U = torch.linalg.svd(compute_weight(layer, cfg), full_matrices=False).U
     layer.set_factors(name, torch.zeros_like(A), U[:, -layer.r[name] :])
 
 
@@ -102,7 +103,7 @@ def corda(layer: "LoraLayer", name: str, cfg: Any) -> None:
         raise ValueError(
             "`eigens` attribute not found for layer, please run `preprocess_corda` before creating the adapter."
         )
-    W = compute_weight(layer, name)
+    W = compute_weight(layer, cfg)
     U, S, V = (t.to(W.device, W.dtype) for t in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
     if not all(torch.isfinite(t).all() for t in (U, S, V)):
         raise ValueError("Invalid value found in the CorDA decomposition (NaN or infinity). Check the sample data.")
@@ -132,7 +133,7 @@ def lora_ga(layer: "LoraLayer", name: str, cfg: Any) -> None:
         return default(layer, name, cfg)
     if cfg.lora_ga_config is None:
         raise ValueError("`lora_ga_config` must be given when `init_lora_weights` is 'lora_ga'.")
-    W = compute_weight(layer, name)
+    W = compute_weight(layer, cfg)
     G = layer.kind.canonical(grad).to(W.device, W.dtype)
     A, B = gradient_factors(G, W, layer.r[name], layer.scaling[name], cfg.lora_ga_config)
     dtype = layer.kind.parameter(base).dtype
@@ -173,7 +174,7 @@ def loftq(layer: "LoraLayer", name: str, cfg: Any) -> None:
 
     dtype = layer.kind.parameter(layer.get_base_layer()).dtype
     bits, iterations = cfg.loftq_config.get("loftq_bits", 4), cfg.loftq_config.get("loftq_iter", 1)
-    Q, A, B = loftq_init(compute_weight(layer, name), bits, layer.r[name], iterations)
+    Q, A, B = loftq_init(compute_weight(layer, cfg), bits, layer.r[name], iterations)
     layer.set_factors(name, A, B)
     layer.set_base_weight(layer.kind.stored(Q.to(dtype)))
 
@@ -254,9 +255,11 @@ def initialise(layer: "LoraLayer", name: str, cfg: Any) -> None:
         function(layer, name, cfg)
 
 
-def compute_weight(layer: "LoraLayer", name: str) -> torch.Tensor:
-    """The canonical base weight [out, in] in float32 (float64 stays)."""
+def compute_weight(layer: "LoraLayer", cfg: Any) -> torch.Tensor:
+    """The canonical base weight [out, in] in float32 (float64 stays), on the accelerator if the user wants that."""
     W = layer.base_weight()
+    if W.device.type == "cpu" and cfg.runtime_config.ephemeral_gpu_offload:
+        W = W.to(infer_device())
     return W if W.dtype in (torch.float32, torch.float64) else W.to(torch.float32)
 
 

@@ -107,7 +107,7 @@ class LoraLayer(Rescaling, AdapterLayer):
         """New values for A and B; factors on meta get theirs from a file and stay."""
         for parameter, value in zip(self.factor_tensors(name), (A, B), strict=True):
             if parameter.device.type != "meta":
-                parameter.data = value.detach().to(parameter.dtype).reshape(parameter.shape).contiguous()
+                parameter.data = value.detach().to(parameter).reshape(parameter.shape).contiguous()
 
     def plain_factors(self, name: str) -> Factors:
         modules = self._modules  # on the hot path: past nn.Module's __getattr__

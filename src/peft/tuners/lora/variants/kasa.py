@@ -12,6 +12,7 @@ from torch import nn
 from ....core import kinds
 from ....core.slots import Slot
 from ....ops.low_rank import Factors
+from ..init import compute_weight
 from .base import LoraVariant
 
 DIAG = Slot("lora_diag", nn.ParameterDict, "trainable", saved=True)
@@ -36,19 +37,19 @@ class Kasa(LoraVariant):
         layer.lora_diag[name] = nn.Parameter(torch.randn(cfg.r))
         weight = layer.kind.parameter(layer.get_base_layer())
         if weight.device.type != "meta":
-            truncate(layer, cfg.r)
+            truncate(layer, cfg)
 
     def factors(self, layer: Any, name: str) -> Factors:
         f = layer.plain_factors(name)
         return Factors(f.A * layer.lora_diag[name][:, None], f.B, f.scale, f.dropout)
 
 
-def truncate(layer: Any, r: int) -> None:
+def truncate(layer: Any, cfg: Any) -> None:
     """Take the r smallest singular triplets out of the base weight."""
-    W = layer.base_weight()
-    wide = W.float()
-    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
-    layer.set_base_weight(layer.kind.stored((wide - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(W.dtype)))
+    W, r = compute_weight(layer, cfg).float(), cfg.r
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    dtype = layer.kind.parameter(layer.get_base_layer()).dtype
+    layer.set_base_weight(layer.kind.stored((W - (U[:, -r:] * S[-r:]) @ Vh[-r:]).to(dtype)))
 
 
 def loss(layer: Any, name: str, options: Any) -> torch.Tensor:
