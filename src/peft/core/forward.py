@@ -149,8 +149,8 @@ class ForwardPaths:
 
     def _adapt_factored(self: Any, names: tuple[str, ...], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Low-rank deltas: one fused operator over a plain dense base, otherwise accumulated onto the base output."""
-        factors = tuple(self.factors(n) for n in names)
-        base = self.base_layer
+        factors = (self.factors(names[0]),) if len(names) == 1 else tuple(self.factors(n) for n in names)
+        base = self._modules["base_layer"]
         if self.kind is kinds.Linear and self._base_is_plain(base) and self.cast_input_dtype_enabled:
             return low_rank.linear(x, base.weight, base.bias, factors, self.training)  # type: ignore[arg-type]
         y = self._base_output(x, *args, **kwargs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import derived, fusable, is_plain, reshaped, settled, wide
+from .dispatch import Fused, derived, fusable, is_plain, reshaped, settled, wide
 
 
 def skew(v: Tensor, size: int, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
@@ -30,7 +30,7 @@ def skew(v: Tensor, size: int, rows: Tensor | None = None, cols: Tensor | None =
     return upper - upper.transpose(-2, -1)
 
 
-class _Skew(torch.autograd.Function):
+class _Skew(Fused):
     """(v [..., size(size-1)/2], size, rows, cols) -> [..., size, size]."""
 
     @staticmethod
@@ -56,7 +56,7 @@ def cayley(Q: Tensor) -> Tensor:
     return torch.linalg.solve(identity + work, identity - work).to(Q.dtype)
 
 
-class _Cayley(torch.autograd.Function):
+class _Cayley(Fused):
     """Q -> R = 2 (I + Q)⁻¹ - I, which is all that is kept: dR = -(I + R) dQ (I + R) / 2."""
 
     @staticmethod
@@ -97,7 +97,7 @@ def _series(Q: Tensor, degree: int) -> Tensor:
     return total
 
 
-class _FiveTerms(torch.autograd.Function):
+class _FiveTerms(Fused):
     """The default series, I + 2Q + Q² (2I + 2Q + Q²) for Q [k, n, n], and its gradient by four products."""
 
     @staticmethod
@@ -194,7 +194,7 @@ def rotate_blocks(h: Tensor, R: Tensor) -> Tensor:
     return out
 
 
-class _Rotate(torch.autograd.Function):
+class _Rotate(Fused):
     """(x [..., k·B], R [k, B, B]) -> [..., k·B]."""
 
     @staticmethod

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import fusable, is_plain, reshaped, wide
+from .dispatch import Fused, fusable, is_plain, reshaped, wide
 
 _DIRECT = 4  # below this block size building the matrix is cheaper than transforming the activations
 
@@ -78,7 +78,7 @@ def _forward(x: Tensor, w: Tensor, scale: float) -> Tensor:
     return _signal(torch.bmm(_spectrum(x, b), W.conj()).mul(scale), b, x.dtype)
 
 
-class _Circulant(torch.autograd.Function):
+class _Circulant(Fused):
     """(x [..., N·b], w [M, N, b], scale) -> [..., M·b]; the backward is made of differentiable ops."""
 
     @staticmethod

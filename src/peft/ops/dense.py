@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import derived, fusable, is_plain
+from .dispatch import Fused, derived, fusable, is_plain
 
 
 def triplets(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def _triplets(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     return (U * S) @ V
 
 
-class _Triplets(torch.autograd.Function):
+class _Triplets(Fused):
     @staticmethod
     def forward(ctx: Any, U: Tensor, S: Tensor, V: Tensor):
         ctx.save_for_backward(U, S, V)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import derived, fusable, is_plain
+from .dispatch import Fused, derived, fusable, is_plain
 
 FLOOR = 1e-4  # shorter vectors are divided by this
 
@@ -29,7 +29,7 @@ def _plain(A: Tensor, B: Tensor, strength: Tensor, widths: Tensor) -> tuple[Tens
     return A * widths, B * (strength / A.shape[0] / norms)
 
 
-class _Scaled(torch.autograd.Function):
+class _Scaled(Fused):
     """(A, B, λ, w) -> (A ⊙ w, B ⊙ c)."""
 
     @staticmethod

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import autocast_dtype, derived, fusable, is_plain, reshaped, settled
+from .dispatch import Fused, autocast_dtype, derived, fusable, is_plain, reshaped, settled
 from .dropout import draw_seed, drop, dropout, keep_mask, rescale, seedable
 from .gain import TINY, keep_output, narrow, output_kept
 from .low_rank import Factors, dropped
@@ -152,7 +152,7 @@ class _Plan(NamedTuple):
     cast: bool  # autocast is on
 
 
-class _Dora(torch.autograd.Function):
+class _Dora(Fused):
     """(x [..., in], W, b, A, B, m [out], norm [out], plan) -> [..., out]; the norm is a constant."""
 
     @staticmethod

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .dispatch import fusable
 
+_LONG = 2048
 _SEEDED = frozenset(("cpu", "cuda", "xpu"))  # devices whose generators are known to fill 64-bit integers
 
 
@@ -27,13 +28,16 @@ def seedable(x: Tensor) -> bool:
 def keep_mask(seed: int, p: float, like: Tensor) -> Tensor:
     """The 0/1 mask of `seed` in the dtype and shape of `like`; entries are kept with probability 1 - p.
 
-    Each entry costs 16 random bits, a sixth of the time of `bernoulli_` on CPU, and does not depend on the dtype; p is
-    therefore rounded to a multiple of 2^-16, and `rescale` accounts for it.
+    On a CPU each entry of a long mask costs 16 random bits, a sixth of the time of `bernoulli_`, and does not depend on
+    the dtype; p is therefore rounded to a multiple of 2^-16, and `rescale` accounts for it.
     """
     n, dropped = like.numel(), _dropped_of_65536(p)
     if dropped >= 65536:
         return torch.zeros_like(like)
     generator = torch.Generator(like.device).manual_seed(seed)
+    if n < _LONG or not like.is_cpu:  # one kernel, where what counts is how many there are
+        mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return mask.bernoulli_(1 - dropped / 65536, generator=generator)
     words = torch.empty((n + 3) // 4, dtype=torch.int64, device=like.device)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[:n]
     mask = torch.empty(n, dtype=like.dtype, device=like.device)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cayley import rotate, rotate_blocks
-from .dispatch import autocast_dtype, derived, fusable, is_plain, reshaped
+from .dispatch import Fused, autocast_dtype, derived, fusable, is_plain, reshaped
 
 TINY = 1e-12  # added to a gain, so that u can be recovered from y where the gain is 0
 
@@ -67,13 +67,13 @@ def _composite(x: Tensor, W: Tensor, s: Tensor, R: Tensor | None) -> Tensor:
     return F.linear(x if R is None else rotate(x, R), W) * s.to(x.dtype)
 
 
-class _Gain(torch.autograd.Function):
+class _Gain(Fused):
     """(x [..., in], W, s [out], R) -> [..., out]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, s: Tensor, R: Tensor | None):
-        y = torch.mm(_rotated(x, R), W.t())
-        y = reshaped(torch.mul(y, s if narrow(W) else s + TINY, out=y), (*x.shape[:-1], y.shape[-1]))
+        y = F.linear(x if R is None else _rotated(x, R).view(x.shape), W)
+        y = reshaped(torch.mul(y, s if narrow(W) else s + TINY, out=y), y.shape)
         ctx.save_for_backward(x, W, s, R, None if narrow(W) else keep_output(ctx, y))
         return y
 
@@ -114,7 +114,7 @@ def _turned(x: Tensor, W: Tensor, theta: Tensor, alpha: Tensor, half: int) -> Te
     return turn(F.linear(x, W), *_pairs(theta, alpha, half)).to(x.dtype)
 
 
-class _Turn(torch.autograd.Function):
+class _Turn(Fused):
     """(x [..., in], W, θ [out / 2], α [out / 2], half) -> y [..., out]. Another θ turns y by a right angle, so the
     gradients of θ and α are the cross and dot products of y with its gradient.
     """

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import derived, fusable, is_plain, settled, wide
+from .dispatch import Fused, derived, fusable, is_plain, settled, wide
 from .low_rank import Factors, accumulate
 
 
@@ -48,7 +48,7 @@ def _solved(u: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(S, u, upper=True, left=False)
 
 
-class _Solved(torch.autograd.Function):
+class _Solved(Fused):
     """u [n, r] -> P = u S⁻¹; keeps S [r, r] and P, which the product with it keeps anyway."""
 
     @staticmethod

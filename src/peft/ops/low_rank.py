@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import DENSE, autocast_dtype, derived, fusable, is_plain, reshaped, settled
+from .dispatch import DENSE, Fused, autocast_dtype, derived, fusable, is_plain, reshaped, settled
 from .dropout import draw_seed, drop, dropout, keep_mask, rescale, seedable
 
 
@@ -44,7 +44,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, factors: tuple[Factors, ...],
         return plain_accumulate(F.linear(x, W, b), x, factors, training)
     if not torch.is_grad_enabled():
         return _infer(F.linear(x, W, b), x, factors, training, own=True)
-    if (wide := _wide(x, W, factors, training)) is not None:
+    if not factors[0].A.requires_grad and (wide := _wide(x, W, factors, training)) is not None:
         return merged(x, W, b, *wide)
     low = autocast_dtype(x)
     own_dtype = W.dtype == x.dtype if low is None else not W.requires_grad  # autocast must see the cast of a trained W
@@ -53,7 +53,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None, factors: tuple[Factors, ...],
     )
     if known is None:
         return _composite(x, W, b, None, factors, _seeds(x, factors, training), None, training)
-    return _LowRank.apply(x, W, b, None, *known)  # type: ignore[return-value]
+    return _LowRank.apply(x, W, b, None, *known)
 
 
 def accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: bool = False) -> Tensor:
@@ -71,7 +71,7 @@ def accumulate(y: Tensor, x: Tensor, factors: tuple[Factors, ...], training: boo
     if known is None:
         return _composite(x, None, None, y, factors, _seeds(x, factors, training), None, training)
     base = None if y is x else y  # x + delta(x): one gradient for x, not two that autograd would add
-    return _LowRank.apply(x, None, None, base, *known)  # type: ignore[return-value]
+    return _LowRank.apply(x, None, None, base, *known)
 
 
 def merged(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _wide(x: Tensor, W: Tensor, factors: tuple[Factors, ...], training: bool) ->
     """A and B of a single adapter with frozen A whose rank is a good part of the width, where merging saves products:
     r·in·out for W + B A against r (in + out) for each row twice."""
     A, B, s, p = factors[0]
-    if len(factors) > 1 or A.requires_grad or W.requires_grad or not fusable(x, W, A, B):
+    if len(factors) > 1 or W.requires_grad or not fusable(x, W, A, B):
         return None
     (out, n), rows = W.shape, x.numel() // x.shape[-1]
     if 8 * A.shape[0] < min(out, n) or W.numel() >= rows * (out + n) or (training and p > 0.0):
@@ -218,7 +218,7 @@ def _survey(
     return _Plan(scales, probabilities, seeds, dtype, cast), *tensors
 
 
-class _LowRank(torch.autograd.Function):
+class _LowRank(Fused):
     """(x [..., in], W, b, y, plan, A, B, S, A, B, S ...) -> [..., out].
 
     The base output is x Wᵀ + b, or y [..., out] without W, or x itself without both.
@@ -226,25 +226,28 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor | None, b: Tensor | None, y: Tensor | None, plan: _Plan, *tensors: Any):
-        dtype, needs, kept = plan.dtype, ctx.needs_input_grad, []
-        h = x.reshape(-1, x.shape[-1]).to(dtype)
-        base = out = h if y is None else y.reshape(-1, y.shape[-1])
+        dtype, needs, kept, whole = plan.dtype, ctx.needs_input_grad, [], None
+        h = x if x.dtype is dtype else x.to(dtype)
         if W is not None:
             Wc, bc = (W.to(dtype), None if b is None else b.to(dtype)) if plan.cast else (W, b)
-            out = torch.mm(h, Wc.t()) if bc is None else torch.addmm(bc, h, Wc.t())
+            whole = F.linear(h, Wc, bc)
+        h = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
+        base = h if y is None else y.reshape(-1, y.shape[-1])
+        out = base if whole is None else whole.view(-1, whole.shape[-1])
         for i, scale in enumerate(plan.scales):
             A, B, S = tensors[3 * i : 3 * i + 3]
             Ac, Bc = A.to(dtype), B.to(dtype)
-            z = torch.mm(dropped(h, plan.drops[i], plan.seeds[i]), Ac.t())
+            p, need_x = plan.drops[i], needs[0]
+            z = F.linear(h if p == 0.0 else dropped(h, p, plan.seeds[i]), Ac)
             zs = z if S is None else gated(z, S, x.shape)
-            alpha = scale * rescale(plan.drops[i])
+            alpha = scale if p == 0.0 else scale * rescale(p)
             out = torch.addmm(out, zs, Bc.t(), alpha=alpha) if out is base else out.addmm_(zs, Bc.t(), alpha=alpha)
             need_A, need_B, need_S = needs[5 + 3 * i : 8 + 3 * i]
-            upstream = needs[0] or need_A or need_S
-            kept += [A, B, S, Ac if needs[0] else None, Bc if upstream else None, z if need_B or need_S else None]
+            upstream = need_x or need_A or need_S
+            kept += (A, B, S, Ac if need_x else None, Bc if upstream else None, z if need_B or need_S else None)
         ctx.save_for_backward(x, W if needs[0] or needs[1] else None, b, *kept)
         ctx.plan, ctx.residual = plan, W is None and y is None
-        return reshaped(out, (*x.shape[:-1], out.shape[-1]))
+        return whole if whole is not None and not whole._is_view() else reshaped(out, (*x.shape[:-1], out.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
@@ -254,7 +257,7 @@ class _LowRank(torch.autograd.Function):
             return step(ctx, grads[0], saved)
 
 
-class _Merged(torch.autograd.Function):
+class _Merged(Fused):
     """(x [..., in], z = x Aᵀ or None, W, b, A, B) -> [..., out]; the backward is made of differentiable ops.
 
     The sum W + B A is kept while that is no more than a trained layer keeps, its x; otherwise it is made again.
@@ -305,14 +308,15 @@ def gate_grad(pz: Tensor, S: Tensor, shape: torch.Size) -> Tensor:
 def _backward(ctx: Any, g: Tensor, saved: Any) -> tuple[Any, ...]:
     plan, needs = ctx.plan, ctx.needs_input_grad
     x, W, b, *kept = saved
-    dy = g if needs[3] else None
+    dtype, dy = plan.dtype, g if needs[3] else None
     g = g.reshape(-1, g.shape[-1])
-    h = x.reshape(-1, x.shape[-1]).to(plan.dtype)
+    h = x if x.dtype is dtype else x.to(dtype)
+    h = h.reshape(-1, h.shape[-1])
     dx: Any = None
     dW: Any = None
     db: Any = None
     if W is not None and needs[0]:
-        dx = torch.mm(g, W.to(plan.dtype))
+        dx = torch.mm(g, W if W.dtype is dtype else W.to(dtype))
     if needs[1]:
         dW = torch.mm(g.t(), h).to(g.dtype if W is None else W.dtype)
     if needs[2]:
@@ -321,29 +325,34 @@ def _backward(ctx: Any, g: Tensor, saved: Any) -> tuple[Any, ...]:
     for i, scale in enumerate(plan.scales):
         A, B, S, Ac, Bc, z = kept[6 * i : 6 * i + 6]
         need_A, need_B, need_S = needs[5 + 3 * i : 8 + 3 * i]
-        alpha = scale * rescale(plan.drops[i])
+        drop = plan.drops[i]
+        alpha = scale if drop == 0.0 else scale * rescale(drop)
         dA: Any = None
         dB: Any = None
         dS: Any = None
         p: Any = None
+        mask: Any = None
         if need_B:  # beta = 0: the first argument is never read, it only has the shape
             zs = z if S is None else gated(z, S, x.shape)
-            dB = torch.addmm(B.to(plan.dtype) if Bc is None else Bc, g.t(), zs, beta=0, alpha=alpha).to(B.dtype)
+            dB = torch.addmm(B.to(dtype) if Bc is None else Bc, g.t(), zs, beta=0, alpha=alpha)
+            dB = dB if dB.dtype is B.dtype else dB.to(B.dtype)
         if Bc is not None:
             p = torch.addmm(Bc[:1], g, Bc, beta=0, alpha=alpha)
             if need_S:
                 dS = gate_grad(p * z, S, x.shape)  # type: ignore[arg-type]
             if S is not None:
                 p = gated(p, S, x.shape)
-        mask = None if plan.seeds[i] is None or Bc is None else keep_mask(plan.seeds[i], plan.drops[i], h)  # type: ignore
+            mask = None if plan.seeds[i] is None else keep_mask(plan.seeds[i], drop, h)  # type: ignore[arg-type]
         if need_A:
-            dA = torch.mm(p.t(), h if mask is None else h * mask).to(A.dtype)
+            dA = torch.mm(p.t(), h if mask is None else h * mask)
+            dA = dA if dA.dtype is A.dtype else dA.to(A.dtype)
         if needs[0]:
             start = g if ctx.residual and dx is None else dx
             dx = add_input_grad(start, p, Ac, mask, own=start is not g)
-        out += [dA, dB, dS]
+        out += (dA, dB, dS)
     if dx is not None:
-        dx = dx.view(x.shape).to(x.dtype)
+        dx = dx.view(x.shape)
+        dx = dx if dx.dtype is x.dtype else dx.to(x.dtype)
     return dx, dW, db, dy, None, *out
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import autocast_dtype, fusable, is_plain, reshaped, settled
+from .dispatch import Fused, autocast_dtype, fusable, is_plain, reshaped, settled
 
 
 def slots(indices: Tensor, vocab: int) -> Tensor:
@@ -73,7 +73,7 @@ def patch(logits: Tensor, x: Tensor, b: Tensor | None, indices: Tensor, rows: Te
     return logits.index_copy(-1, indices, columns.to(logits.dtype))
 
 
-class _Head(torch.autograd.Function):
+class _Head(Fused):
     """(x [..., dim], W, b, indices [k], rows [k, dim], dtype of the products) -> [..., vocab]."""
 
     @staticmethod

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import autocast_dtype, derived, fusable, is_plain
+from .dispatch import Fused, autocast_dtype, derived, fusable, is_plain
 
 
 def multiply(z: Tensor, d: Tensor, noise: Tensor, B: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def _plain(z: Tensor, d: Tensor, noise: Tensor, B: Tensor) -> Tensor:
     return F.linear(torch.addcmul(mean, noise, deviation), B)
 
 
-class _Sampled(torch.autograd.Function):
+class _Sampled(Fused):
     @staticmethod
     def forward(ctx: Any, z: Tensor, d: Tensor, noise: Tensor, B: Tensor):
         ctx.save_for_backward(z, d, noise, B)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import fusable, is_plain, reshaped
+from .dispatch import Fused, fusable, is_plain, reshaped
 
 _CHUNK = 1 << 24  # elements of gathered activations held at a time
 
@@ -61,7 +61,7 @@ def _chunks(rows: Tensor, xt: Tensor) -> list[slice]:
     return [slice(i, min(i + step, n)) for i in range(0, n, step)] or [slice(0, 0)]
 
 
-class _Sparse(torch.autograd.Function):
+class _Sparse(Fused):
     """(x [..., in], values [n], rows, cols, out, scale) -> [..., out]; the backward is made of differentiable ops."""
 
     @staticmethod

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sparse
-from .dispatch import fusable, is_plain, reshaped
+from .dispatch import Fused, fusable, is_plain, reshaped
 from .wavelet_filters import FILTERS
 
 
@@ -93,7 +93,7 @@ def _dense(c: Tensor, rows: Tensor, cols: Tensor, where: Basis, scale: float) ->
     return synthesise(synthesise(S, n, where.wavelet).t(), out, where.wavelet).t()
 
 
-class _Matrix(torch.autograd.Function):
+class _Matrix(Fused):
     """(c [n], rows, cols, basis, scale) -> scale · D; the backward is the adjoint, of differentiable ops."""
 
     @staticmethod
@@ -131,7 +131,7 @@ def _product(h: Tensor, c: Tensor, where: Basis) -> Tensor:
     return synthesise(v.t(), out, wavelet)
 
 
-class _Wavelet(torch.autograd.Function):
+class _Wavelet(Fused):
     """(x [..., in], c [n], rows, cols, basis, scale) -> [..., out]; the backward is made of differentiable ops."""
 
     @staticmethod

@@ -110,13 +110,11 @@ class LoraLayer(Rescaling, AdapterLayer):
                 parameter.data = value.detach().to(parameter).reshape(parameter.shape).contiguous()
 
     def plain_factors(self, name: str) -> Factors:
-        modules = self._modules  # on the hot path: past nn.Module's __getattr__
-        drop = modules["lora_dropout"]._modules[name]  # type: ignore[union-attr]
+        modules: Any = self._modules  # on the hot path: past nn.Module's __getattr__
+        drop = modules["lora_dropout"]._modules[name]
+        p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
         return Factors(
-            modules["lora_A"]._modules[name].weight,  # type: ignore
-            modules["lora_B"]._modules[name].weight,  # type: ignore
-            self.scaling[name],
-            drop.p if type(drop) is nn.Dropout and drop.training else 0.0,
+            modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight, self.scaling[name], p
         )
 
     def factors(self, name: str) -> Factors:
