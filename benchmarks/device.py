@@ -2,7 +2,8 @@
 
 A Llama of 1.1 billion parameters in bfloat16 with random weights: `train` is one step (forward, backward) over 4 x 1024
 tokens, `token` one forward of one token without a cache (dominated by launches), `mixed` one token for 32 rows that
-use 8 adapters. "base" is the frozen model alone, whose inputs get gradients. One JSON line a case.
+use 8 adapters. "base" is the frozen model alone, whose inputs get gradients. Kernels are counted by torch's profiler.
+One JSON line a case.
 """
 
 import json
@@ -46,7 +47,7 @@ def base() -> Any:
         return transformers.LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
 
 
-def milliseconds(run: Callable[[], Any], times: int = 10, warm: int = 3) -> float:
+def milliseconds(run: Callable[[], Any], times: int = 20, warm: int = 3) -> float:
     for _ in range(warm):
         run()
     found = []
@@ -57,6 +58,17 @@ def milliseconds(run: Callable[[], Any], times: int = 10, warm: int = 3) -> floa
         torch.cuda.synchronize()
         found.append(1000 * (time.perf_counter() - start))
     return round(statistics.median(found), 3)
+
+
+def kernels(run: Callable[[], Any]) -> int:
+    """How many kernels and copies one run launches."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events())  # type: ignore[union-attr]
 
 
 def measure(name: str, model: nn.Module) -> dict[str, float]:
@@ -77,18 +89,20 @@ def measure(name: str, model: nn.Module) -> dict[str, float]:
     step()
     torch.cuda.reset_peak_memory_stats()
     found["train_ms"] = milliseconds(step)
+    found["train_kernels"] = kernels(step)
     found["train_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
     model.eval()
     with torch.no_grad():
-        found["token_ms"] = milliseconds(lambda: model(input_ids=tokens[:1, :1]), 20)
+        found["token_ms"] = milliseconds(lambda: model(input_ids=tokens[:1, :1]), 60)
+        found["token_kernels"] = kernels(lambda: model(input_ids=tokens[:1, :1]))
         if name == "lora":
             names = ["default", *(f"a{i}" for i in range(7))]
             for other in names[1:]:
                 model.add_adapter(other, CASES[name]())  # type: ignore[operator, arg-type]
             rows = [names[i % 8] for i in range(32)]
             ids = torch.randint(0, 32000, (32, 1), device="cuda")
-            found["mixed_ms"] = milliseconds(lambda: model(input_ids=ids, adapter_names=rows), 20)
-            found["unmixed_ms"] = milliseconds(lambda: model(input_ids=ids), 20)
+            found["mixed_ms"] = milliseconds(lambda: model(input_ids=ids, adapter_names=rows), 40)
+            found["unmixed_ms"] = milliseconds(lambda: model(input_ids=ids), 40)
             found["switch_ms"] = milliseconds(lambda: (model.set_adapter("a1"), model.set_adapter("default")), 5)  # type: ignore
     return found
 

@@ -8,6 +8,8 @@ from torch import nn
 # Where the contract tests run: `PEFT_TEST_DEVICE=cuda make test` runs the same battery on an accelerator.
 DEVICE = torch.device(os.environ.get("PEFT_TEST_DEVICE", "cpu"))
 torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
+if DEVICE.type == "cuda":  # index_add, for one, adds in any order there
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 class Net(nn.Module):

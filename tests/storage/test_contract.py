@@ -31,7 +31,9 @@ def _marks(method: str, name: str) -> list[pytest.MarkDecorator]:
 CASES = [pytest.param(method, name, marks=_marks(method, name)) for method in METHODS for name in FORMATS]
 pytestmark = [
     pytest.mark.parametrize(("method", "name"), CASES),
-    pytest.mark.filterwarnings("ignore:.*(rounds it again|inputs will be cast|not save|PRNG|does not promise).*"),
+    pytest.mark.filterwarnings(
+        "ignore:.*(rounds it again|inputs will be cast|not save|PRNG|does not promise|deterministic).*"
+    ),
 ]
 
 
