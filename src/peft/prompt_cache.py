@@ -32,7 +32,8 @@ def cache_length(cache: Any) -> int:
 
 def new_cache(base: Any, config: Any, max_cache_len: int | None = None) -> Any:
     """An empty cache for the base model."""
-    require("A key-value cache", "transformers")
+    if not torch.compiler.is_compiling():  # older compilers break the graph at the search for the package
+        require("A key-value cache", "transformers")
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
     text = _text_config(base)

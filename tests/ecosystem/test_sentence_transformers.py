@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("sentence_transformers", reason="needs the `ecosystem` extra (sentence-transformers)")
 
 from sentence_transformers import CrossEncoder, SentenceTransformer, models  # noqa: E402
+from tests.versions import since  # noqa: E402
 from tokenizers import Tokenizer, pre_tokenizers, processors  # noqa: E402
 from tokenizers import models as token_models  # noqa: E402
 from transformers import (  # noqa: E402
@@ -126,6 +127,7 @@ def test_a_wrapped_backbone_is_merged(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(model.encode(TEXTS)), adapted, rtol=0, atol=1e-5)
 
 
+@since("transformers", "5.18", "trained heads of native adapters")
 def test_cross_encoder_with_a_trained_head(tmp_path: Path) -> None:
     path = backbone(tmp_path / "base", BertForSequenceClassification, num_labels=1)
     model = CrossEncoder(path, device="cpu", num_labels=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from tests.ecosystem import tiny
+from tests.versions import since
 
 import peft
 
@@ -172,7 +173,7 @@ def test_text_generation(folders: tuple[Path, Path]) -> None:
     assert batch[0] == expected
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=since("transformers", "5.18", "trained heads"))])
 def test_text_classification(tmp_path: Path, native: bool) -> None:
     base = tiny.bert()
     tiny.saved(base, tmp_path / "base")

@@ -140,7 +140,8 @@ def tokenizer() -> Any:
 
 @torch.no_grad()
 def logits(model: nn.Module, tokens: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-    return model(input_ids=ids() if tokens is None else tokens, **kwargs).logits.clone()
+    tokens, first = ids() if tokens is None else tokens, next(model.parameters())
+    return model(input_ids=tokens if first.is_meta else tokens.to(first.device), **kwargs).logits.clone()
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ def method_inputs(model: Any, rows: int) -> dict[str, Any]:
 
     config = model.peft_config[model.active_adapter]
     if config.is_prompt_learning and getattr(config, "num_tasks", None):
-        return {"task_ids": torch.zeros(rows, dtype=torch.long, device=model.device)}
+        return {"task_ids": torch.zeros(rows, dtype=torch.long)}
     return {}
 
 

@@ -377,7 +377,8 @@ def _lora_converter(conversion: Any, factor: str, adapter_name: str, alone: bool
         operations.append(PeftConcatenate(dim=1))
     else:
         operations += [PermuteDims((2, 0, 1)), FlattenDims((0, 1)), Transpose(0, 1)]
-    made = conversion.copy(sources, f"{head}.{inner}lora_{factor}.{adapter_name}.weight", operations=operations)
-    made.distributed_operation = conversion.distributed_operation
-    made.quantization_operation = conversion.quantization_operation
+    made = type(conversion)(sources, f"{head}.{inner}lora_{factor}.{adapter_name}.weight", operations)
+    for field in ("distributed_operation", "quantization_operation", "scope_prefix", "base_model_prefix", "force_cpu"):
+        if hasattr(conversion, field):  # not all are in every version of transformers
+            setattr(made, field, getattr(conversion, field))
     return made
