@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.ecosystem import accelerate_fsdp_worker, tiny
 from tests.ecosystem import distributed_worker as worker
-from tests.ecosystem import tiny
 from tests.processes import run_ranks
 
 import peft
@@ -75,6 +75,13 @@ def test_switching_adapters_between_steps(mode: str, alone: Path, tmp_path: Path
     launch(mode, tmp_path, "switch")
     same_files(tmp_path / "switch", alone / "switch")
     same_files(tmp_path / "switch" / "other", alone / "switch" / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_driven_by_accelerate(version: int, tmp_path: Path) -> None:
+    """Prepared, trained, saved, checkpointed and gathered by Accelerator: see the worker."""
+    run_ranks([sys.executable, accelerate_fsdp_worker.__file__, str(version), str(tmp_path)], tmp_path)
 
 
 @pytest.mark.slow
