@@ -160,3 +160,24 @@ def test_ensure_tying_of_tokens_in_an_untied_model_warns():
     config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1], ensure_weight_tying=True)
     with pytest.warns(UserWarning, match="ties no modules"):
         get_peft_model(llama(False), config)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["merged", "unloaded"])
+def test_tied_weights_that_accelerate_keeps_elsewhere(apart):
+    """They share memory in its map: merging one must leave the other alone, and the configuration must say so."""
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    base = llama()
+    plain = base(input_ids=IDS).logits
+    accelerate.cpu_offload(base, execution_device="cpu")
+    model = quiet(base, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    out = model(input_ids=IDS).logits
+    assert base.lm_head.base_layer.weight.is_meta and (out - plain).abs().max() > 0.1
+    if apart:
+        torch.testing.assert_close(model.unload()(input_ids=IDS).logits, plain)
+        assert base.config.tie_word_embeddings
+        return
+    with pytest.warns(UserWarning, match="`tie_word_embeddings` was set to False"):
+        merged = model.merge_and_unload()
+    assert merged.lm_head.weight.is_meta and merged.config.tie_word_embeddings is False
+    torch.testing.assert_close(merged(input_ids=IDS).logits, out)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..utils.constants import EMBEDDING_LAYER_NAMES
 from .layer import AdapterLayer
+from .offload import loaded, onload_layer
 
 if TYPE_CHECKING:
     from .tuner import TunerModel
@@ -155,6 +156,13 @@ def _base(module: nn.Module) -> Any:
     return module if layer is None else layer.get_base_layer()
 
 
+def _weight(module: nn.Module) -> Any:
+    """The base weight, also where accelerate keeps it elsewhere."""
+    base = _base(module)
+    with loaded(base):
+        return base.weight
+
+
 def _group(model: nn.Module) -> dict[str, nn.Module]:
     """The input embedding and the modules tied to it, by name; {} when nothing is tied."""
     embedding = embedding_name(model, None)
@@ -179,10 +187,11 @@ def untie_for_merge(tuner: "TunerModel") -> None:
         return
     shared = []
     for name, module in adapted.items():
-        base = _base(module)
-        others = [_base(m) for n, m in group.items() if n != name]
-        if any(_same_storage(base.weight, other.weight) for other in others if other is not base):
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+        base, weight = _base(module), _weight(module)
+        others = [m for m in group.values() if _base(m) is not base]
+        if any(_same_storage(weight, _weight(other)) for other in others):
+            with onload_layer(base):  # keeps what is put there
+                base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             shared.append(name)
     if shared:
         warnings.warn(
@@ -209,8 +218,9 @@ def after_unload(model: nn.Module) -> None:
     if not modules:
         return
     source, *others = modules
-    apart = [m for m in others if not _same_storage(source.weight, m.weight)]
-    different = [m for m in apart if not _equal(source.weight, m.weight)]
+    weight = _weight(source)
+    apart = [m for m in others if not _same_storage(weight, _weight(m))]
+    different = [m for m in apart if not _equal(weight, _weight(m))]
     for module in apart:
         if not different:
             module.weight = source.weight
