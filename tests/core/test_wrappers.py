@@ -166,14 +166,17 @@ def test_containers_are_refused(module):
 
 def test_refusals_leave_the_model_alone():
     base = Net()
+    base.norm = nn.LayerNorm(6)
+    base.part = nn.ModuleDict({"emb2": nn.Embedding(12, 6)})
     keys, flags = list(base.state_dict()), [p.requires_grad for p in base.parameters()]
-    for config, error in [
-        (lora(trainable_token_indices={"nope": [1]}), ValueError),
-        (lora(trainable_token_indices={"emb": [99]}, modules_to_save=["head"]), IndexError),
-        (lora(trainable_token_indices={"lin0": [1]}), TypeError),
-        (lora(trainable_token_indices={"emb": [1]}, modules_to_save=["emb"]), ValueError),
+    for config, error, said in [
+        (lora(trainable_token_indices={"nope": [1]}), ValueError, r"could not find modules \['nope'\]"),
+        (lora(trainable_token_indices={"emb": [99]}, modules_to_save=["head"]), IndexError, r"\[99\] are out of range"),
+        (lora(trainable_token_indices={"lin0": [1]}), TypeError, r"Linear \('lin0'\).* out of target_modules"),
+        (lora(trainable_token_indices={"norm": [1]}), TypeError, r"LayerNorm \('norm'\). Name an embedding"),
+        (lora(trainable_token_indices={"emb": [1]}, modules_to_save=["emb"]), ValueError, "'emb' in modules_to_save"),
     ]:
-        with pytest.raises(error):
+        with pytest.raises(error, match=said):
             LoraModel(base, config, "default")
         assert list(base.state_dict()) == keys
         assert [p.requires_grad for p in base.parameters()] == flags
@@ -282,3 +285,92 @@ def test_wrapped_forward_compiles_without_graph_break():
     shake(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_tokens_of_a_module_inside_one_that_is_saved():
+    """The copy that is used would not have them."""
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Embedding(12, 6)), "lin0": nn.Linear(6, 6)})
+    with pytest.raises(ValueError, match=r"'body\.0' is in trainable_token_indices and 'body' in modules_to_save"):
+        LoraModel(model, lora(trainable_token_indices={"body.0": [1]}, modules_to_save=["body"]), "default")
+    model = LoraModel(model, lora(trainable_token_indices={"body.0": [1]}), "a")
+    with pytest.raises(
+        ValueError, match=r"'body\.0' is in trainable_token_indices already, so it cannot be in modules_"
+    ):
+        model.add("b", lora(modules_to_save=["body.0"]))
+    with pytest.raises(ValueError, match=r"Target module 'body\.0' is trained in full or has trainable tokens already"):
+        model.add("b", LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_the_tokens_of_the_named_adapter_are_merged(safe_merge):
+    model = LoraModel(Net(), lora(trainable_token_indices={"emb": [1, 2]}, init_lora_weights=False), "a")
+    model.add("b", lora(trainable_token_indices={"emb": [1, 2]}, init_lora_weights=False))
+    model.set_adapter("b")
+    shake(model, "tokens")
+    out = model(X)
+    model.set_adapter("a")
+    assert (model(X) - out).abs().max() > 1e-3
+    torch.testing.assert_close(model.merge_and_unload(safe_merge=safe_merge, adapter_names=["b"])(X), out)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_tokens_of_an_offloaded_embedding_are_merged(safe_merge):
+    hooks = pytest.importorskip("accelerate.hooks")
+    base = Net()
+    weights = {"weight": base.emb.weight.detach().clone()}
+    hooks.add_hook_to_module(base.emb, hooks.AlignDevicesHook("cpu", offload=True, weights_map=weights))
+    model = LoraModel(base, lora(trainable_token_indices={"emb": [1, 2]}), "a")
+    shake(model, "tokens")
+    out = model(X)
+    merged = model.merge_and_unload(safe_merge=safe_merge)
+    assert merged.emb.weight.is_meta
+    torch.testing.assert_close(merged(X), out)
+
+
+def test_unloading_takes_merged_adapters_out_again():
+    base = Net()
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    model = LoraModel(base, lora(trainable_token_indices={"emb": [1, 2]}, init_lora_weights=False), "a")
+    shake(model, "tokens")
+    model.merge_adapter()
+    assert not torch.equal(base.emb.original_module.weight, before["emb.weight"])
+    unloaded = model.unload().state_dict()
+    assert unloaded.keys() == before.keys() and all(torch.equal(unloaded[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["emb"]}, {"trainable_token_indices": {"emb": [1]}}])
+def test_one_wrapper_is_switched_and_loses_an_adapter(options):
+    model = LoraModel(Net(), lora(**options), "a")
+    for name in ("b", "c"):
+        model.add(name, lora(**options))
+    emb = model.model.emb
+    emb.set_adapter("b")
+    assert emb.active_adapters == ["b"] and {n.split(".")[-2 if "save" in n else -1] for n in on(emb)} == {"b"}
+    with pytest.raises(ValueError, match=r"Adapter x not found in \['a', 'b', 'c'\]"):
+        emb.set_adapter("x")
+    emb.delete_adapter("b", ["c"])
+    assert emb.active_adapters == ["c"] and emb._get_available_adapters() == {"a", "c"}
+    emb.delete_adapter("a", None)
+    assert emb.active_adapters == ["c"] and emb.adapter_names == ["c"]
+
+
+def test_merged_tokens_are_taken_out_when_the_wrapper_is_switched():
+    model = LoraModel(Net(), lora(trainable_token_indices={"emb": [1]}), "a")
+    emb, before = model.model.emb, model.model.emb.original_module.weight.clone()
+    shake(model, "tokens")
+    emb.token_adapter.merge()
+    assert not torch.equal(emb.original_module.weight, before)
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        emb.set_adapter([])
+    assert torch.equal(emb.original_module.weight, before) and not emb.token_adapter.merged
+
+
+def test_tying_needs_the_embedding_in_modules_to_save():
+    config = lora(modules_to_save=["lin1"])
+    config.modules_to_tie = {"head"}
+    base = Net()
+    with pytest.raises(
+        RuntimeError, match="Cannot tie 'head': the input embedding 'embed_tokens' is not in modules_to"
+    ):
+        LoraModel(base, config, "a")
+    assert type(base.lin1) is nn.Linear and type(base.lin0) is nn.Linear

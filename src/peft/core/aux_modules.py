@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..config import nearest
+from . import kinds
 from .context import Switch
 from .layer import AdapterLayer
-from .offload import copy_module
+from .offload import copy_module, onload_layer
 
 Key = tuple[tuple[str, ...], bool]
 FORBIDDEN = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -26,13 +27,19 @@ def as_names(names: str | Sequence[str]) -> list[str]:
 
 
 def check_module(module: nn.Module, option: str, key: str = "") -> None:
-    """Containers cannot be called and adapter layers belong to the adapter: neither can be wrapped."""
-    if isinstance(module, (*FORBIDDEN, AdapterLayer)):
-        where = f" ({key!r})" if key else ""
-        raise TypeError(
-            f"{option} cannot be applied to modules of type {type(module).__name__}{where}. Name another module"
-            + (", or take it out of target_modules." if isinstance(module, AdapterLayer) else " inside or around it.")
-        )
+    """Containers cannot be called and adapter layers belong to the adapter: neither can be wrapped. Only embeddings and
+    linear layers have rows for tokens.
+    """
+    if isinstance(module, AdapterLayer):
+        how = "Name another module, or take it out of target_modules."
+    elif isinstance(module, FORBIDDEN):
+        how = "Name another module inside or around it."
+    elif option == TrainableTokensWrapper.option and kinds.kind_of(module) not in (kinds.Embedding, kinds.Linear):
+        how = "Name an embedding or a linear layer, whose rows belong to tokens."
+    else:
+        return
+    where = f" ({key!r})" if key else ""
+    raise TypeError(f"{option} cannot be applied to modules of type {type(module).__name__}{where}. {how}")
 
 
 class AuxiliaryTrainingWrapper(nn.Module):
@@ -85,9 +92,6 @@ class AuxiliaryTrainingWrapper(nn.Module):
     def check_module(self) -> None:
         check_module(self.original_module, self.option)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
-
     @property
     def adapter_names(self) -> list[str]:
         return list(self._names)
@@ -135,14 +139,17 @@ class AuxiliaryTrainingWrapper(nn.Module):
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter on this module only, until the model is switched again. [] is none."""
-        names = as_names(adapter_names)
+        names = self._checked(adapter_names)
+        self._flag(names, inference_mode)
+        self._override((tuple(names), self._key[1]))
+
+    def _checked(self, adapter_names: str | Sequence[str]) -> list[str]:
         if isinstance(adapter_names, str) and adapter_names not in self._names and adapter_names not in self._known:
             raise ValueError(
                 f"Adapter {adapter_names} not found in {sorted(self._names)}.{nearest(adapter_names, self._names)}"
             )
-        self.check_set_adapter(names)
-        self._flag(names, inference_mode)
-        self._override((tuple(names), self._key[1]))
+        self.check_set_adapter(adapter_names)
+        return as_names(adapter_names)
 
     def follow_switch(self, names: Sequence[str], inference_mode: bool = False) -> None:
         """The model was switched to `names`."""
@@ -327,8 +334,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return present[0] if present else None
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        self.check_set_adapter(adapter_names)
-        self.token_adapter.set_adapter(adapter_names, inference_mode)
+        self.token_adapter.set_adapter(self._checked(adapter_names), inference_mode)
 
     @property
     def _local(self) -> Key | None:
@@ -349,11 +355,13 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         layer = self.token_adapter
-        if merge:
-            if set(adapter_names or layer.active_adapters) - set(layer.merged_adapters):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, keep=False)
-        elif layer.merged:
-            layer.unmerge()
+        with onload_layer(layer):
+            if merge:
+                wanted = layer.active_adapters if adapter_names is None else adapter_names
+                if names := [n for n in wanted if n in layer and n not in layer.merged_adapters]:
+                    layer.merge(safe_merge=safe_merge, adapter_names=names, keep=False)
+            elif layer.merged:
+                layer.unmerge()
         return layer.get_base_layer()
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:

@@ -76,7 +76,7 @@ class WholeModelMerge:
         self: Any, parent: nn.Module, leaf: str, module: nn.Module, merge: bool, names: list[str] | None
     ) -> None:
         if isinstance(module, AuxiliaryTrainingWrapper):
-            setattr(parent, leaf, module.unload_and_optionally_merge_module(merge, False, None))
+            setattr(parent, leaf, module.unload_and_optionally_merge_module(merge, False, names))
             return
         assert isinstance(module, AdapterLayer)
         chain = [module]

@@ -184,15 +184,12 @@ def _plan(model: nn.Module, cfg: Any) -> Plan:
 
 
 def _plan_tokens(plan: Plan, model: nn.Module, cfg: Any, indices: Mapping[str, list[int]]) -> None:
-    both = {p.key for p in [*plan.saved, *plan.saved_tied]}
-    if clash := set(indices) & set(as_names(getattr(cfg, "modules_to_save", None) or ())):
-        raise ValueError(
-            f"{sorted(clash)} are in modules_to_save and in trainable_token_indices; a module can be in one only."
-        )
+    saved = [p.key for p in [*plan.saved, *plan.saved_tied]]
     for place in _checked_places(model, list(indices), TrainableTokensWrapper, strict=True):
-        if place.key in both:
+        if around := next((k for k in saved if f"{place.key}.".startswith(f"{k}.")), None):
             raise ValueError(
-                f"{place.key!r} is in modules_to_save and in trainable_token_indices; a module can be in one only."
+                f"{place.key!r} is in trainable_token_indices and {around!r} in modules_to_save; a module can be "
+                "trained in one way only."
             )
         plan.tokens.append((place, list(indices[place.entry])))
     ensure = getattr(cfg, "ensure_weight_tying", False)
@@ -205,7 +202,7 @@ def _plan_tokens(plan: Plan, model: nn.Module, cfg: Any, indices: Mapping[str, l
     if plan.embedding not in own:
         return
     for place in find_places(model, names) if names else ():
-        if place.key not in names or place.key in both:
+        if place.key not in names or place.key in saved:
             continue
         rows = own.get(place.key)
         if rows is not None and rows != own[plan.embedding] and not (ensure and set(rows) == set(own[plan.embedding])):
