@@ -352,6 +352,7 @@ def test_sizes_come_from_the_model():
 @pytest.mark.parametrize(
     ("extra", "want"),
     [
+        ({}, (8, 2)),
         ({"head_dim": 6}, (12, 2)),
         ({"head_dim": 6, "global_head_dim": 10, "num_global_key_value_heads": 1}, (10, 1)),
         ({"head_dim": 6, "per_layer_config": {"1": {"head_dim": 12, "num_key_value_heads": 1}}}, (12, 1)),
@@ -361,3 +362,38 @@ def test_cache_shape_of_grouped_query_models(extra, want):
     values = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, **extra}
     done = prepare_prompt_config(config("prefix", "CAUSAL_LM", token_dim=99, num_attention_heads=9), values)
     assert (done.token_dim, done.num_attention_heads) == want
+
+
+class Silent(torch.nn.Module):
+    """A model that does not say which module embeds its tokens; the first parameters are others."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.config = {"vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.first, self.words = torch.nn.Linear(4, 4), torch.nn.Embedding(rows, 4)
+
+    def get_input_embeddings(self):
+        raise NotImplementedError
+
+    def enable_input_require_grads(self):
+        """As in transformers, which looks for the embeddings too."""
+
+    def forward(self, inputs_embeds, **arguments):
+        return self.scale * inputs_embeds
+
+
+def test_word_embeddings_are_found_by_the_size_of_the_vocabulary():
+    options = {"num_virtual_tokens": 2, "task_type": "FEATURE_EXTRACTION"}
+    model = peft.get_peft_model(Silent(9), peft.PromptTuningConfig(**options))
+    assert model.word_embeddings is model.base_model.words
+    out = model(input_ids=torch.tensor([[3, 8]]))
+    close(out[0, 2:], model.base_model.words.weight[[3, 8]])
+    close(out[0, :2], model.prompt_encoder["default"].embedding.weight)
+    with pytest.raises(ValueError, match="no word embeddings in Silent.* with 9 rows"):
+        peft.get_peft_model(Silent(8), peft.PromptTuningConfig(**options))
+
+
+def test_a_prompt_belongs_to_the_whole_batch():
+    with pytest.raises(ValueError, match="`adapter_names` is not possible with prompt learning"):
+        adapted("llama", "prompt", "CAUSAL_LM")(input_ids=IDS, adapter_names=["default", "default"])

@@ -142,6 +142,11 @@ def word_vectors(word_embeddings: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 # ---- configuration
+# What models call these sizes.
+_WIDTH = "hidden_size n_embd d_model dim"
+_HEADS = "num_attention_heads n_head num_heads encoder_attention_heads n_heads"
+
+
 def prepare_prompt_config(config: PromptLearningConfig, model_config: Any) -> PromptLearningConfig:
     """Fill what the base model decides (layers, widths, heads) into `config`, in place; values set by the user stay."""
     values = _as_dict(model_config)
@@ -151,10 +156,9 @@ def prepare_prompt_config(config: PromptLearningConfig, model_config: Any) -> Pr
         names = "num_hidden_layers num_layers n_layer n_layers"
         config.num_layers = getattr(model_config, "num_hidden_layers", None) or _first(values, "num_layers", names)
     if config.token_dim is None:
-        config.token_dim = _first(values, "token_dim", "hidden_size n_embd d_model dim")
+        config.token_dim = _first(values, "token_dim", _WIDTH)
     if config.num_attention_heads is None:
-        names = "num_attention_heads n_head num_heads encoder_attention_heads n_heads"
-        config.num_attention_heads = _first(values, "num_attention_heads", names)
+        config.num_attention_heads = _first(values, "num_attention_heads", _HEADS)
     if config.num_transformer_submodules is None:
         config.num_transformer_submodules = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
     if _encoder_class(config).produces == "kv" and values.get("num_key_value_heads") is not None:
@@ -173,10 +177,10 @@ def _as_dict(config: Any) -> dict[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
 
 
-def _first(values: dict[str, Any], field: str, names: str) -> Any:
-    for name in names.split():
-        if values.get(name) is not None:
-            return values[name]
+def _first(values: dict[str, Any], field: str, names: str, default: Any = None) -> Any:
+    found = next((values[n] for n in names.split() if values.get(n) is not None), default)
+    if found is not None:
+        return found
     raise ValueError(
         f"Please specify `{field}` in the prompt configuration: the model configuration has none of "
         f"{', '.join(names.split())}."
@@ -189,7 +193,8 @@ def _cache_shape(config: PromptLearningConfig, values: dict[str, Any]) -> tuple[
     if values.get("global_head_dim") is not None:
         return values["global_head_dim"], values.get("num_global_key_value_heads") or heads
     if head_dim is None:
-        head_dim = sizes(config).width // sizes(config).heads
+        width = _first(values, "token_dim", _WIDTH, config.token_dim)
+        head_dim = width // _first(values, "num_attention_heads", _HEADS, config.num_attention_heads)
     overrides = values.get("per_layer_config") or ()
     layers = [_as_dict(layer) for layer in (overrides.values() if isinstance(overrides, dict) else overrides)]
     own = [(v["head_dim"], v.get("num_key_value_heads") or heads) for v in layers if v.get("head_dim") is not None]
@@ -234,11 +239,9 @@ def is_checkpointing(model: nn.Module) -> bool:
 
 def _find_backbone(peft_model: Any) -> None:
     """Name the child that is the transformer itself, if the base model is a head around one."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None:
-        return
+    pretrained = getattr(sys.modules.get("transformers"), "PreTrainedModel", ())
     for name, child in peft_model.base_model.named_children():
-        if isinstance(child, transformers.PreTrainedModel):
+        if isinstance(child, pretrained):
             vars(peft_model)["transformer_backbone_name"] = name
             return
 
@@ -253,7 +256,7 @@ def find_word_embeddings(peft_model: Any) -> nn.Module:
     values = _as_dict(base.config)
     vocab = values.get("vocab_size") or _as_dict(values.get("text_config") or {}).get("vocab_size")
     for name, parameter in base.named_parameters():
-        if vocab is not None and getattr(parameter, "ds_shape", parameter.shape)[0] == vocab:
+        if tuple(getattr(parameter, "ds_shape", parameter.shape))[:1] == (vocab,):
             return base.get_submodule(name.rpartition(".")[0])
     raise ValueError(
         f"Found no word embeddings in {type(base).__name__}: it has neither get_input_embeddings() nor a "
