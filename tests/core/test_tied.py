@@ -1,5 +1,6 @@
 """Tied embeddings: detection, ensure_weight_tying, and merging that keeps every module right."""
 
+import types
 import warnings
 
 import pytest
@@ -181,3 +182,22 @@ def test_tied_weights_that_accelerate_keeps_elsewhere(apart):
         merged = model.merge_and_unload()
     assert merged.lm_head.weight.is_meta and merged.config.tie_word_embeddings is False
     torch.testing.assert_close(merged(input_ids=IDS).logits, out)
+
+
+def test_what_is_out_of_reach_stays_as_it_is():
+    """Configurations that are dicts, models without embeddings, weights without values."""
+    model = torch.nn.Linear(2, 2)
+    model.get_input_embeddings = types.MethodType(transformers.PreTrainedModel.get_input_embeddings, model)
+    model.base_model_prefix = ""
+    assert tied.embedding_name(model) == "embed_tokens" and tied.embedding_name(model, None) is None
+    with torch.device("meta"):
+        model = llama()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    tied.after_unload(model)
+    assert model.config.tie_word_embeddings
+    model = llama()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    object.__setattr__(model, "config", {"tie_word_embeddings": True})
+    with pytest.warns(UserWarning, match="embeddings of the merged model differ"):
+        tied.after_unload(model)
+    assert model.config == {"tie_word_embeddings": False}

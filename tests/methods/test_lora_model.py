@@ -261,3 +261,76 @@ def test_subtract_mutated_init(kwargs):
         model.base_model.subtract_mutated_init(trained, "nope")
     with pytest.raises(ValueError, match="init_lora_weights=True"):
         model.base_model.subtract_mutated_init(trained, "default")
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_merging_into_float8_weights(dtype, safe_merge):
+    """Formed in float32, stopped at the limits of the format, which casting alone does not do."""
+    base = Net(nn.Linear(8, 6))
+    base.lin0.weight.data = base.lin0.weight.data.to(dtype)
+    before = base.lin0.weight.detach().float()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["lin0"], init_lora_weights=False))
+    layer = base.lin0
+    layer.lora_B["default"].weight.data[0] *= 1e6
+    limit = torch.finfo(dtype).max
+    want = (before + layer.get_delta_weight("default")).clamp(-limit, limit).to(dtype).float()
+    assert (want[0].abs() == limit).any() and not torch.equal(want[1:], before[1:])
+    model.merge_adapter(safe_merge=safe_merge)
+    assert layer.weight.dtype == dtype and torch.equal(layer.weight.float(), want)
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight.float(), before)
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload", "merge"])
+def test_names_to_merge_are_a_list(call):
+    model = get_peft_model(mlp(), LoraConfig(target_modules=["lin0"]))
+    owner = model.get_base_model().lin0 if call == "merge" else model
+    with pytest.raises(TypeError, match="should be a list of strings, got the str 'default'"):
+        getattr(owner, call)(adapter_names="default")
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_a_trained_bias_is_not_merged_into_a_layer_without_one(safe_merge):
+    with pytest.warns(UserWarning, match="has no bias: merging LoRA weights won't be possible"):
+        model = get_peft_model(Net(nn.Linear(8, 6, bias=False)), LoraConfig(target_modules=["lin0"], lora_bias=True))
+    before = model.get_base_model().lin0.weight.clone()
+    with pytest.raises(RuntimeError, match="Impossible to merge a lora adapter with a bias"):
+        model.merge_adapter(safe_merge=safe_merge)
+    assert torch.equal(model.get_base_model().lin0.weight, before)
+
+
+def test_merging_without_a_copy_is_taken_out_by_subtracting():
+    model = get_peft_model(mlp().double(), LoraConfig(target_modules=["lin0"], init_lora_weights=False, lora_bias=True))
+    layer = model.get_base_model().lin0
+    layer.lora_B["default"].bias.data.fill_(3.0)
+    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items()}
+    layer.merge(keep=False)
+    assert not layer._saved_weights
+    torch.testing.assert_close(layer.bias, before["bias"] + 3 * layer.scaling["default"])
+    layer.unmerge()
+    torch.testing.assert_close(layer.base_layer.state_dict(), before)
+
+
+def test_combined_targets():
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules="lin0"), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=".*1"))
+    model.add_adapter("c", LoraConfig(r=2, target_modules=["lin0"]))
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "both")
+    assert model.peft_config["both"].target_modules == "(lin0)|(.*1)"
+    assert all("both" in layer for layer in model.base_model.layers())
+    model.add_adapter("d", LoraConfig(r=2, target_modules=("lin1",)))
+    model.add_weighted_adapter(["c", "d"], [1.0, 1.0], "lists")
+    assert model.peft_config["lists"].target_modules == {"lin0", "lin1"}
+    with pytest.raises(ValueError, match="`target_modules` of type list/set and str"):
+        model.add_weighted_adapter(["a", "c"], [1.0, 1.0], "mixed")
+    assert "mixed" not in model.peft_config
+
+
+def test_adapters_that_train_the_same_module_are_not_combined():
+    config = LoraConfig(target_modules=["lin0"], modules_to_save=["lin1"])
+    model = get_peft_model(mlp(), config, "a")
+    model.add_adapter("b", copy.deepcopy(config))
+    with pytest.raises(ValueError, match=r"target the same module with modules_to_save: 'lin1'"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "both")
+    assert "both" not in model.peft_config

@@ -59,9 +59,9 @@ class LayerKind:
     substituted: ClassVar[bool] = False  # adapted by calling the base module with replaced tensors
     plain_types: ClassVar[tuple[type, ...]] = ()
 
-    @staticmethod
-    def matches(m: Any) -> bool:
-        return False
+    @classmethod
+    def matches(cls, m: Any) -> bool:
+        return isinstance(m, cls.plain_types)
 
     @classmethod
     def parameter(cls, m: Any) -> torch.Tensor:
@@ -89,8 +89,9 @@ class LayerKind:
 
     @classmethod
     def low_rank(cls, m: Any, r: int, bias: bool = False) -> tuple[nn.Module, nn.Module]:
-        """(A, B) modules of the layer's own type, freshly initialised by torch (A first)."""
-        raise TypeError(f"{cls.__name__} layers have no low-rank pair of modules")
+        """(A, B) modules of the layer's own type (linear ones of most), freshly initialised by torch (A first)."""
+        n_out, n_in = cls.shape(m)[:2]
+        return linear(n_in, r), linear(r, n_out, bias)
 
     @classmethod
     def per_feature(cls, v: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -103,9 +104,9 @@ class Linear(LayerKind):
     is_linear = True
     plain_types = (nn.Linear,)
 
-    @staticmethod
-    def matches(m: Any) -> bool:
-        return isinstance(m, nn.Linear) or (not isinstance(m, nn.Embedding) and resolve(m).label is not None)
+    @classmethod
+    def matches(cls, m: Any) -> bool:
+        return super().matches(m) or (not isinstance(m, nn.Embedding) and resolve(m).label is not None)
 
     @classmethod
     def shape(cls, m: Any) -> Shape:
@@ -119,11 +120,6 @@ class Linear(LayerKind):
     def call(cls, m, x, w, b=None):
         return F.linear(x, w, b)
 
-    @classmethod
-    def low_rank(cls, m, r, bias=False):
-        n_out, n_in = cls.shape(m)
-        return linear(n_in, r), linear(r, n_out, bias)
-
 
 class Conv1D(Linear):
     """transformers' Conv1D: a linear layer stored as [in, out]."""
@@ -132,8 +128,8 @@ class Conv1D(Linear):
     transposed = True
     plain_types = ()
 
-    @staticmethod
-    def matches(m: Any) -> bool:
+    @classmethod
+    def matches(cls, m: Any) -> bool:
         return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(m).__mro__)
 
     @classmethod
@@ -172,27 +168,15 @@ class Conv1d(_Conv):
     name = class_name = "Conv1d"
     ndim, feature_dim, plain_types = 1, -2, (nn.Conv1d,)
 
-    @staticmethod
-    def matches(m: Any) -> bool:
-        return isinstance(m, nn.Conv1d)
-
 
 class Conv2d(_Conv):
     name = class_name = "Conv2d"
     ndim, feature_dim, plain_types = 2, -3, (nn.Conv2d,)
 
-    @staticmethod
-    def matches(m: Any) -> bool:
-        return isinstance(m, nn.Conv2d)
-
 
 class Conv3d(_Conv):
     name = class_name = "Conv3d"
     ndim, feature_dim, plain_types = 3, -4, (nn.Conv3d,)
-
-    @staticmethod
-    def matches(m: Any) -> bool:
-        return isinstance(m, nn.Conv3d)
 
 
 class Embedding(LayerKind):
@@ -201,10 +185,6 @@ class Embedding(LayerKind):
     name = class_name = "Embedding"
     transposed, bias_name, float_input = True, None, False
     plain_types = (nn.Embedding,)
-
-    @staticmethod
-    def matches(m: Any) -> bool:
-        return isinstance(m, nn.Embedding)
 
     @classmethod
     def shape(cls, m: Any) -> Shape:
@@ -242,20 +222,11 @@ class MultiheadAttention(LayerKind):
     weight_name, bias_name, substituted = "in_proj_weight", "in_proj_bias", True
     plain_types = (nn.MultiheadAttention,)
 
-    @staticmethod
-    def matches(m: Any) -> bool:
-        return isinstance(m, nn.MultiheadAttention)
-
     @classmethod
     def shape(cls, m: Any) -> Shape:
         if not m._qkv_same_embed_dim:
             raise ValueError(f"Only same embed for query/key/value is supported as of now for {type(m).__name__}.")
         return (3 * m.embed_dim, m.embed_dim)
-
-    @classmethod
-    def low_rank(cls, m, r, bias=False):
-        n_out, n_in = cls.shape(m)
-        return linear(n_in, r), linear(r, n_out, bias)
 
 
 class Norm(LayerKind):
@@ -263,8 +234,8 @@ class Norm(LayerKind):
 
     name = class_name = "Norm"
 
-    @staticmethod
-    def matches(m: Any) -> bool:
+    @classmethod
+    def matches(cls, m: Any) -> bool:
         weight = m._parameters.get("weight")
         return weight is not None and weight.dim() == 1
 
@@ -277,10 +248,6 @@ class Module(LayerKind):
     """Any module: for methods that replace the module as a whole."""
 
     name = class_name = "Module"
-
-    @staticmethod
-    def matches(m: Any) -> bool:
-        return True
 
     @classmethod
     def shape(cls, m: Any) -> Shape:
@@ -328,9 +295,15 @@ def kind_of(m: Any) -> type[LayerKind] | None:
 def pick(m: Any, allowed: tuple[type[LayerKind], ...]) -> type[LayerKind] | None:
     """The kind of `m` among those that a method allows."""
     kind = kind_of(m)
-    if kind in allowed:
-        return kind
-    return next((k for k in allowed if k is Module), None)
+    return kind if kind in allowed else Module if Module in allowed else None
+
+
+def demand(m: Any, allowed: tuple[type[LayerKind], ...], method: str) -> type[LayerKind]:
+    """The same, refused where there is none."""
+    kind = pick(m, allowed)
+    if kind is None:
+        raise TypeError(f"{method} cannot adapt a {type(m).__name__}, only {', '.join(k.name for k in allowed)}.")
+    return kind
 
 
 def parameter_kind(name: str) -> type[Parameter]:

@@ -112,9 +112,8 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
     @classmethod
     def wrap(cls, module: nn.Module, switch: Switch, kind: type[LayerKind] | None = None) -> "AdapterLayer":
         """An adapter layer around `module`, without adapters yet."""
-        kind = kind or kinds.pick(module.get_base_layer() if isinstance(module, AdapterLayer) else module, cls.kinds)
-        if kind is None:
-            raise TypeError(f"{cls.method_name} cannot adapt a {type(module).__name__}")
+        base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+        kind = kind or kinds.demand(base, cls.kinds, cls.method_name)
         return cls._export(kind)(module, kind=kind, switch=switch)
 
     def __init__(
@@ -131,9 +130,7 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
         self.__dict__.update(blank_state())
         self._modules["base_layer"] = base_layer
         innermost = self.get_base_layer()
-        kind = kind or kinds.pick(innermost, type(self).kinds)
-        if kind is None:
-            raise TypeError(f"{type(self).__name__} of {self.method_name} cannot adapt a {type(innermost).__name__}")
+        kind = kind or kinds.demand(innermost, type(self).kinds, self.method_name)
         shape = kind.shape(innermost)
         n_out, n_in = shape[-2:] if issubclass(kind, kinds.Parameter) else shape[:2]
         self.__dict__.update(

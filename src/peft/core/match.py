@@ -73,8 +73,7 @@ class Matcher:
 
     def __init__(self, config: Any):
         self.targets = Names(config.target_modules)
-        self.has_targets = config.target_modules is not None
-        if not self.has_targets and not getattr(config, "target_parameters", None):
+        if config.target_modules is None and not getattr(config, "target_parameters", None):
             raise TypeError(f"{type(config).__name__} has neither target_modules nor target_parameters.")
         excluded = getattr(config, "exclude_modules", None)
         self.excluded = Names(excluded) if excluded else None
@@ -95,8 +94,6 @@ class Matcher:
             return EXCLUDED
         if self.saved is not None and self.saved.match(key):
             return EXCLUDED
-        if not self.has_targets:
-            return False
         hit = self.targets.match(key)
         if not hit:
             return None

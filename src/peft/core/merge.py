@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from .layer import AdapterLayer
 
 
-def check_adapters_to_merge(module: "AdapterLayer", adapter_names: Iterable[str] | None = None) -> list[str]:
-    """The adapters to merge now: the given ones (default: the active ones) that are not merged yet."""
+def refuse_str(adapter_names: Iterable[str] | None) -> None:
     if isinstance(adapter_names, str):
         raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
+
+
+def check_adapters_to_merge(module: "AdapterLayer", adapter_names: Iterable[str] | None = None) -> list[str]:
+    """The adapters to merge now: the given ones (default: the active ones) that are not merged yet."""
+    refuse_str(adapter_names)
     names = list(module.active_adapters if adapter_names is None else adapter_names)
     if module.merged:
         done = set(module.merged_adapters)
@@ -135,6 +139,7 @@ class Mergeable:
         self: Any, name: str, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Canonical weight and bias after adapter `name`."""
+        weight = weight.float() if weight.dtype.itemsize == 1 else weight  # float8 has no arithmetic
         delta = self._weight_delta(name)
         if delta is not None:
             weight = weight + delta
@@ -285,4 +290,5 @@ class Mergeable:
         if self.hooks & {"delta_weight", "factors"} and self.additive(adapter):
             return self._to_storage(self.delta_weight(adapter))
         weight = self.base_weight()
-        return self._to_storage(self._applied(adapter, weight, None)[0] - weight)
+        merged, _ = self._applied(adapter, weight, None)
+        return self._to_storage(merged - weight.to(merged.dtype))

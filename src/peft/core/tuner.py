@@ -222,10 +222,7 @@ class TunerModel(PatchPoints, WholeModelSwitch, WholeModelMerge, nn.Module):
     def target_shape(self, module: nn.Module) -> tuple[int, ...]:
         """[out, in, *kernel] of a target, adapted already or not."""
         base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
-        kind = kinds.pick(base, self.layer_cls.kinds)
-        if kind is None:
-            raise TypeError(f"{self.method_label} cannot adapt a {type(base).__name__}")
-        return kind.shape(base)
+        return kinds.demand(base, self.layer_cls.kinds, self.method_label).shape(base)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import nn
 from . import tied
 from .inject import walk
 from .layer import AdapterLayer
+from .merge import refuse_str
 from .offload import onload_layer, unsharded
 from .wrappers import AuxiliaryTrainingWrapper
 
@@ -22,8 +23,7 @@ class WholeModelMerge:
 
     def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters (default: the active ones) into the base weights; the layers stay, to be unmerged."""
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
+        refuse_str(adapter_names)
         self._check_merge_allowed()
         with unsharded(self.model, write=True):
             for layer in reversed(self.layers()):  # of nested layers the inner one first
@@ -57,8 +57,7 @@ class WholeModelMerge:
         """Other frameworks replace this method."""
         from tqdm import tqdm
 
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got the str {adapter_names!r}.")
+        refuse_str(adapter_names)
         if merge:
             self._check_merge_allowed()
             if safe_merge:  # nothing is taken away when one layer refuses

@@ -49,6 +49,9 @@ class WeightStorage:
     def write(self, module: nn.Module, value: torch.Tensor, name: str = "weight") -> nn.Module:
         """Store `value`; returns the base module to use from now on (mostly the same object)."""
         weight = getattr(module, name)
+        if weight.dtype != value.dtype and weight.dtype.itemsize == 1:  # casting to float8 does not stop at its limits
+            limits = torch.finfo(weight.dtype)
+            value = value.clamp(limits.min, limits.max)
         with dtensor.gathered([weight]):
             dtensor.put(weight, value)
         return module
@@ -57,12 +60,9 @@ class WeightStorage:
     def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
         """Add `delta` to the weight, in place when dense."""
         weight = getattr(module, name).data
-        weight, delta = dtensor.local(weight), dtensor.like(delta, weight)
-        if weight.dtype.itemsize == 1:  # float8 has no arithmetic
-            limits = torch.finfo(weight.dtype)
-            weight.copy_((weight.to(delta.dtype) + delta).clamp(limits.min, limits.max))
-        else:
-            weight.add_(delta)
+        if weight.dtype.itemsize == 1:
+            return self.write(module, self.read(module, name).to(delta.dtype) + delta, name)
+        dtensor.local(weight).add_(dtensor.like(delta, weight))
         return module
 
     def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
@@ -88,7 +88,7 @@ class QuantisedStorage(WeightStorage):
 
     def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
         """The float weight that `weight`, an attribute of the module now or before, stands for."""
-        raise self.refusal("read")
+        raise NotImplementedError(f"{type(self).__name__} does not implement dequantise")
 
     def quantise(self, module: Any, value: torch.Tensor, name: str) -> nn.Module:
         """Store a float weight; returns the base module to use from now on."""
@@ -111,9 +111,6 @@ class QuantisedStorage(WeightStorage):
                 f"Merging into a {self.label} weight rounds it again: outputs may differ slightly.", stacklevel=6
             )
         return self.quantise(module, value.detach(), name)
-
-    def add_(self, module: nn.Module, delta: torch.Tensor, name: str = "weight") -> nn.Module:
-        return self.write(module, self.read(module, name) + delta, name)
 
     def snapshot(self, module: nn.Module, name: str = "weight") -> Any:
         return getattr(module, name)

@@ -13,9 +13,7 @@ class QuantoStorage(QuantisedStorage):
     label = "quanto"
 
     def dequantise(self, module: Any, weight: Any) -> torch.Tensor:
-        if isinstance(weight, nn.Parameter) and not hasattr(weight, "dequantize"):
-            return weight
-        return weight.dequantize()
+        return weight.dequantize()  # ordinary tensors, of layers that are not frozen, have it too
 
     def quantise(self, module: Any, value: torch.Tensor, name: str) -> nn.Module:
         frozen = module.frozen
