@@ -166,3 +166,8 @@ def test_butterfly_equals_the_dense_product(count):
     torch.testing.assert_close(C.butterfly(x, O, transpose=True), x @ R.T)
     torch.testing.assert_close(C.butterfly(C.butterfly(x, O), O, transpose=True), x)
     assert torch.autograd.gradcheck(C.butterfly, (x[:1, :2].detach().requires_grad_(), O))
+
+
+def test_five_terms_have_the_second_derivatives_of_the_plain_series():
+    Q = (0.3 * torch.randn(2, 3, 3, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda q: C.cayley_series(q, 5), (Q,))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft.ops import checks, dora, low_rank
+from peft.ops.dispatch import is_plain
 
 
 def test_every_op_equals_its_plain_path():
@@ -64,3 +65,10 @@ def test_saved_bytes_of_dora():
     total = sum(s.nbytes() for s in kept.values())
     own = sum(t.untyped_storage().nbytes() for t in (x, y, W, A, B, m))
     assert total <= own + (1024 * 8 + 4 * 96) * 4
+
+
+def test_gradients_that_only_one_path_has_are_found():
+    leaves = (torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True))
+    checks.compare(lambda a, b: 2 * a, leaves)  # neither has one for b
+    with pytest.raises(AssertionError, match="one path gives no gradient where the other does"):
+        checks.compare(lambda a, b: a + (b if is_plain() else b.detach()), leaves)

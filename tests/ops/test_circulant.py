@@ -82,3 +82,20 @@ def test_compile_and_transforms(b):
     torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1))(x, w), want, rtol=1e-4, atol=1e-4)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(x, w), (x, w)), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("b", [1, 2, 3, 4, 5, 8])
+def test_published_gradient_of_the_input_is_the_same_on_every_path(b, plain):
+    """It reads the output's gradient backwards in each block; the value and the gradient of w are the true ones."""
+    w = torch.randn(3, 2, b, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 2 * b, dtype=torch.float64, requires_grad=True)
+    d, D = torch.randn(5, 3 * b, dtype=torch.float64), by_loops(w.detach())
+    with ops.plain(plain):
+        got = circulant.multiply(x, w, 0.3, published=True)
+    true = circulant.multiply(x, w, 0.3)
+    torch.testing.assert_close(got, true)
+    dx, dw = torch.autograd.grad(got, (x, w), d)
+    mirrored = d.view(5, 3, b)[..., [-i % b for i in range(b)]].reshape(5, -1)
+    torch.testing.assert_close(dx, 0.3 * mirrored @ D)
+    torch.testing.assert_close(dw, torch.autograd.grad(true, w, d)[0])

@@ -225,3 +225,47 @@ def test_grouped_kernel_with_thin_and_unaligned_factors(rank, transposed):
     if not transposed:
         w, D = w.transpose(-2, -1), D.transpose(-2, -1)
     check(F.grouped_mm(x, w, offs=offs), grouped(x, D, offs), [x, A, B])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: F.linear(x, w[torch.tensor([True, False, True, False, False])][1]),
+        lambda x, w: F.linear(x, w[torch.tensor([[0, 1], [2, 3]])][1, 0]),
+        lambda x, w: F.linear(x, w[2:4][1]),
+        lambda x, w: F.linear(w[1], x),
+        lambda x, w: torch.matmul(w[0], other=x.t()),
+        lambda x, w: w[0] @ w[1].t(),
+        lambda x, w: w[0] @ x[0],
+        lambda x, w: w @ x[0],
+        lambda x, w: x[0] @ w[0].t(),
+        lambda x, w: w.to(torch.float64, copy=True)[0] @ x[0],
+        lambda x, w: w.transpose(0, 1)[0] @ x[0],
+    ],
+)
+def test_uses_that_are_not_products_of_experts_are_dense(use):
+    """Value and gradients are those of the sum."""
+    W, leaves, parts = make()
+    x = torch.randn(7, IN, dtype=torch.float64, requires_grad=True)
+    got, want = use(x, LowRankWeight(W, parts)), use(x, dense(W, parts))
+    torch.testing.assert_close(got.dense() if isinstance(got, LowRankWeight) else got, want)
+    check(torch.as_tensor(got), want, leaves)
+
+
+def test_a_grouped_product_without_ends_is_dense():
+    W, leaves, parts = make(transposed=True)
+    x = torch.randn(E, 7, IN, dtype=torch.float64)
+
+    def fallback(x, m, offs=None):
+        if isinstance(m, LowRankWeight):
+            return LowRankWeight.__torch_function__(fallback, (), (x, m), {"offs": offs})
+        return x @ m
+
+    fallback.__name__ = "grouped_mm_fallback"
+    check(fallback(x, LowRankWeight(W, parts)), x @ dense(W, parts), leaves)
+
+
+def test_code_below_torch_functions_does_not_take_it():
+    W, _, parts = make()
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match=r"use its dense\(\) form"):
+        LowRankWeight(W, parts) + 1

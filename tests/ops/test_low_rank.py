@@ -424,6 +424,11 @@ def test_tensor_subclasses_and_meta():
     got = linear(x.as_subclass(Tagged), W, b, (f._replace(dropout=0.0),), True)
     assert isinstance(got, Tagged)
     torch.testing.assert_close(got.as_subclass(torch.Tensor), formula(x, W, b, (f,)))
+    A = f.A.detach().as_subclass(Tagged).requires_grad_()
+    got = linear(x, W, b, (f._replace(A=A, dropout=0.0),), True)
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), formula(x, W, b, (f,)))
+    assert isinstance(got, Tagged)
+    torch.testing.assert_close(grads(got.as_subclass(torch.Tensor), A), grads(formula(x, W, b, (f,)), f.A))
     Wm, bm, fm = W.to("meta"), b.to("meta"), Factors(f.A.to("meta"), f.B.to("meta"), 1.0, 0.5)
     assert linear(x.to("meta"), Wm, bm, (fm,), True).shape == (4, 7)
 
