@@ -12,11 +12,13 @@ from peft import (
     DeloraConfig,
     FourierFTConfig,
     LoraConfig,
+    LoraModel,
     NoMatchingPeftModuleError,
     OSFConfig,
     get_peft_model,
     inject_adapter_in_model,
 )
+from peft.core import match
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 
@@ -43,6 +45,12 @@ def targets(**options):
         ({"target_modules": ["q"], "exclude_modules": ["q"]}, "excluded modules", "nearest"),
         ({"target_modules": ["q"], "layers_to_transform": [7]}, "'layers_to_transform': [7]", "nearest"),
         ({"target_modules": []}, "No `target_modules` passed", "nearest"),
+        (
+            {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": ["block"]},
+            "'layers_to_transform': [0], only those layers were looked at. You also specified 'layers_pattern'",
+            "nearest",
+        ),
+        ({"target_modules": ["q"], "exclude_modules": ".*"}, "All modules were excluded", "not found"),
     ],
 )
 def test_nothing_matched(options, said, not_said):
@@ -133,3 +141,99 @@ def test_adding_to_a_merged_model_is_said_and_changes_nothing():
         model.set_adapter("second")
         model.set_adapter("default")
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "count"),
+    [
+        ({"target_modules": ["q"], "exclude_modules": ["nope"]}, r"exclude_modules=\{'nope'\} but no modules were", 3),
+        ({"target_modules": ["zz"], "target_parameters": ["q.weight"]}, r"target_modules=\{'zz'\} were set but no", 3),
+        ({"target_modules": ["q"], "target_parameters": ["q.w"]}, r"target_parameters=\['q.w'\] were set but no", 3),
+    ],
+)
+def test_options_without_effect_are_named(options, said, count):
+    with pytest.warns(UserWarning if "exclude" in said else RuntimeWarning, match=said):
+        model = get_peft_model(Net(), LoraConfig(**options))
+    assert len(model.base_model.layers()) == count
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        (
+            Net(),
+            {"target_parameters": ["layers.1.q.bias"]},
+            r"'layers\.1\.q\.bias': .*of Linear is 1-d; only 2-d and 3-",
+        ),
+        (nn.Sequential(nn.Conv2d(2, 2, 3)), {"target_parameters": ["0.weight"]}, r"'0\.weight': .*of Conv2d is 4-d"),
+        (
+            nn.Sequential(nn.MultiheadAttention(4, 2, kdim=2, vdim=2)),
+            {"target_modules": ["0"]},
+            "'0': Only same embed for query/key/value is supported",
+        ),
+        (nn.ParameterList([torch.ones(2, 2)]), {"target_parameters": ["0"]}, "Parameter '0' belongs to the top-level"),
+    ],
+)
+def test_targets_of_other_shapes_are_named(model, options, said):
+    before = str(model)
+    with pytest.raises(ValueError, match=said):
+        get_peft_model(model, LoraConfig(**options))
+    assert str(model) == before and not hasattr(model, "peft_config")
+
+
+def test_a_state_dict_cannot_choose_parameters():
+    with pytest.raises(ValueError, match="lora adapter with `target_parameters` cannot be injected from a state_dict"):
+        inject_adapter_in_model(LoraConfig(target_parameters=["q.weight"]), Net(), state_dict={})
+
+
+def test_all_linear_layers_once_more():
+    """A second adapter finds them though they are adapter layers by now, but nothing else."""
+    model = Net()
+    model.emb = nn.Embedding(3, 4)
+    model = get_peft_model(model, LoraConfig(target_modules=["emb", "q"]))
+    model.add_adapter("b", LoraConfig(target_modules="all-linear"))
+    expected = {f"layers.{i}.{name}" for i in range(3) for name in ("q", "key")}
+    assert model.peft_config["b"].target_modules == expected
+    assert {k for k, layer in model.base_model.named_layers().items() if "b" in layer} == expected
+
+
+def test_all_linear_leaves_a_head_alone_that_the_model_does_not_tell():
+    class Classifier(Net):
+        config: dict = {}
+
+        def __init__(self):
+            super().__init__()
+            self.score = nn.Linear(4, 2)
+
+        def get_output_embeddings(self):
+            return None
+
+    for task, heads in (("SEQ_CLS", 0), (None, 1)):
+        tuner = LoraModel(Classifier(), LoraConfig(target_modules="all-linear", task_type=task), "default")
+        assert len(tuner.layers()) == 6 + heads and ("score" in tuner.targeted_module_names) == bool(heads)
+
+
+def test_matching_of_single_names():
+    config = LoraConfig(target_modules=["q"], exclude_modules=["0.q"])
+    excluded = match.check_target_module_exists(config, "0.q")
+    assert excluded is match.EXCLUDED and not excluded
+    assert match.check_target_module_exists(config, "1.q") is True
+    assert not match.check_target_module_exists(LoraConfig(target_parameters=["q.weight"]), "1.q")
+    assert match.match_target_against_key(r"\d\.q", "1.q") and not match.match_target_against_key("q", "1.q")
+    with pytest.raises(TypeError, match="LoraConfig has neither target_modules nor target_parameters"):
+        match.check_target_module_exists(LoraConfig(), "q")
+
+
+@pytest.mark.parametrize(
+    ("targets", "others", "said"),
+    [
+        ("q", [], "list or set of strings"),
+        ([], [], "not empty"),
+        (["", "q"], [], "empty string"),
+        (["q"], ["q"], "'q'"),
+    ],
+)
+def test_names_that_have_no_shorter_form(targets, others, said):
+    with pytest.raises(ValueError, match=said):
+        match.find_minimal_target_modules(targets, others)
+    assert match.find_minimal_target_modules(["a.q", "b.q", "a.k"], ["b.k"]) == {"q", "a.k"}

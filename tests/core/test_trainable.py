@@ -7,6 +7,7 @@ from torch import nn
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.core import trainable
 from peft.core.offload import copy_module, onload_layer
+from peft.tuners.lora import Linear, LoraLayer, LoraModel
 
 
 class Net(nn.Module):
@@ -144,3 +145,55 @@ def test_copies_of_offloaded_modules_are_real_and_apart():
     copied.weight.data.zero_()
     assert (copied(torch.eye(3)) - copied.bias).abs().max() == 0
     assert layer(torch.eye(3)).abs().max() > 0
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_one_layer_alone():
+    """Switching, merging and deleting on a layer; the others do not notice."""
+    model = plain()
+    lin0 = model.lin0
+    lin0.set_adapter("a")
+    lin0.delete_adapter("nope")
+    with pytest.warns(UserWarning, match="Adapter a was active which is now deleted. Setting active adapter to b"):
+        lin0.delete_adapter("a")
+    assert lin0.active_adapters == lin0.adapter_names == ["b"] and lin0.lora_A["b"].weight.requires_grad
+    lin0.delete_adapter("b")
+    assert lin0.active_adapters == lin0.adapter_names == []
+    assert model.lin1.adapter_names == ["b"]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_the_published_attributes_of_a_layer_can_be_set():
+    lin0 = plain().lin0
+    lin0.lora_B["b"].weight.data.fill_(1.0)
+    x, base = torch.ones(1, 4), lin0.base_layer(torch.ones(1, 4))
+    lin0._active_adapter = "b"
+    assert lin0._active_adapter == ["b"] and (lin0(x) - base).abs().max() > 1e-3
+    lin0._disable_adapters = True
+    assert lin0._disable_adapters and torch.equal(lin0(x), base) and lin0._active_adapter == ["b"]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_switching_a_merged_layer_takes_the_adapter_out():
+    lin0 = plain().lin0
+    before = lin0.weight.clone()
+    lin0.lora_B["a"].weight.data.fill_(1.0)
+    lin0.merge(adapter_names=["a"])
+    assert not torch.equal(lin0.weight, before)
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        lin0.set_adapter("b")
+    assert torch.equal(lin0.weight, before) and lin0.active_adapters == ["b"]
+
+
+def test_layers_that_a_method_does_not_know():
+    said = "lora cannot adapt a LayerNorm, only Linear, Conv1D,"
+    tuner = LoraModel(Net(), LoraConfig(target_modules=["lin0"]), "a")
+    for call in (
+        lambda: Linear(nn.LayerNorm(4), "a", LoraConfig()),
+        lambda: LoraLayer.wrap(nn.LayerNorm(4), tuner.switch),
+        lambda: tuner.target_shape(nn.LayerNorm(4)),
+    ):
+        with pytest.raises(TypeError, match=said):
+            call()
+    with pytest.raises(ValueError, match=r"Adapter b does not exist; there are \['a'\]"):
+        tuner.delete_adapter("b")

@@ -293,9 +293,7 @@ def test_tokens_of_a_module_inside_one_that_is_saved():
     with pytest.raises(ValueError, match=r"'body\.0' is in trainable_token_indices and 'body' in modules_to_save"):
         LoraModel(model, lora(trainable_token_indices={"body.0": [1]}, modules_to_save=["body"]), "default")
     model = LoraModel(model, lora(trainable_token_indices={"body.0": [1]}), "a")
-    with pytest.raises(
-        ValueError, match=r"'body\.0' is in trainable_token_indices already, so it cannot be in modules_"
-    ):
+    with pytest.raises(ValueError, match=r"'body\.0' is in trainable_token_indices already, so it cannot be in m"):
         model.add("b", lora(modules_to_save=["body.0"]))
     with pytest.raises(ValueError, match=r"Target module 'body\.0' is trained in full or has trainable tokens already"):
         model.add("b", LoraConfig(target_modules=["0"]))
@@ -369,8 +367,6 @@ def test_tying_needs_the_embedding_in_modules_to_save():
     config = lora(modules_to_save=["lin1"])
     config.modules_to_tie = {"head"}
     base = Net()
-    with pytest.raises(
-        RuntimeError, match="Cannot tie 'head': the input embedding 'embed_tokens' is not in modules_to"
-    ):
+    with pytest.raises(RuntimeError, match="Cannot tie 'head': the input embedding 'embed_tokens' is not in"):
         LoraModel(base, config, "a")
     assert type(base.lin1) is nn.Linear and type(base.lin0) is nn.Linear

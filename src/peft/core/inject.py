@@ -112,8 +112,9 @@ class Injection:
         if getattr(cfg, "target_modules", None) == match.DUMMY_TARGET_MODULES:
             return []
         if getattr(cfg, "target_parameters", None) and self.state_dict is not None:
-            method = self.tuner.method_label
-            raise ValueError(f"A {method} adapter with `target_parameters` cannot be injected from a state_dict.")
+            raise ValueError(
+                f"A {self.tuner.method_label} adapter with `target_parameters` cannot be injected from a state_dict."
+            )
         self._expand_all_linear()
         self._condense()
         matcher = match.Matcher(cfg)
@@ -354,7 +355,10 @@ class Injection:
         layer = self._existing(module, target)
         if layer is None:
             kind = kinds.parameter_kind(parameter) if parameter is not None else None
-            layer = tuner.make_layer(module, kind, cfg, target.key)
+            try:
+                layer = tuner.make_layer(module, kind, cfg, target.key)
+            except ValueError as error:  # of a kind, which does not know where the module is
+                raise ValueError(f"Target {target.key!r}: {error}") from error
             self._replace(target.node, layer, module)
         else:
             self.undo.append(lambda layer=layer: layer.drop(name))

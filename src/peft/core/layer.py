@@ -373,7 +373,7 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters on this layer only, until the model is switched again."""
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        if self.merged and names != self._key[0]:
+        if self.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             self.unmerge()
         self.set_requires_grad(list(self._names), False)
