@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules and tensors made in bulk are those that torch would have made."""
 
+import pickle
+
 import pytest
 import torch
+from tests.methods.bases import BASES, base, inputs
 from torch import nn
 
-from peft.core import kinds
+from peft.core import kinds, modules, slots
 from peft.core.modules import awaiting_values, kaiming
+from peft.core.slots import BufferDict
 from peft.utils.integrations import init_empty_weights
 
 
@@ -41,3 +45,74 @@ def test_kaiming_draws_as_torch_does(shape):
     made = kaiming(*shape)
     torch.manual_seed(0)
     assert torch.equal(made, nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5))
+
+
+@pytest.mark.parametrize("name", [*BASES, "scaled Embedding"])
+def test_every_kind_calls_its_layer_with_another_weight(name):
+    layer = base(name.removeprefix("scaled ")).lin0
+    if name.startswith("scaled"):
+        layer.embed_scale = torch.tensor([3.0])
+        layer.register_forward_hook(lambda m, args, y: y * m.embed_scale)
+    kind, x = kinds.kind_of(layer), inputs(name.removeprefix("scaled "))
+    assert kind.name == name.removeprefix("scaled ")
+    assert kind.shape(layer)[:2] == tuple(kind.canonical(kind.parameter(layer)).shape[:2]) or kind is kinds.Norm
+    if name in ("MultiheadAttention", "Norm"):
+        with pytest.raises(NotImplementedError, match=f"{name} cannot be called with another weight"):
+            kind.call(layer, x, kind.parameter(layer))
+        return
+    weight = kind.canonical(kind.parameter(layer))
+    torch.testing.assert_close(kind.call(layer, x, weight, kind.bias(layer)), layer(x))
+    torch.testing.assert_close(kind.call(layer, x, 2 * weight), 2 * kind.call(layer, x, weight))
+
+
+def test_kinds_of_parameters_are_found_by_name():
+    """As in a process that unpickles a model before it has made the kind."""
+    made = kinds.parameter_kind("odd")
+    data = pickle.dumps(made)
+    del kinds.Parameter__odd
+    found = pickle.loads(data)
+    assert found is not made and (found.weight_name, found.__name__) == ("odd", "Parameter__odd")
+    with pytest.raises(AttributeError, match="no attribute 'Odd'"):
+        _ = kinds.Odd
+
+
+def test_only_modules_that_hold_nothing_are_made_in_bulk():
+    class Full(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+    assert type(modules.blank(nn.ModuleDict)) is nn.ModuleDict and not modules.blank(nn.ModuleDict)
+    with pytest.raises(TypeError, match=r"Full\(\) is not empty"):
+        modules.blank(Full)
+
+
+def test_buffer_dicts_are_dicts():
+    held = BufferDict({"a": torch.ones(2)}, persistent=True)
+    held.update([("b", torch.zeros(3))])
+    held["c"] = torch.ones(1)
+    assert list(held) == list(held.keys()) == ["a", "b", "c"] and [len(v) for v in held.values()] == [2, 3, 1]
+    assert set(held.state_dict()) == {"a", "b", "c"}
+    assert torch.equal(held.pop("b"), torch.zeros(3)) and "b" not in held and len(held) == 2
+    held.clear()
+    assert len(held) == 0 and not held.state_dict()
+    other = BufferDict({"a": torch.ones(2)})
+    assert not other.state_dict()
+    other.pop("a")
+    other.persistent = True
+    other["a"] = torch.ones(2)
+    assert set(other.state_dict()) == {"a"}
+    with pytest.raises(TypeError, match="needs names and tensors in a mapping, got int"):
+        other.update(3)
+
+
+def test_slots_declared_as_text():
+    """`from __future__ import annotations` in the module of a method."""
+    read = slots.read_slots(type("Layer", (), {"__module__": slots.__name__, "__annotations__": {
+        "scale": "Trainable[nn.ParameterDict]", "note": "Aux[dict]", "rank": "int", "names": "list[str]",
+    }}))  # fmt: skip
+    found = {n: (s.container, s.role, s.trains, s.saved, s.is_module) for n, s in read.items()}
+    assert found == {
+        "scale": (nn.ParameterDict, "trainable", True, True, True),
+        "note": (dict, "aux", False, False, False),
+    }
