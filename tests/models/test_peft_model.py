@@ -601,6 +601,13 @@ def test_a_layer_called_by_itself_forgets_the_last_mixed_batch():
     model(X, adapter_names=["a"] * 4)
     with model.disable_adapter():
         assert torch.equal(model.get_base_model()(X[:2]), Net()(X[:2]))
+    model.set_adapter("a")
+    want = model(X[:2])
+    for merge in (model.merge_adapter, lambda: [layer.merge() for layer in model.base_model.layers()]):
+        model(X, adapter_names=["b"] * 4)
+        merge()
+        torch.testing.assert_close(model.get_base_model()(X[:2]), want)
+        model.unmerge_adapter()
 
 
 def test_merging_a_prompt_says_why_not():

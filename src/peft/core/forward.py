@@ -90,7 +90,8 @@ class ForwardPaths:
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         plan, call = self._planned(), self.switch.call
-        rows = call.adapter_names is not None and not self._key[1]
+        # of merged adapters: rows of a call before, since `check_adapter_names` refuses new ones
+        rows = call.adapter_names is not None and not self._key[1] and not self.merged_adapters
         if self._split is not None and not self._split.inside and (plan or rows):
             return self._forward_split(plan, x, rows, *args, **kwargs)
         if rows:
@@ -232,10 +233,6 @@ class ForwardPaths:
     def _forward_rows(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Mixed batch: rows use different adapters ("__base__": none); base rows are computed once where possible."""
         call = self.switch.call
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
         if len(call.adapter_names or ()) != len(x):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "

@@ -25,6 +25,7 @@ class WholeModelMerge:
         """Merge adapters (default: the active ones) into the base weights; the layers stay, to be unmerged."""
         refuse_str(adapter_names)
         self._check_merge_allowed()
+        self.switch.call.clear()
         with unsharded(self.model, write=True):
             for layer in reversed(self.layers()):  # of nested layers the inner one first
                 with onload_layer(layer):
