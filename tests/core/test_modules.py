@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules and tensors made in bulk are those that torch would have made."""
 
+import copy
 import pickle
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from tests.methods.bases import BASES, base, inputs
 from torch import nn
 
+from peft import LoraConfig, get_peft_model
 from peft.core import kinds, modules, slots
+from peft.core.layer import AdapterLayer
 from peft.core.modules import awaiting_values, kaiming
 from peft.core.slots import BufferDict
 from peft.utils.integrations import init_empty_weights
@@ -116,3 +119,38 @@ def test_slots_declared_as_text():
         "scale": (nn.ParameterDict, "trainable", True, True, True),
         "note": (dict, "aux", False, False, False),
     }
+
+
+class Doubling(AdapterLayer):
+    """W + W, for modules that are called with replaced tensors."""
+
+    method_name = "doubling"
+    kinds = (kinds.MultiheadAttention,)
+    factor: slots.Trainable[nn.ParameterDict]
+
+    def create(self, name, cfg):
+        self.factor[name] = nn.Parameter(torch.ones(()))
+
+    def delta_weight(self, name):
+        return self.factor[name] * self.base_weight()
+
+
+def test_attention_modules_are_called_with_the_changed_weight():
+    layer, x = base("MultiheadAttention").lin0, inputs("MultiheadAttention")
+    double = copy.deepcopy(layer)
+    double.in_proj_weight.data *= 2
+    made = Doubling(layer, "a", LoraConfig())
+    got, weights = made(x, x, x)
+    want, expected = double(x, x, x)
+    torch.testing.assert_close((got, weights), (want, expected))
+    got.sum().backward()
+    assert made.factor["a"].grad.abs() > 0
+    made.merge()
+    torch.testing.assert_close(layer.in_proj_weight, double.in_proj_weight)
+    torch.testing.assert_close(made(x, x, x)[0], want)
+
+
+def test_mixed_batches_need_an_output_that_is_a_tensor():
+    model = get_peft_model(base("MultiheadAttention"), LoraConfig(target_modules=["lin0", "lin1"])).eval()
+    with torch.no_grad(), pytest.raises(TypeError, match="not possible on MultiheadAttention layers, whose output is"):
+        model(inputs("MultiheadAttention"), adapter_names=["default"] * 4)

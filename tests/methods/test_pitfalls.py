@@ -525,6 +525,17 @@ def test_ln_tuning_merges_one_adapter_at_a_time():
     torch.testing.assert_close(model(x), want)
     model.unmerge_adapter()
     torch.testing.assert_close(model(x), want)
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"only one active adapter per layer, got \['default', 'second'\]"):
+        model(x)
+
+
+def test_ln_tuning_of_a_module_without_tensors():
+    net = Net(nn.LayerNorm(16), nn.Linear(16, 3))
+    x = torch.randn(2, 16)
+    want = net(x)
+    model = get_peft_model(net, peft.LNTuningConfig(target_modules=["act"]))
+    assert torch.equal(model(x), want) and type(net.act.ln_tuning_layers["default"]) is nn.Tanh
 
 
 @pytest.mark.parametrize(("config", "kind"), [

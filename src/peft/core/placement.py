@@ -14,7 +14,7 @@ from .offload import compute_device
 
 # Adapter dtypes that `cast_adapter` turns into float32.
 UPCAST = {torch.float16, torch.bfloat16, *(getattr(torch, n) for n in UPCAST_DTYPES if hasattr(torch, n))}
-Held = tuple[Any, str, torch.Tensor]
+Held = tuple[nn.Module, str, torch.Tensor]
 
 
 class Placement:
@@ -78,18 +78,14 @@ class Placement:
     def cast_adapter(self: Any, name: str) -> None:
         """Float32 copies of adapter tensors in half or quarter precision."""
         for owner, attr, tensor in self._own_tensors(name):
-            if tensor.dtype in UPCAST and (attr == name or isinstance(owner, nn.Module) and attr in owner._parameters):
+            if tensor.dtype in UPCAST and (attr == name or attr in owner._parameters):
                 replace_tensor(owner, attr, tensor, tensor.data.to(torch.float32))
         self.__dict__["_seen"] = None  # the plan may depend on dtypes
 
 
-def replace_tensor(owner: Any, attr: str, old: torch.Tensor, new: torch.Tensor) -> None:
+def replace_tensor(owner: nn.Module, attr: str, old: torch.Tensor, new: torch.Tensor) -> None:
     """Put `new` in the place of `old`: a Parameter stays one, with its requires_grad."""
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
-    if isinstance(owner, nn.Module) and attr in owner._parameters:
-        owner._parameters[attr] = new  # type: ignore[assignment]
-    elif isinstance(owner, nn.Module) and attr in owner._buffers:
-        owner._buffers[attr] = new
-    else:
-        owner[attr] = new  # type: ignore[index]
+    held: dict[str, Any] = owner._parameters if attr in owner._parameters else owner._buffers  # type: ignore[assignment]
+    held[attr] = new
