@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, VeraConfig, get_peft_model, get_peft_model_state_dict
 from peft.core import tied
 from peft.core.wrappers import TrainableTokensWrapper
 
@@ -201,3 +201,9 @@ def test_what_is_out_of_reach_stays_as_it_is():
     with pytest.warns(UserWarning, match="embeddings of the merged model differ"):
         tied.after_unload(model)
     assert model.config == {"tie_word_embeddings": False}
+
+
+def test_methods_that_cannot_tie_adapters_say_so():
+    tuner = quiet(llama(), VeraConfig(target_modules=["q_proj"])).base_model
+    with pytest.warns(UserWarning, match="VeraModel cannot tie the adapters of the targets and of lm_head"):
+        tuner._add_targets_to_tie(tuner.peft_config["default"], ["lm_head"])

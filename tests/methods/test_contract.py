@@ -146,6 +146,22 @@ def test_unmerge_is_exact_in_bfloat16_after_many_cycles(name, kind):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_unmerging_without_a_copy_is_right_or_refused(name, kind):
+    model = adapted(name, kind, torch.float64).double()
+    layers = [layer for layer in layers_of(model) if layer.mergeable and "replace" not in layer.hooks]
+    before = {k: v.clone() for k, v in peft.get_base_model_state_dict(model).items()}
+    for layer in reversed(layers):
+        layer.merge(keep=False)
+    for layer in layers:
+        if layer.standalone_delta:
+            layer.unmerge()
+        else:
+            with pytest.raises(RuntimeError, match=f"{layer.method_name} adapters merged with keep=False cannot be un"):
+                layer.unmerge()
+            return
+    torch.testing.assert_close(peft.get_base_model_state_dict(model), before)
+
+
 def test_safe_merge_refuses_nan_and_changes_nothing(name, kind):
     model = adapted(name, kind)
     if not all(layer.mergeable for layer in layers_of(model)):

@@ -169,6 +169,16 @@ def test_every_entrance_is_mixed(experts):
     embeds = net().get_input_embeddings()(IDS)
     assert model(inputs_embeds=embeds).logits.shape == expected.shape
     close(model(input_ids=IDS, logits_to_keep=1).logits, expected[:, -1:])
+    flat = copy.deepcopy(model)  # as mixtures of experts give tokens to their layers
+    mlp, shape = flat.get_base_model().model.layers[1].mlp, (*IDS.shape, 16)
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x.flatten(0, 1)).view(shape)
+    close(logits(flat), expected)
+    mlp.forward = lambda x: forward(x[:1]).expand(shape)
+    with pytest.raises(
+        ValueError, match=r"a mixture for 2 x 7 tokens, but an adapted layer got an input of shape \(1, 7,"
+    ):
+        logits(flat)
 
 
 # ---- use

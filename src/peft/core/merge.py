@@ -205,7 +205,8 @@ class Mergeable:
     def _subtract(self: Any) -> None:
         """Without a copy (merged with keep=False): the inverse maps, equal up to rounding."""
         base, kind = self.get_base_layer(), self.kind
-        if "map_weight" in self.hooks and "unmap_weight" not in self.hooks:
+        inverse = "unmap_weight" in self.hooks or "map_weight" not in self.hooks
+        if not (inverse and self.standalone_delta):  # a delta of the pristine weight cannot be had from the merged one
             raise RuntimeError(f"{self.method_name} adapters merged with keep=False cannot be unmerged.")
         for name in reversed(self.merged_adapters):
             weight, bias = self._current_weight(), kind.bias(base)
