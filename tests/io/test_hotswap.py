@@ -236,3 +236,19 @@ def test_swap_into_a_compiled_model_does_not_recompile(tmp_path):
         hotswap_adapter(compiled, tmp_path, adapter_name="default")
         torch.testing.assert_close(compiled(ids()), expected)
     assert len(seen) == graphs
+
+
+def test_scalings_prepared_for_swapping_are_changed_in_place():
+    """A compiled graph reads these very tensors."""
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, lora_alpha=4, target_modules=["0"]))
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    layer = model.base_model.model[0]
+    scaling = layer.scaling["default"]
+    for change, want in (
+        (lambda: layer.set_scale("default", 3), 6.0),
+        (lambda: layer.scale_layer(2.0), 12.0),
+        (lambda: layer.unscale_layer(4.0), 3.0),
+        (lambda: layer.unscale_layer(), 2.0),
+    ):
+        change()
+        assert layer.scaling["default"] is scaling and float(scaling) == want
