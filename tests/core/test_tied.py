@@ -129,9 +129,11 @@ def test_unloading_ties_again():
 
 
 def test_token_indices_follow_the_tie():
-    model = quiet(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+    base = llama()
+    base.extra = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(8, 20)})  # of that name, but not tied
+    model = quiet(base, LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
     base = model.base_model.model
-    assert isinstance(base.lm_head, TrainableTokensWrapper)
+    assert isinstance(base.lm_head, TrainableTokensWrapper) and type(base.extra["lm_head"]) is torch.nn.Linear
     names = [n for n, p in model.named_parameters() if p.requires_grad and "tokens" in n]
     assert names == ["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"]
     assert not any("lm_head" in k for k in get_peft_model_state_dict(model))

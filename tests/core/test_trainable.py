@@ -1,5 +1,7 @@
 """Gradients of base and adapters, bias modes, dtype casting, switching and deleting in plain models, offloading."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -197,3 +199,20 @@ def test_layers_that_a_method_does_not_know():
             call()
     with pytest.raises(ValueError, match=r"Adapter b does not exist; there are \['a'\]"):
         tuner.delete_adapter("b")
+
+
+def test_model_configurations_of_any_form():
+    transformers = pytest.importorskip("transformers")
+
+    @dataclasses.dataclass
+    class Configuration:
+        model_type: str = "gpt2"
+
+    for config in (Configuration(), {"model_type": "gpt2"}, transformers.GPT2Config()):
+        model = nn.ModuleDict({"c_attn": nn.Linear(4, 4)})
+        model.config = config
+        assert LoraModel(model, LoraConfig(), "a").targeted_module_names == ["c_attn"]
+    made = LoraModel.__new__(LoraModel)  # as while a copy is made
+    nn.Module.__init__(made)
+    with pytest.raises(AttributeError, match="model"):
+        _ = made.anything

@@ -248,7 +248,8 @@ def test_copies_survive_deepcopy_pickle_and_half():
 
 def test_plain_functions_work_without_a_tuner():
     model = Net()
-    _set_trainable(model, "a", ["head"], inference_mode=False)
+    model.register_module("absent", None)
+    _set_trainable(model, "a", ["head", "absent"], inference_mode=False)
     for name in ("b", "c"):  # a wrapper keeps its active adapter, whatever is asked for
         _set_trainable(model, name, ["head"], inference_mode=False, activate_adapter=name == "c")
     assert model.head.active_adapter == "a" and model.head.adapter_names == ["a", "b", "c"]
@@ -261,6 +262,9 @@ def test_plain_functions_work_without_a_tuner():
         _set_adapter(model, [])
     with pytest.raises(ValueError, match="could not find"):
         _set_trainable(model, "a", ["nope"], False, strict_module_check=True)
+    _set_trainable(model, "d", ["lin1"], inference_mode=False)  # a new one begins with the adapter that it is made for
+    assert model.lin1.active_adapter == "d" and on(model.lin1.modules_to_save) == ["d.weight", "d.bias"]
+    assert model.head.active_adapters == []
 
 
 def test_additional_modules_can_be_checked_ahead():
