@@ -1,7 +1,12 @@
 """LoRA initialisations from data: CorDA, LoRA-GA, EVA."""
 
+import sys
+import types
+import warnings
+
 import pytest
 import torch
+from tests.methods.test_lora_variants import BaseQuantLinear
 from torch import nn
 
 from peft import (
@@ -13,7 +18,7 @@ from peft import (
     initialize_lora_eva_weights,
     preprocess_loraga,
 )
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, eva
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
@@ -21,6 +26,9 @@ from peft.tuners.lora.corda import preprocess_corda
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 6))
+
+
+x8 = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
 
 
 def batches(n: int = 6, rows: int = 20) -> list[torch.Tensor]:
@@ -185,4 +193,126 @@ def test_eva_errors():
         get_eva_state_dict(model, batches(), **{**EVA, "prepare_layer_inputs_fn": {"nope": None}})
     model = get_peft_model(mlp(), LoraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="init_lora_weights='eva'"):
+        initialize_lora_eva_weights(model, batches())
+
+
+# ---- what is refused, and rare options of all three
+def test_default_targets_and_quantised_layers(monkeypatch):
+    base = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8), "k_proj": nn.Linear(8, 8)})
+    cfg = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    base.config = {"model_type": "llama"}
+    preprocess_loraga(base, cfg, lambda: (base["q_proj"](x8) + base["v_proj"](x8)).sum().backward())
+    assert cfg.target_modules == {"q_proj", "v_proj"} and hasattr(base["v_proj"], "_peft_loraga_grad")
+    base.config = {"model_type": "unheard_of"}
+    with pytest.raises(ValueError, match="`target_modules`.* no defaults for model type 'unheard_of'"):
+        preprocess_loraga(base, LoraConfig(lora_ga_config=LoraGAConfig()), lambda: None)
+    with pytest.raises(ValueError, match="found no supported target layer"):
+        preprocess_loraga(mlp(), config("lora_ga", target_modules=["1"], lora_ga_config=LoraGAConfig()), lambda: None)
+    monkeypatch.setitem(sys.modules, "gptqmodel", types.ModuleType("gptqmodel"))
+    base = nn.Sequential(BaseQuantLinear(), nn.Identity(), nn.Linear(8, 8))
+    for run in (preprocess_corda, lambda model, cfg: preprocess_loraga(model, cfg, lambda: None)):
+        with pytest.raises(ValueError, match="needs float weights, '0' is quantised"):
+            run(base, config("corda", corda_config=CordaConfig(), lora_ga_config=LoraGAConfig()))
+
+
+def test_a_cache_of_other_layers_is_named(tmp_path):
+    torch.save({"0._peft_loraga_grad": torch.ones(12, 8)}, tmp_path / "cache.pt")
+    with pytest.raises(ValueError, match="cache.pt lacks '2._peft_loraga_grad': it was made for other layers"):
+        preprocess_loraga(
+            mlp(), config("lora_ga", lora_ga_config=LoraGAConfig()), lambda: None, str(tmp_path / "cache.pt")
+        )
+
+
+def test_corda_refuses_data_that_say_nothing(tmp_path):
+    base, data = mlp(), batches()
+    cfg = config("corda", target_modules=["0"])
+    with pytest.raises(ValueError, match="cannot be inverted"):
+        preprocess_corda(base, cfg, run_model=lambda: base(torch.zeros(4, 8)))
+    with pytest.raises(ValueError, match="covariance matrix of '0' .NaN"):
+        preprocess_corda(base, cfg, run_model=lambda: base(data[0] / 0))
+    with pytest.raises(ValueError, match="never called '0'"):
+        preprocess_corda(base, cfg, run_model=lambda: base[2](torch.ones(1, 12)))
+    with pytest.raises(ValueError, match="`corda_config` must be given"):
+        preprocess_corda(base, LoraConfig(target_modules=["0"]), run_model=lambda: base(data[0]))
+    cfg.corda_config.prune_temporary_fields = False
+    preprocess_corda(base, cfg, run_model=lambda: base(data[0]))
+    x = data[0] / data[0].abs().max()
+    torch.testing.assert_close(base[0].covariance_matrix, x.T @ x)
+    with pytest.raises(ValueError, match=r"U_WC is \(12, 2\), expected \(12, 3\); was the rank the same"):
+        get_peft_model(base, config("corda", target_modules=["0"], r=3))
+    base[0].eigens.S_WC[0] = torch.inf
+    with pytest.raises(ValueError, match="Invalid value found in the CorDA decomposition"):
+        get_peft_model(base, cfg)
+
+
+def test_loraga_on_convolutions_large_ranks_and_without_its_options():
+    base = nn.Sequential(nn.Conv1d(8, 8, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer = get_peft_model(base, config("lora_ga", target_modules=["0"])).base_model.model[0]
+    assert not layer.lora_B["default"].weight.any() and layer.lora_A["default"].weight.any()
+    for kwargs, message in (({}, "`lora_ga_config` must be given"), ({"r": 4}, r"2·r <= min\(in, out\) = 6, got r=4")):
+        base = mlp()
+        base[2]._peft_loraga_grad = torch.ones(6, 12)
+        options = {"lora_ga_config": LoraGAConfig()} if kwargs else {}
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(base, config("lora_ga", target_modules=["2"], **kwargs, **options))
+
+
+def test_eva_counts_tokens_that_are_attended_to_and_have_a_label():
+    cfg = config("eva", eva_config=EvaConfig())
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    labels = torch.tensor([[-100, 5, 5], [5, -100, 5]])
+    count = eva.prepare_model_inputs_fn_language_modeling
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    assert count(batch, cfg).tolist() == [[0, 1], [1, 0], [1, 2]]
+    assert len(count({"input_ids": ids}, cfg)) == 6 and count({"pixel_values": ids}, cfg) is None
+    x = torch.randn(2, 3, 4)
+    rows = eva.prepare_layer_inputs_fn_language_modeling
+    torch.testing.assert_close(rows((x,), count(batch, cfg), "a"), x[[0, 1, 1], [1, 0, 2]])
+    assert torch.equal(rows(x, None, "a"), x.reshape(6, 4))
+    with pytest.raises(ValueError, match="needs batches that are dicts"):
+        count([ids], cfg)
+
+
+@pytest.mark.parametrize("rho", [1.0, 5000.0])
+def test_eva_options(rho):
+    """Whitened components, a function for one layer, batches in a list; a huge rho means the widest layer."""
+    data, cfg = [[x] for x in batches()], config("eva", eva_config=EvaConfig(rho=rho))
+    call = EVA | {"forward_fn": lambda model, batch: model(batch[0])}
+    call["prepare_layer_inputs_fn"] = {"0": lambda layer_input, model_input, name: layer_input[0]}
+    plain = get_eva_state_dict(mlp(), data, cfg, **call)
+    assert sum(len(A) for A in plain.values()) == 4
+    cfg.eva_config.whiten = True
+    for name, A in get_eva_state_dict(mlp(), data, cfg, **call).items():
+        directions = torch.nn.functional.normalize(A, dim=1)
+        torch.testing.assert_close(directions, plain[name])
+        assert (A.norm(dim=1).diff() >= 0).all()  # divided by singular values, the largest first
+
+
+@pytest.mark.parametrize("r", [2, {"0": 8}])
+def test_eva_ends_where_batches_have_too_few_rows(monkeypatch, capsys, r):
+    """Also where only one of the layers waits for more rows in vain."""
+    monkeypatch.setattr(eva, "_MOST_FRUITLESS", 3)
+    options = {"rank_pattern": r} if isinstance(r, dict) else {}
+    cfg = config("eva", eva_config=EvaConfig(rho=1.0), **options)
+    data = batches(rows=4 if options else 1)
+    with pytest.raises(ValueError, match=f"fewer rows than the {8 if options else 2} components .* for '0'"):
+        get_eva_state_dict(mlp(), data, cfg, **EVA)
+    assert capsys.readouterr().out.count("skipping SVD for 0") == 1
+
+
+def test_more_eva_errors():
+    model = eva_model()
+    with pytest.raises(ValueError, match="Adapter 'b' does not exist"):
+        initialize_lora_eva_weights(model, batches(), adapter_name="b")
+    with pytest.raises(ValueError, match="`eva_config` must be given"):
+        get_eva_state_dict(mlp(), batches(), LoraConfig(target_modules=["0"]), **EVA)
+    with pytest.raises(ValueError, match="No linear layer"):
+        get_eva_state_dict(mlp(), batches(), config("eva", target_modules=["1"]), **EVA)
+    with pytest.raises(ValueError, match="never called 'base_model.model.2'"):
+        get_eva_state_dict(model, batches(), **EVA | {"forward_fn": lambda m, x: m.base_model.model[0](x)})
+    model.add_adapter("b", config("eva"))
+    model.base_model.set_adapter(["default", "b"])
+    with pytest.raises(ValueError, match="single active adapter"):
         initialize_lora_eva_weights(model, batches())

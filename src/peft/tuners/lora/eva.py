@@ -286,10 +286,12 @@ def _iterate(run: _Decomposition, batches: Iterator[Callable[[], Any]], bar: Any
     fruitless = 0
     for batch in batches:
         run.step(batch)
-        fruitless += all(g.pca is None for g in run.groups)
-        if fruitless > _MOST_FRUITLESS:
+        unfitted = next((g for g in run.groups if g.pca is None), None)
+        fruitless += unfitted is not None
+        if unfitted is not None and fruitless > _MOST_FRUITLESS:
             raise ValueError(
-                "All batches have fewer rows than EVA needs components. Use larger batches, or lower r or rho."
+                f"All batches have fewer rows than the {unfitted.components} components that EVA needs for "
+                f"{_plain_name(unfitted.names[0])!r}. Use larger batches, or lower r or rho."
             )
         done = sum(len(g.names) for g in run.groups if run.done(g))
         bar.update(done - bar.n)

@@ -88,11 +88,8 @@ def olora(layer: "LoraLayer", name: str, cfg: Any) -> None:
 
 def mica(layer: "LoraLayer", name: str, cfg: Any) -> None:
     """A zero, B the r minor left singular vectors of W (frozen by the variant)."""
-    A, B = layer.factor_tensors(name)
-    if B.device.type == "meta":
-        return
     U = torch.linalg.svd(compute_weight(layer, cfg), full_matrices=False).U
-    layer.set_factors(name, torch.zeros_like(A), U[:, -layer.r[name] :])
+    layer.set_factors(name, torch.zeros_like(layer.factor_tensors(name)[0]), U[:, -layer.r[name] :])
 
 
 def corda(layer: "LoraLayer", name: str, cfg: Any) -> None:

@@ -38,24 +38,33 @@ def reduce_intruder_dimension(
         )
     if new_adapter_name in peft_model.peft_config:
         raise ValueError(f"The adapter {new_adapter_name!r} exists already; give another `new_adapter_name`.")
-    plain = config.init_lora_weights if isinstance(config.init_lora_weights, bool) else True
-    peft_model.add_adapter(new_adapter_name, config.with_values(init_lora_weights=plain))
+    if config.target_parameters or config.arrow_config:
+        raise ValueError(
+            f"Intruder dimension reduction needs a weight for each module; {old_adapter_name!r} adapts raw parameters "
+            "(target_parameters) or routes to other adapters (arrow_config)."
+        )
+    reduced: dict[LoraLayer, tuple[torch.Tensor, torch.Tensor]] = {}
     for key, layer in peft_model.named_modules():
-        if not isinstance(layer, LoraLayer) or old_adapter_name not in layer:
-            continue
-        A, B, s, _ = layer.static_factors(old_adapter_name)
-        W = layer.base_weight().flatten(1).float()
-        U, S, Vh = _intruders(W, W + (B.flatten(1) @ A.flatten(1)).float() * s, top_k, threshold_epsilon)
-        log(f"{key}: {len(S)} intruder dimensions")
-        if len(S):
-            parts, weights = [(A, B, 1.0), (Vh, U * S, 1.0)], [1.0, (mitigation_lambda - 1) / float(s)]
-            new_a, new_b = split_svd(*low_rank_svd(parts, weights), A.shape[0], balanced=True)
-            A, B = new_a.reshape(A.shape), new_b.reshape(B.shape)
-        for parameter, value in zip(layer.factor_tensors(new_adapter_name), (A, B), strict=True):
+        if isinstance(layer, LoraLayer) and old_adapter_name in layer:
+            factors = layer.static_factors(old_adapter_name)
+            W, A, B = layer.base_weight().flatten(1).float(), factors.A, factors.B
+            U, S, Vh = _intruders(W, W + layer.product(factors).flatten(1).float(), top_k, threshold_epsilon)
+            log(f"{key}: {len(S)} intruder dimensions")
+            if len(S):
+                parts, weights = [(A, B, 1.0), (Vh, U * S, 1.0)], [1.0, (mitigation_lambda - 1) / float(factors.scale)]
+                new_a, new_b = split_svd(*low_rank_svd(parts, weights), A.shape[0], balanced=True)
+                A, B = new_a.reshape(A.shape), new_b.reshape(B.shape)
+            reduced[layer] = A, B
+    plain = config.init_lora_weights if isinstance(config.init_lora_weights, bool) else True
+    peft_model.add_adapter(new_adapter_name, config.with_values(init_lora_weights=plain, use_bdlora=None))
+    for layer, factors in reduced.items():
+        own = (layer.parameters_of(name) for name in (old_adapter_name, new_adapter_name))
+        for old, new in zip(*own, strict=True):  # biases, magnitudes, what variants train
+            new.data = old.data.clone()
+        if config.kasa_config:  # in the factors by now
+            layer.lora_diag[new_adapter_name].fill_(1.0)  # type: ignore[operator]
+        for parameter, value in zip(layer.factor_tensors(new_adapter_name), factors, strict=True):
             parameter.data = value.to(parameter.dtype).clone()
-        if new_adapter_name in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector[old_adapter_name].weight
-            layer.lora_magnitude_vector[new_adapter_name].weight.data.copy_(magnitude)  # type: ignore[union-attr, operator]
     peft_model.set_adapter(new_adapter_name)
 
 

@@ -46,9 +46,11 @@ def combine(
     cfg = combined_config(tuner, adapters, weights)
     kind, rank = resolve_combination(kind, ranks, svd_rank)
     init = cfg.init_lora_weights if isinstance(cfg.init_lora_weights, bool) else True  # others may change the base
+    bias = any(c.lora_bias for c in configs)
     cfg = cfg.with_values(
-        r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=init, **_PLAIN
-    )
+        r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}, init_lora_weights=init,
+        lora_bias=bias, **_PLAIN,
+    )  # fmt: skip
     tuner.add(name, cfg)
     try:
         tuner.set_requires_grad([name], False)
@@ -74,6 +76,12 @@ def _combine_layer(
     parameters = layer.factor_tensors(name)
     if not isinstance(parameters[0], nn.Parameter):  # a tied layer follows its embedding
         return
+    if layer.delta_bias(name) is not None:
+        bias: Any = layer.lora_B[name].bias
+        bias.zero_()
+        for n, w in sources:
+            if (added := layer.delta_bias(n)) is not None:
+                bias.add_(added, alpha=w)
     if not sources:
         parameters[1].zero_()
         return

@@ -88,7 +88,7 @@ def _names_of_rows(active: str | Sequence[str], adapter_names: Sequence[str] | N
         return list(adapter_names)
     if not isinstance(active, str):
         if len(active) != 1:
-            raise ValueError("aLoRA needs exactly one active adapter.")
+            raise ValueError("aLoRA needs exactly one active adapter; use `adapter_names` for mixed batches.")
         active = active[0]
     return [active] * rows
 
@@ -124,6 +124,4 @@ def open_call(tuner: Any, kwargs: dict[str, Any]) -> None:
             "Cannot calculate aLoRA offsets from inputs_embeds; the adapter is off. Pass input_ids.", stacklevel=4
         )
         return
-    if call.adapter_names is None and len(active) > 1:
-        raise ValueError("aLoRA needs exactly one active adapter; use `adapter_names` for mixed batches.")
     call.alora_offsets = calculate_alora_offsets(configs, tuner.active_adapters, ids, call.adapter_names)

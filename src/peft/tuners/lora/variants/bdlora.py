@@ -17,18 +17,19 @@ from .base import LoraVariant
 
 
 class BlockDiagonal(nn.Module):
-    """x -> diag(W_1 .. W_n) x. The weight holds the blocks one below the other, [out, in/n]."""
+    """x -> diag(W_1 .. W_n) x (+ bias). The weight holds the blocks one below the other, [out, in/n]."""
 
-    def __init__(self, n_in: int, n_out: int, nblocks: int):
+    def __init__(self, n_in: int, n_out: int, nblocks: int, bias: nn.Parameter | None = None):
         super().__init__()
         self.nblocks, self.in_features, self.out_features = nblocks, n_in, n_out
         self.weight = nn.Parameter(torch.empty(n_out, n_in // nblocks))
+        self.bias = bias
 
     def dense(self) -> torch.Tensor:
         return torch.block_diag(*self.weight.chunk(self.nblocks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.dense())
+        return F.linear(x, self.dense(), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, nblocks={self.nblocks}"
@@ -71,14 +72,13 @@ class BdLora(LoraVariant):
     def create(self, layer: Any, name: str, cfg: Any) -> None:
         if self.factor is None:
             return
-        sizes = (layer.in_features, cfg.r) if self.factor == "A" else (cfg.r, layer.out_features)
-        made = BlockDiagonal(*sizes, self.nblocks)
         if self.factor == "A":
+            made = layer.lora_A[name] = BlockDiagonal(layer.in_features, cfg.r, self.nblocks)
             nn.init.kaiming_uniform_(made.weight, a=0)
-            layer.lora_A[name] = made
         else:
-            nn.init.zeros_(made.weight)
+            made = BlockDiagonal(cfg.r, layer.out_features, self.nblocks, layer.lora_B[name].bias)
             layer.lora_B[name] = made
+            nn.init.zeros_(made.weight)
 
     def factors(self, layer: Any, name: str) -> Factors:
         f = layer.plain_factors(name)
