@@ -319,6 +319,20 @@ def drawn_alike(folder: Path) -> None:
     assert all(torch.equal(o, drawn) for o in others)
 
 
+def eva_of_both_halves() -> None:
+    """Each process has half of the rows; together they find the components of all."""
+    config = peft.LoraConfig(
+        r=4, target_modules=TARGETS, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0, tau=0.0)
+    )
+    halves = next(batches(dist.get_rank(), dist.get_world_size()))
+    found, alone, half = (
+        peft.get_eva_state_dict(tiny.llama(), [{"input_ids": ids}], config, gather_distributed_inputs=gather)
+        for ids, gather in ((halves, True), (next(batches()), False), (halves, False))
+    )
+    assert all(tiny.close(found[name].abs(), A.abs(), 1e-3) for name, A in alone.items())
+    assert not all(tiny.close(half[name].abs(), A.abs(), 1e-2) for name, A in alone.items())
+
+
 class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -383,6 +397,8 @@ def main(mode: str, folder: Path, *cases: str) -> None:
             trained_in_parts(case, folder)
         else:
             trained(mode, case, folder / case)
+    if mode == "ddp":
+        eva_of_both_halves()
     if mode == "zero3":
         partitioned_base()
     if mode == "tp":
