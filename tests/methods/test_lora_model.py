@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from peft import (
+    ArrowConfig,
+    KasaConfig,
     LoraConfig,
     LoraModel,
     PeftModel,
@@ -74,11 +76,69 @@ def test_replication_happens_once_shares_weights_and_refuses_to_merge():
     assert model(input_ids=ids).logits.shape == (1, 3, 20)
 
 
-def test_failing_injection_takes_replication_back():
+def tiny(kind: str):
+    import transformers as tf
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    sliding = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True, "sliding_window": 4}
+    cls, options = {
+        "gpt2": (tf.GPT2LMHeadModel, {"n_embd": 16, "n_head": 2}),
+        "bert": (tf.BertForMaskedLM, small),
+        "qwen3": (tf.Qwen3ForCausalLM, {**small, **sliding, "num_key_value_heads": 1}),
+    }[kind]
+    torch.manual_seed(0)
+    return cls(cls.config_class(vocab_size=20, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, **options)).eval()
+
+
+@pytest.mark.parametrize(
+    "kind, target, stack",
+    [
+        ("gpt2", "c_attn", "transformer.h"),
+        ("bert", "query", "bert.encoder.layer"),
+        ("qwen3", "q_proj", "model.layers"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_replication_finds_the_layers_and_says_how_many_there_are(kind, target, stack):
+    base, ids = tiny(kind), torch.tensor([[1, 2, 3]])
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=[target], layer_replication=[(0, 2), (0, 1)]))
+    config, layers = base.config, base.get_submodule(stack)
+    assert len(layers) == config.num_hidden_layers == 3
+    assert getattr(config, "layer_types", None) in (None, ["full_attention", "sliding_attention", "full_attention"])
+    out = base(input_ids=ids).logits
+    randomise(layers[2])
+    assert not torch.allclose(base(input_ids=ids).logits, out)  # a copy has adapters of its own
+    if kind != "bert":
+        assert model.generate(input_ids=ids, max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
+    with pytest.raises(ValueError, match=r"replicated with \[\(0, 2\), \(0, 1\)\] already"):
+        model.add_adapter("b", LoraConfig(target_modules=[target], layer_replication=[(0, 1)]))
+
+
+@pytest.mark.parametrize(
+    "ranges, first, message",
+    [
+        ([(0, 3)], False, r"range \(0, 3\) is outside of the model's 2 layers"),
+        ([(1, 1)], False, r"range \(1, 1\) is outside"),
+        ([(0, 2)], True, "there are adapters already"),
+    ],
+)
+def test_replications_that_make_no_sense(ranges, first, message):
     base = llama()
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"])) if first else None
+    cfg = LoraConfig(target_modules=["q_proj"], layer_replication=ranges)
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("b", cfg) if model else get_peft_model(base, cfg)
+    with pytest.raises(ValueError, match="layers of Net to replicate: .*'layers', 'encoder.layer' or 'h'"):
+        get_peft_model(mlp(), LoraConfig(target_modules=["lin0"], layer_replication=[(0, 1)]))
+
+
+def test_failing_injection_takes_replication_back():
+    base = tiny("qwen3")
     with pytest.raises(ValueError):
-        get_peft_model(base, LoraConfig(target_modules=["nothing"], layer_replication=[(0, 2), (0, 2)]))
+        get_peft_model(base, LoraConfig(target_modules=["nothing"], layer_replication=[(1, 2), (0, 2)]))
     assert len(base.model.layers) == 2 and base.config.num_hidden_layers == 2
+    assert base.config.layer_types == ["full_attention", "sliding_attention"]
+    assert [layer.self_attn.layer_idx for layer in base.model.layers] == [0, 1]
 
 
 def test_tied_embedding_shares_one_set_of_parameters(tmp_path):
@@ -119,6 +179,14 @@ def test_a_failure_while_tying_leaves_the_tied_layer_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="no"):
         get_peft_model(base, LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True))
     assert type(base.lm_head) is nn.Linear
+
+
+def test_tying_needs_the_embedding_among_the_targets():
+    cfg = LoraConfig(
+        target_modules=["embed_tokens", "q_proj"], exclude_modules=["embed_tokens"], ensure_weight_tying=True
+    )
+    with pytest.raises(ValueError, match="needs an adapted input embedding to tie 'lm_head' to"):
+        get_peft_model(llama(tie_word_embeddings=True), cfg)
 
 
 def test_tied_layer_without_the_flag_warns():
@@ -176,6 +244,76 @@ def test_failing_combination_leaves_nothing(kwargs, error):
     assert set(model.peft_config) == {"default", "b"}
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
     assert model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}], ids=str)
+def test_a_combination_has_all_that_its_sources_train(options):
+    """Biases add with their weights; magnitudes are averaged."""
+    model = get_peft_model(mlp(), LoraConfig(r=2, lora_alpha=3, target_modules=["lin0", "lin1"], **options))
+    model.add_adapter("b", LoraConfig(r=2, lora_alpha=8, target_modules=["lin1"], **options))
+    randomise(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += 2 if "magnitude" in name else 0
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    out = model(x)
+    model.add_weighted_adapter(["default"], [1.0], "copy", combination_type="linear")
+    model.set_adapter("copy")
+    torch.testing.assert_close(model(x), out)
+    model.add_weighted_adapter(["b", "default"], [0.5, -1.5], "both", combination_type="cat")
+    layer = layer_of(model, "lin1")
+    if "lora_bias" in options:
+        a, b = (layer.lora_B[n].bias * layer.scaling[n] for n in ("default", "b"))
+        torch.testing.assert_close(layer.lora_B["both"].bias, 0.5 * b - 1.5 * a)
+        model.add_adapter("plain", LoraConfig(r=2, target_modules=["lin1"]))
+        model.add_weighted_adapter(["plain", "b"], [1.0, 1.0], "mixed", combination_type="cat")
+        torch.testing.assert_close(layer.lora_B["mixed"].bias, b)
+    else:
+        m = {n: p.weight for n, p in layer.lora_magnitude_vector.items()}
+        torch.testing.assert_close(m["both"], 0.25 * m["b"] + 0.75 * m["default"])
+
+
+def test_a_layer_that_no_source_adapts_stays_as_it_is():
+    """The exclusions are those of the first source, the targets those of all."""
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["lin0"], init_lora_weights=False))
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin0", "lin1"], exclude_modules=["lin1"]))
+    assert type(model.base_model.model.lin1) is nn.Linear
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "c", combination_type="cat")
+    assert layer_of(model, "lin1").get_delta_weight("c").abs().max() == 0
+
+
+def test_a_combination_of_tied_layers_is_tied():
+    cfg = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(llama(tie_word_embeddings=True), cfg)
+    model.add_adapter("b", copy.deepcopy(cfg))
+    randomise(model)
+    model.add_weighted_adapter(["default", "b"], [0.5, 2.0], "c", combination_type="cat")
+    head, embedding = model.base_model.model.lm_head, model.base_model.model.model.embed_tokens
+    want = 0.5 * embedding.get_delta_weight("default") + 2 * embedding.get_delta_weight("b")
+    torch.testing.assert_close(embedding.get_delta_weight("c"), want)
+    torch.testing.assert_close(head.get_delta_weight("c"), want)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target_modules": [], "target_parameters": ["lin1.weight"]}, r"target_parameters, which \['default'\] use"),
+        ({"kasa_config": KasaConfig()}, "KaSA and Arrow adapters cannot be combined"),
+        ({"arrow_config": ArrowConfig()}, "KaSA and Arrow adapters cannot be combined"),
+    ],
+)
+def test_adapters_that_do_not_combine(options, message):
+    model = get_peft_model(mlp(), LoraConfig(**{"r": 2, "target_modules": ["lin0"], **options}))
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(["default"], [1.0], "c")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_model_that_is_gptq_as_a_whole_does_not_merge():
+    model = get_peft_model(mlp(), LoraConfig(target_modules=["lin0"]))
+    model.base_model.model.quantization_method = "gptq"
+    with pytest.raises(ValueError, match="gptq quantized"):
+        model.merge_adapter()
 
 
 def test_combining_convolutions_and_embeddings():

@@ -22,9 +22,11 @@ from peft import (
 )
 from peft.ops import plain
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.arrow import _location
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.tuners.lora.variants.alora import calculate_alora_offsets
 from peft.tuners.lora.variants.arrow import leading_direction
+from peft.tuners.lora.variants.monteclora import _advance_generator
 
 
 def mlp(bias: bool = True) -> nn.Sequential:
@@ -219,6 +221,29 @@ def test_dora_dropout_uses_one_mask_for_both_products():
     assert torch.all((ratio.abs() < 1e-2) | ((ratio - 2).abs() < 1e-2))
 
 
+def test_dora_on_an_embedding():
+    model = get_peft_model(nn.Sequential(nn.Embedding(9, 6)), LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    layer, ids = layer_of(model, "0"), torch.tensor([[1, 8, 1]])
+    torch.testing.assert_close(model(ids), layer.base_layer(ids))
+    for p in layer.parameters_of("default"):
+        p.data = torch.rand(p.shape, generator=torch.Generator().manual_seed(3)) + 0.5
+    V = layer.base_layer.weight + (layer.lora_embedding_B["default"] @ layer.lora_embedding_A["default"]).T * 4
+    want = layer.lora_magnitude_vector["default"].weight / V.norm(dim=0) * V  # a norm for each embedding dimension
+    torch.testing.assert_close(model(ids), want[ids])
+    torch.testing.assert_close(model.merge_and_unload()(ids), want[ids])
+
+
+def test_dora_on_a_convolution_drops_inputs_of_both_products():
+    """With everything dropped, nothing is left but the base's own output."""
+    config = LoraConfig(r=2, target_modules=["0"], use_dora=True, lora_dropout=1.0)
+    model = get_peft_model(nn.Sequential(nn.Conv1d(8, 6, 3)), config)
+    layer, x = layer_of(model, "0"), x8.transpose(1, 2)
+    for p in layer.parameters_of("default"):
+        p.data += 1
+    torch.testing.assert_close(model.train()(x), layer.base_layer(x))
+    assert not torch.allclose(model.eval()(x), layer.base_layer(x))
+
+
 # ---- aLoRA
 class Embedder(nn.Module):
     def __init__(self):
@@ -227,8 +252,8 @@ class Embedder(nn.Module):
         self.emb, self.lin = nn.Embedding(20, 8), nn.Linear(8, 8)
         self.config = {"model_type": "custom"}
 
-    def forward(self, input_ids=None):
-        return self.lin(self.emb(input_ids))
+    def forward(self, input_ids=None, inputs_embeds=None):
+        return self.lin(self.emb(input_ids) if inputs_embeds is None else inputs_embeds)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         return kwargs
@@ -257,6 +282,42 @@ def test_alora_acts_from_the_last_invocation_on():
         model(input_ids=ids, num_beams=2)
 
 
+def test_offsets_of_rows_with_names_of_their_own():
+    cfg = {n: LoraConfig(alora_invocation_tokens=t, task_type="CAUSAL_LM") for n, t in (("a", [5]), ("b", [6, 6]))}
+    ids = torch.tensor([[5, 6, 6]] * 4)
+    with pytest.warns(UserWarning, match="'c' not found in peft_config, its rows use the base model"):
+        assert calculate_alora_offsets(cfg, "a", ids, ["b", "__base__", "c", "a"]) == [2, None, None, 3]
+    assert calculate_alora_offsets(cfg, ["b"], ids[:1, :1]) == [None]  # shorter than the invocation
+    assert calculate_alora_offsets(cfg, "a", None) == []
+    with pytest.raises(ValueError, match="exactly one active adapter; use `adapter_names`"):
+        calculate_alora_offsets(cfg, ["a", "b"], ids)
+
+
+def test_offsets_are_given_repeated_or_missing():
+    cfg = LoraConfig(r=2, target_modules=["lin"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])
+    model = get_peft_model(Embedder(), cfg).eval()
+    layer_of(model, "lin").lora_B["default"].weight.data.normal_()
+    ids = torch.tensor([[1, 5, 2], [5, 1, 1]])
+    out = model(input_ids=ids)
+    torch.testing.assert_close(model(input_ids=ids, alora_offsets=torch.tensor([2, 3])), out)
+    twice = ids.repeat_interleave(2, 0)  # as generate does after the offsets of the prompts are known
+    torch.testing.assert_close(model(input_ids=twice, alora_offsets=[2, 3]), out.repeat_interleave(2, 0))
+    inner = model.base_model
+    with model.disable_adapter():
+        base = model(input_ids=ids)
+    with torch.no_grad(), pytest.warns(UserWarning, match="from inputs_embeds; the adapter is off. Pass input_ids"):
+        torch.testing.assert_close(model(inputs_embeds=inner.model.emb(ids)), base)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin"]))
+    inner.set_adapter(["default", "b"])
+    with pytest.raises(ValueError, match="exactly one active adapter"):
+        model(input_ids=ids)
+    with pytest.warns(UserWarning, match="CAUSAL_LM only"):
+        other = get_peft_model(Embedder(), LoraConfig(target_modules=["lin"], alora_invocation_tokens=[5]))
+    layer_of(other, "lin").lora_B["default"].weight.data.normal_()
+    with torch.no_grad():
+        torch.testing.assert_close(other(input_ids=ids), base)
+
+
 # ---- BD-LoRA
 def test_alora_batches_without_an_invocation_have_gradients_of_zero():
     model = adapted(task_type="CAUSAL_LM", alora_invocation_tokens=[1])
@@ -274,6 +335,22 @@ def test_bdlora_factors_are_block_diagonal():
     torch.testing.assert_close(first.get_delta_weight("default"), 1.5 * B @ first.lora_A["default"].weight)
     out = model(x8)
     torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x8), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [{"target_modules_bd_a": ["0"]}, {"target_modules_bd_b": ["0"]}], ids=str)
+def test_bdlora_with_a_bias_and_modules_in_no_list(blocks):
+    options = BdLoraConfig(**blocks, nblocks=2, match_strict=False)
+    model = adapted(use_bdlora=options, lora_bias=True)
+    first, second = layer_of(model, "0"), layer_of(model, "1")
+    assert "nblocks=2" in repr(first) and "nblocks" not in repr(second)
+    bias = first.lora_B["default"].bias
+    bias.data += 1
+    torch.testing.assert_close(
+        first(x8), first.base_layer(x8) + x8 @ first.get_delta_weight("default").T + 1.5 * bias, rtol=1e-5, atol=1e-5
+    )
+    out = model(x8)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x8), out, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +400,17 @@ def test_monteclora_is_noisy_in_training_only():
     assert torch.equal(model(x8), model(x8)) and model.base_model._get_monteclora_loss() == 0.0
     out = model(x8)
     torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x8), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_in", [3, 1 << 17])
+def test_monteclora_advances_the_generator_as_if_it_drew_its_buffer(n_in):
+    torch.manual_seed(7)
+    _advance_generator(8, n_in, MontecloraConfig(num_samples=3, buffer_size=1))
+    after = torch.rand(3)
+    torch.manual_seed(7)
+    torch.randn(3 * n_in * 8), torch.randn(3)
+    torch.distributions.Wishart(torch.tensor(8.0), torch.eye(8), validate_args=False)._bartlett_sampling(torch.Size())
+    assert torch.equal(torch.rand(3), after)
 
 
 # ---- VeLoRA
@@ -376,6 +464,8 @@ def test_qalora_pools_over_groups(monkeypatch):
     B.data.normal_()
     pooled = torch.stack([x8[..., :4].mean(-1), x8[..., 4:].mean(-1)], -1) * 2
     torch.testing.assert_close(model(x8), x8[..., :6] + 1.5 * pooled @ A.T @ B.T)
+    layer.lora_dropout["default"] = nn.Dropout(1.0)
+    torch.testing.assert_close(model.train()(x8), x8[..., :6])
     with pytest.raises((NotImplementedError, TypeError)):
         model.merge_adapter()
     for kwargs, error in (
@@ -434,16 +524,66 @@ def test_arrow_routes_each_token(tmp_path, general):
         model.merge_adapter()
 
 
-def test_arrow_checks_its_experts(tmp_path):
-    for i, r in enumerate((2, 3)):
-        adapted(r=r).save_pretrained(tmp_path / str(i))
-    paths = [str(tmp_path / "0"), str(tmp_path / "1")]
-    with pytest.raises(ValueError, match="equal ranks"):
-        create_arrow_model(mlp(), paths, ArrowConfig())
-    with pytest.raises(ValueError, match="at least one"):
-        create_arrow_model(mlp(), [], ArrowConfig())
-    with pytest.raises(ValueError, match="adapter_config"):
-        create_arrow_model(mlp(), [str(tmp_path)], ArrowConfig())
+def experts(folder, *options):
+    """Folders of LoRAs with these options."""
+    for i, kwargs in enumerate(options):
+        adapted(**kwargs).save_pretrained(folder / str(i))
+    return [str(folder / str(i)) for i in range(len(options))]
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ([{}, {"r": 3}], ValueError, "equal ranks"),
+        ([{}, {"targets": ["0"]}], ValueError, r"'task_0' and 'task_1' differ in \['1'\]"),
+        ([{"rank_pattern": {"0": 3}}], ValueError, r"same rank, 'task_0' has \[2, 3\]"),
+        ([{"kasa_config": KasaConfig()}], ValueError, "KaSA"),
+    ],
+)
+def test_arrow_checks_its_experts_and_leaves_nothing(tmp_path, options, error, match):
+    base = mlp()
+    with pytest.raises(error, match=match):
+        create_arrow_model(base, experts(tmp_path, *options), ArrowConfig())
+    assert type(base[0]) is nn.Linear and not hasattr(base, "peft_config")
+
+
+@pytest.mark.parametrize(
+    "paths, options, match",
+    [
+        ([], {}, "at least one"),
+        (["{tmp}"], {}, "adapter_config"),
+        (["nowhere"], {}, r"neither a folder .* nor a hub repository \('user/name'\)"),
+        (["{tmp}/nowhere"], {}, "neither a folder"),
+        (["{tmp}"], {"use_gks": True}, "general LoRA paths"),
+    ],
+)
+def test_arrow_paths(tmp_path, paths, options, match):
+    with pytest.raises(ValueError, match=match):
+        create_arrow_model(mlp(), [path.format(tmp=tmp_path) for path in paths], ArrowConfig(**options))
+    assert _location("user/name/sub/folder") == {"path": "user/name", "subfolder": "sub/folder"}
+    assert _location("user/name") == {"path": "user/name"}
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_arrow_over_all_other_adapters(tmp_path, blocked):
+    """A router without names takes what is on the layer, block-diagonal experts and those in training too."""
+    options = {"use_bdlora": BdLoraConfig(["0"], ["1"], nblocks=2)} if blocked else {}
+    model = adapted(**options)
+    model.add_adapter("route", LoraConfig(r=2, target_modules=["0", "1"], arrow_config=ArrowConfig(), lora_dropout=1.0))
+    model.eval()
+    want = model(x8)
+    for p in layer_of(model, "0").parameters_of("default"):
+        p.requires_grad_(True)
+    model.base_model.set_adapter("route")
+    torch.testing.assert_close(model(x8), want)  # one expert has all the weight
+    with pytest.raises(RuntimeError, match="no delta weight"):
+        layer_of(model, "0").get_delta_weight("route")
+    model.train()
+    with model.disable_adapter():
+        base = model(x8)
+    torch.testing.assert_close(model(x8), base)
+    model.eval().delete_adapter("default")
+    torch.testing.assert_close(model(x8), base)
 
 
 def test_router_configuration_survives_saving(tmp_path):
@@ -471,3 +611,36 @@ def test_intruders_are_damped():
     assert 0.4 < after.norm() / before.norm() < 0.6
     with pytest.raises(ValueError, match="exists"):
         reduce_intruder_dimension(model)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"lora_bias": True}, {"use_dora": True}, {"kasa_config": KasaConfig()},
+    {"use_bdlora": BdLoraConfig(["0"], ["1"], nblocks=2)},
+], ids=str)  # fmt: skip
+def test_an_adapter_without_intruders_is_copied(options):
+    model = adapted(**options).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            p.data += 1
+    want, shown = model(x8), []
+    reduce_intruder_dimension(model, threshold_epsilon=0.0, logging_sink=shown.append)
+    assert shown == [f"base_model.model.{i}: 0 intruder dimensions" for i in "01"]
+    assert model.active_adapter == "intruder_reduced"
+    torch.testing.assert_close(model(x8), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "base, options, error, match",
+    [
+        (nn.Linear(4, 4), {"target_modules": [], "target_parameters": ["0.weight"]}, ValueError, "target_parameters"),
+        (nn.Linear(4, 4), {"arrow_config": ArrowConfig()}, ValueError, "arrow_config"),
+        (nn.Conv1d(4, 4, 1, groups=2), {}, NotImplementedError, "grouped"),
+    ],
+)
+def test_intruders_of_what_has_no_weight_are_refused(base, options, error, match):
+    model = get_peft_model(nn.Sequential(base), LoraConfig(**{"r": 2, "target_modules": ["0"], **options}))
+    with pytest.raises(error, match=match):
+        reduce_intruder_dimension(model)
+    with pytest.raises(ValueError, match="'b' is no LoRA adapter"):
+        reduce_intruder_dimension(model, "b")
+    assert list(model.peft_config) == ["default"]

@@ -41,17 +41,22 @@ def create_arrow_model(
     names = [f"{_TASK}_{i}" for i in range(len(task_specific_adapter_paths))]
     general_names = [f"{_GENERAL}_{i}" for i in range(len(general))]
     model: Any = None
-    for name, path in zip(names + general_names, [*task_specific_adapter_paths, *general], strict=True):
-        where = {**adapter_kwargs, **_location(path)}
-        source = where.pop("path")
-        if model is None:
-            model = PeftModel.from_pretrained(base_model, source, adapter_name=name, **where)
-        else:
-            model.load_adapter(source, adapter_name=name, **where)
-    rank, targets = _check_experts(model, names + general_names)
-    arrow_config.task_adapter_names = names
-    arrow_config.gks_adapter_names = general_names
-    model.add_adapter(_ROUTER, LoraConfig(r=rank, target_modules=targets, arrow_config=arrow_config))
+    try:
+        for name, path in zip(names + general_names, [*task_specific_adapter_paths, *general], strict=True):
+            where = {**adapter_kwargs, **_location(path)}
+            source = where.pop("path")
+            if model is None:
+                model = PeftModel.from_pretrained(base_model, source, adapter_name=name, **where)
+            else:
+                model.load_adapter(source, adapter_name=name, **where)
+        rank, targets = _check_experts(model, names + general_names)
+        arrow_config.task_adapter_names = names
+        arrow_config.gks_adapter_names = general_names
+        model.add_adapter(_ROUTER, LoraConfig(r=rank, target_modules=targets, arrow_config=arrow_config))
+    except BaseException:
+        if model is not None:
+            model.unload()
+        raise
     model.set_adapter(_ROUTER)
     return model
 

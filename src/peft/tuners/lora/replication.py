@@ -13,20 +13,15 @@ Ranges = Sequence[tuple[int, int]]
 
 
 def find_stack(model: nn.Module) -> tuple[nn.Module, str]:
-    """(owner, attribute) of the ModuleList of layers: (model.)*layers, bert.encoder.layer, or h."""
-    while hasattr(model, "model"):
-        model = model.model  # type: ignore[assignment]
-    if hasattr(model, "bert"):
-        model = model.bert  # type: ignore[assignment]
-    if isinstance(getattr(model, "layers", None), nn.ModuleList):
-        return model, "layers"
-    if hasattr(model, "encoder") and isinstance(getattr(model.encoder, "layer", None), nn.ModuleList):
-        return model.encoder, "layer"  # type: ignore[return-value]
-    if isinstance(getattr(model, "h", None), nn.ModuleList):
-        return model, "h"
+    """(owner, attribute) of the ModuleList of layers: (model.)*layers, (bert.)encoder.layer, or (transformer.)h."""
+    while inner := next((n for n in ("model", "bert", "transformer") if hasattr(model, n)), None):
+        model = getattr(model, inner)
+    for owner, name in ((model, "layers"), (getattr(model, "encoder", None), "layer"), (model, "h")):
+        if isinstance(getattr(owner, name, None), nn.ModuleList):
+            return owner, name  # type: ignore[return-value]
     raise ValueError(
         f"Could not locate the layers of {type(model).__name__} to replicate: `layer_replication` needs a "
-        "ModuleList called 'layers', 'bert.encoder.layer' or 'h'."
+        "ModuleList called 'layers', 'encoder.layer' or 'h'."
     )
 
 

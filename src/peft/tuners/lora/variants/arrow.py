@@ -97,10 +97,11 @@ class Arrow(LoraVariant):
 
     @staticmethod
     def _make(layer: Any, names: list[str], general: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        pairs = [layer.factor_tensors(n) for n in names]
+        pairs = [layer.static_factors(n)[:2] for n in names]
         if general:
-            mean_a = torch.stack([layer.factor_tensors(n)[0] for n in general]).mean(0)
-            mean_b = torch.stack([layer.factor_tensors(n)[1] for n in general]).mean(0)
+            mean_a, mean_b = (
+                torch.stack(t).mean(0) for t in zip(*(layer.static_factors(n)[:2] for n in general), strict=True)
+            )
             pairs = [(A - mean_a, B - mean_b) for A, B in pairs]
         prototypes = torch.stack([leading_direction(A, B) for A, B in pairs])
         return prototypes, torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
