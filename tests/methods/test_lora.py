@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, get_peft_model
+from peft import BdLoraConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig, get_peft_model
 from peft.tuners.lora import Conv2d, Embedding, Linear, LoraLayer, LoraModel, ParamWrapper, init
 
 
@@ -224,6 +224,18 @@ def test_dropout_on_a_parameter_is_one_mask_for_all_tokens_and_does_not_touch_me
     torch.testing.assert_close(layer.get_delta_weight("default"), layer.product(f).detach())
 
 
+def test_a_float8_parameter_is_added_to_in_float32_and_stays_in_range():
+    dtype, worst = torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max
+    weight = nn.Parameter(torch.tensor([[1.0, worst], [0.5, -worst]]).to(dtype), requires_grad=False)
+    layer = ParamWrapper(nn.ParameterDict({"w": weight}), "default", "w", LoraConfig(r=2, lora_alpha=2))
+    assert layer.parameter_name == "w" and layer.lora_A["default"].weight.shape == (2, 2)
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = torch.eye(2), torch.eye(2).flip(0) * 64
+    with layer._activate_lora(["default", "not here"]):
+        found = layer.base_layer["w"]
+    assert found.dtype == dtype and found.tolist() == [[1.0, worst], [64.0, -worst]]
+    assert layer.base_layer["w"] is weight
+
+
 # ---- initialisations
 @pytest.mark.parametrize(
     "scheme", ["pissa", "pissa_niter_8", "olora", "orthogonal", "gaussian", True, "PISSA", "OLoRA"]
@@ -348,11 +360,35 @@ def test_sub_configs_and_serialisation(tmp_path):
         ({"init_lora_weights": "loftq"}, ValueError),
         ({"use_dora": True, "megatron_config": {"a": 1}}, ValueError),
         ({"layers_pattern": "h", "target_modules": ["a"]}, ValueError),
+        ({"loftq_config": 3}, TypeError),
+        ({"eva_config": {"rho": 0.5}}, ValueError),
+        ({"use_bdlora": {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["q"]}}, ValueError),
     ],
 )
 def test_invalid_options(kwargs, error):
     with pytest.raises(error):
         LoraConfig(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "scheme, layer, options, error, match",
+    [
+        (
+            "pissa",
+            nn.Conv1d(4, 4, 1),
+            {},
+            ValueError,
+            r"for '0' \(Conv1d\); convolutions take True, False and 'gaussian'",
+        ),
+        ("pissa", nn.MultiheadAttention(4, 2), {}, ValueError, "attention modules and raw parameters take True, False"),
+        ("orthogonal", nn.Linear(4, 4), {"r": 3}, ValueError, "rank to be even, got 3"),
+    ],
+)
+def test_schemes_that_a_layer_cannot_have(scheme, layer, options, error, match):
+    base = nn.Sequential(layer)
+    with pytest.raises(error, match=match):
+        get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": ["0"], "init_lora_weights": scheme, **options}))
+    assert base[0] is layer
 
 
 def test_options_without_effect_warn():
@@ -361,6 +397,12 @@ def test_options_without_effect_warn():
     assert cfg.loftq_config == {}
     with pytest.warns(UserWarning, match="eva_config"):
         assert LoraConfig(init_lora_weights="eva").eva_config is not None
+    with pytest.warns(UserWarning, match="cannot be converted to one for the unchanged base model later"):
+        LoraConfig(init_lora_weights="olora", use_rslora=True, rank_pattern={"a": 2})
+    with pytest.warns(UserWarning, match="megatron_config has no effect"):
+        get_peft_model(mlp(), LoraConfig(target_modules=["lin0"], megatron_config={"a": 1}))
+    cfg = LoraConfig(runtime_config=None, loftq_config=LoftQConfig(loftq_bits=8), init_lora_weights="loftq")
+    assert cfg.runtime_config == LoraRuntimeConfig() and cfg.loftq_config == {"loftq_bits": 8, "loftq_iter": 1}
 
 
 # ---- layers
@@ -392,6 +434,33 @@ def test_lora_bias():
         )
     with pytest.raises(RuntimeError, match="without one"):
         model.merge_adapter()
+
+
+def test_a_merge_that_keeps_nothing():
+    """Additive deltas are subtracted; DoRA's scaling has no way back."""
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["lin0"]))
+    model.add_adapter("dora", LoraConfig(r=2, target_modules=["lin0"], use_dora=True))
+    randomise(model)
+    layer = layer_of(model, "lin0")
+    before = layer.weight.clone()
+    layer.merge(keep=False, adapter_names=["default"])
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight.data, before)
+    layer.merge(keep=False, adapter_names=["dora"])
+    with pytest.raises(RuntimeError, match="DoRA adapters merged with keep=False cannot be unmerged"):
+        layer.unmerge()
+
+
+def test_rows_of_plain_and_variant_adapters_in_one_batch():
+    model = get_peft_model(mlp(), LoraConfig(r=2, target_modules=["lin0", "lin1"]))
+    blocks = BdLoraConfig(["lin0"], ["lin1"], nblocks=2)
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["lin0", "lin1"], use_bdlora=blocks))
+    randomise(model.eval())
+    want = []
+    for name in ("b", "default", "b"):
+        model.set_adapter(name)
+        want.append(model(x8[:1]))
+    torch.testing.assert_close(model(x8[[0, 0, 0]], adapter_names=["b", "default", "b"]), torch.cat(want))
 
 
 def test_published_containers_and_names():
@@ -452,6 +521,9 @@ def test_custom_layer_class():
     model = get_peft_model(Net(nn.LSTM(3, 4)), cfg)
     assert model(torch.randn(5, 2, 3)).shape == (5, 2, 4)
     assert model.get_nb_trainable_parameters()[0] == 16
+    cfg._register_custom_module({nn.GRU: nn.Linear})
+    with pytest.raises(TypeError, match=r"class Linear for GRU must be a subclass of lora\.LoraLayer"):
+        get_peft_model(Net(nn.GRU(3, 4)), cfg)
 
 
 def test_scheme_table_is_complete():

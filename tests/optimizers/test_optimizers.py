@@ -2,8 +2,10 @@
 """LoRA+, LoRA-FA, Riemannian: groups, errors, three steps against published results (tests/data/optimizers.json)."""
 
 import json
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +108,18 @@ def test_loraplus_needs_lr_and_ratio():
         create_loraplus_optimizer(adapted(), torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=-1)
 
 
+def test_loraplus_keeps_embeddings_out_of_8_bits(monkeypatch):
+    """bitsandbytes' optimizers, told by their names, would quantise the states of embeddings too."""
+    told = []
+    manager = SimpleNamespace(register_module_override=lambda *what: told.append(what))
+    optim = SimpleNamespace(GlobalOptimManager=SimpleNamespace(get_instance=lambda: manager))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+    model = adapted(["emb", "lin"])
+    for cls in (torch.optim.AdamW, type("PagedAdamW8bit", (torch.optim.AdamW,), {})):
+        create_loraplus_optimizer(model, cls, lr=1e-3, loraplus_lr_ratio=2.0)
+    assert told == [(model.base_model.model.emb.base_layer, "weight", {"optim_bits": 32})]
+
+
 # ---- LoRA-FA
 
 
@@ -167,6 +181,30 @@ def test_lorafa_with_two_adapters_and_other_parameters():
     assert changed == {
         *("lin.lora_B.default.weight", "out.lora_B.default.weight", "lin.base_layer.bias", "out.base_layer.bias")
     }
+
+
+def test_lorafa_closure_gives_the_gradients_and_the_loss():
+    models = [adapted(), adapted()]
+    one, two = (create_lorafa_optimizer(model, r=2, lora_alpha=3, lr=1e-2) for model in models)
+    train(models[0], one, 1)
+
+    def closure():
+        loss = models[1](X).square().mean()
+        loss.backward()
+        return loss
+
+    expected = models[1](X).square().mean()
+    torch.testing.assert_close(two.step(closure), expected)
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_lorafa_has_no_projection_for_convolutions():
+    model = get_peft_model(nn.Sequential(nn.Conv1d(3, 4, 2)), LoraConfig(r=2, target_modules=["0"]))
+    optimizer = create_lorafa_optimizer(model, r=2, lora_alpha=3, lr=1e-2)
+    model(torch.randn(1, 3, 5)).sum().backward()
+    with pytest.raises(ValueError, match=r"base_model\.model\.0 has a factor of shape torch\.Size\(\[2, 3, 2\]\)"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("bad", [{"lr": -1.0}, {"betas": (1.0, 0.9)}, {"eps": -1.0}])

@@ -66,6 +66,9 @@ def test_addresses_of_lora_over_quantised_layers():
 
     layer = lora.bnb.Linear8bitLt(nn.Linear(4, 4), "default", LoraConfig(r=2))
     assert type(layer) is lora.Linear and not isinstance(layer, lora.bnb.Linear8bitLt)
+    assert not isinstance(nn.Linear(4, 4), lora.bnb.Linear8bitLt)
+    weight = torch.randn(2, 3)
+    assert [lora.layer.transpose(weight, flag).shape for flag in (False, True)] == [(2, 3), (3, 2)]
     layer.storage = type("Storage", (), {"label": "gptq"})()
     assert isinstance(layer, lora.GPTQLoraLinear) and not isinstance(layer, lora.tp_layer.LoraParallelLinear)
     layer._modules["base_layer"] = type("RowParallelLinear", (nn.Linear,), {})(4, 4)

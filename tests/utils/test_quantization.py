@@ -146,8 +146,8 @@ def error_of(layer, original, with_adapter=True):
     return (original - weight).norm().item()
 
 
-@pytest.mark.parametrize("layout", ["file", "folder", "shards", "no prefix"])
-def test_replaced_weights_make_up_for_the_error(fake_bnb, tmp_path, layout):
+@pytest.mark.parametrize("layout", ["file", "folder", "shards", "no prefix", "named folder", "cached"])
+def test_replaced_weights_make_up_for_the_error(fake_bnb, tmp_path, layout, monkeypatch):
     model, original = quantised()
     files = {k.removeprefix("model.") if layout == "no prefix" else k: v for k, v in original.items()}
     path = tmp_path / "model.safetensors"
@@ -158,7 +158,12 @@ def test_replaced_weights_make_up_for_the_error(fake_bnb, tmp_path, layout):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         save_file(files, path)
-    loftq_utils.replace_lora_weights_loftq(model, str(path if layout == "file" else tmp_path))
+    given = str(path if layout == "file" else tmp_path)
+    if layout in ("named folder", "cached"):  # the model says where it came from
+        model.base_model.model.config = SimpleNamespace(_name_or_path="user/base" if layout == "cached" else given)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kwargs: {"user/base": tmp_path}[name])
+        given = None
+    loftq_utils.replace_lora_weights_loftq(model, given)
     for name, layer in model.base_model.model.model.items():
         weight = original[f"model.{name}.weight"]
         S = torch.linalg.svdvals(weight - layer.base_layer.weight.data)
@@ -189,6 +194,13 @@ def test_loftq_errors(fake_bnb, tmp_path, monkeypatch):
         loftq_utils.replace_lora_weights_loftq(model, str(tmp_path / "nothing_here"))
     with pytest.raises(FileNotFoundError, match="safetensors"):
         loftq_utils.replace_lora_weights_loftq(model, str(tmp_path))
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ValueError, match=r"model.bin is no safetensors file"):
+        loftq_utils.replace_lora_weights_loftq(model, str(tmp_path / "model.bin"))
+    model.base_model.model.config = SimpleNamespace(_name_or_path="nobody/nothing-here")
+    with pytest.raises(ValueError, match="The local cache has no safetensors files of 'nobody/nothing-here'"):
+        loftq_utils.replace_lora_weights_loftq(model)
+    del model.base_model.model.config
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"no tensor called model\.a\.weight"):
         loftq_utils.replace_lora_weights_loftq(model, str(tmp_path))
