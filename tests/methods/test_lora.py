@@ -126,6 +126,7 @@ def test_attention_counts_out_proj_twice_in_value_and_once_in_gradient():
     randomise(model)
     outer = layer_of(model, "mha")
     inner = outer.base_layer.out_proj
+    assert repr(inner).startswith("lora.Linear(")
     with torch.no_grad():
         reference.mha.in_proj_weight += outer.lora_B["default"].weight @ outer.lora_A["default"].weight
         reference.mha.out_proj.weight += 2 * inner.lora_B["default"].weight @ inner.lora_A["default"].weight

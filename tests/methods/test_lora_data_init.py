@@ -20,7 +20,7 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer, eva
 from peft.tuners.lora.config import CordaConfig
-from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.corda import preprocess_corda, target_modules
 
 
 def mlp() -> nn.Sequential:
@@ -234,6 +234,7 @@ def test_corda_refuses_data_that_say_nothing(tmp_path):
         preprocess_corda(base, cfg, run_model=lambda: base[2](torch.ones(1, 12)))
     with pytest.raises(ValueError, match="`corda_config` must be given"):
         preprocess_corda(base, LoraConfig(target_modules=["0"]), run_model=lambda: base(data[0]))
+    assert dict(target_modules(base, cfg)) == {"0": base[0]}
     cfg.corda_config.prune_temporary_fields = False
     preprocess_corda(base, cfg, run_model=lambda: base(data[0]))
     x = data[0] / data[0].abs().max()

@@ -572,10 +572,13 @@ def test_arrow_over_all_other_adapters(tmp_path, blocked):
     model.add_adapter("route", LoraConfig(r=2, target_modules=["0", "1"], arrow_config=ArrowConfig(), lora_dropout=1.0))
     model.eval()
     want = model(x8)
-    for p in layer_of(model, "0").parameters_of("default"):
-        p.requires_grad_(True)
     model.base_model.set_adapter("route")
     torch.testing.assert_close(model(x8), want)  # one expert has all the weight
+    for p in (own := list(layer_of(model, "0").parameters_of("default"))):
+        p.requires_grad_(True)
+    out = model(x8)
+    torch.testing.assert_close(out, want)
+    assert all(grad.any() for grad in torch.autograd.grad(out.sum(), own))
     with pytest.raises(RuntimeError, match="no delta weight"):
         layer_of(model, "0").get_delta_weight("route")
     model.train()

@@ -36,9 +36,8 @@ class ALora(LoraVariant):
         call = layer.switch.call
         if call.alora_offsets is None or x.dim() < 3:
             return x.new_zeros(1) if torch.is_grad_enabled() else None
-        if not isinstance(call.alora_offsets, torch.Tensor) or call.alora_offsets.device != x.device:
-            call.alora_offsets = offsets_tensor(call.alora_offsets, x.device)
-        offsets = call.alora_offsets if call.part is None else call.alora_offsets[call.part]
+        offsets = call.alora_offsets = offsets_tensor(call.alora_offsets, x.device)
+        offsets = offsets if call.part is None else offsets[call.part]
         if len(offsets) != len(x):  # samples repeated by generate
             offsets = offsets.repeat_interleave(len(x) // len(offsets))
         length = x.shape[-2]
