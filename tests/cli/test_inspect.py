@@ -7,7 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import nn
 
+from peft import BdLoraConfig, KasaConfig, LoraConfig, get_peft_model
 from peft.cli import main
 from peft.cli.adapter_files import read_adapter, strengths
 from peft.cli.heatmap import html_heatmap, make_grid, svg_spectra, text_heatmap
@@ -34,6 +36,68 @@ def test_norm_and_spectrum_are_those_of_the_dense_change(write_adapter):
         dense = alpha / A.shape[0] * B @ A
         assert layer.norm == pytest.approx(dense.norm().item(), rel=1e-5)
         assert layer.singular_values == pytest.approx(torch.linalg.svdvals(dense)[: A.shape[0]].tolist(), rel=1e-4)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(3, 6, 8)), nn.Parameter(torch.randn(3, 8, 6))
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        ([Experts()], {"target_modules": [], "target_parameters": ["0.down", "0.up"], "r": 4}),
+        ([nn.Linear(8, 12), nn.Linear(12, 6)], {"use_bdlora": BdLoraConfig(["0"], ["1"], nblocks=2)}),
+        ([nn.Linear(8, 12)], {"kasa_config": KasaConfig()}),
+        ([nn.Conv1d(4, 6, 3)], {"use_rslora": True}),
+    ],
+    ids=["experts", "blocks", "kasa", "conv"],
+)
+def test_norms_of_other_forms_are_those_of_the_library(tmp_path, layers, options):
+    options = {"r": 2, "lora_alpha": 3, "target_modules": [str(i) for i in range(len(layers))], **options}
+    model = get_peft_model(nn.Sequential(*layers), LoraConfig(**options))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    found = {layer.module: layer for layer in strengths(read_adapter(str(tmp_path)))}
+    known = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
+    assert found.keys() == known.keys()
+    for name, layer in known.items():
+        assert found[name].norm == pytest.approx(layer.get_delta_weight("default").norm().item(), rel=1e-5)
+        assert found[name].rank == options["r"]
+
+
+def test_change_of_a_grouped_convolution(write_adapter):
+    A, B = torch.randn(4, 6, 3), torch.randn(8, 2, 1)
+    folder = write_adapter({}, {"conv.lora_A.weight": A, "conv.lora_B.weight": B})
+    (layer,) = strengths(read_adapter(str(folder)))
+    x = torch.randn(2, 6, 7)
+    expected = nn.functional.conv1d(nn.functional.conv1d(x, A), B, groups=2)
+    dense = torch.block_diag(*B.flatten(1).chunk(2)) @ A.flatten(1)
+    torch.testing.assert_close(nn.functional.conv1d(x, dense.view(8, 6, 3)), expected)
+    assert layer.norm == pytest.approx(2 * dense.norm().item(), rel=1e-5) and layer.rank == 4
+
+
+def test_experts_of_unknown_ranks_are_shown_by_their_tensors(write_adapter):
+    config = {"target_parameters": ["mlp.down", "mlp.up"], "rank_pattern": {"up": 2}}
+    A, B = torch.ones(8, 2), torch.zeros(6, 8)
+    (layer,) = strengths(read_adapter(str(write_adapter(config, {"mlp.lora_A.weight": A, "mlp.lora_B.weight": B}))))
+    assert layer.norm == 4.0 and layer.rank is None
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_A.weight": torch.ones(4, 3)}, r"q has only ['lora_A.weight'], one factor of the pair is missing"),
+        ({"lora_A.weight": torch.ones(4, 3), "lora_B.weight": torch.ones(5, 3)}, "q has factors of ranks 4 and 3"),
+    ],
+)
+def test_factors_that_do_not_fit(write_adapter, capsys, tensors, message):
+    folder = write_adapter({}, {f"q.{name}": value for name, value in tensors.items()})
+    assert main(["inspect", str(folder)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_text(write_adapter, capsys):

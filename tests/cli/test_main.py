@@ -1,8 +1,10 @@
 """The command itself: help, version, the list of methods."""
 
+import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -20,6 +22,35 @@ def test_version_says_what_this_is(capsys):
     assert main(["--version"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("peft 0.21.2 (Inlay")
+
+
+def test_nobody_reads_what_is_printed():
+    """`peft --version | true`, also where nothing is written before the interpreter ends."""
+    read, write = os.pipe()
+    os.close(read)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "peft.cli", "--version"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=env, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [(KeyboardInterrupt(), 130, "peft methods: interrupted\n"), (OSError("disk full"), 2, "peft methods: disk full\n")],
+)
+def test_what_ends_a_command(capsys, monkeypatch, error, code, text):
+    """Meanwhile a warning is its text, without a place in the library."""
+
+    def run(args):
+        print(warnings.formatwarning("old file", UserWarning, "a.py", 3), end="")
+        raise error
+
+    before = warnings.formatwarning
+    monkeypatch.setattr("peft.cli.methods.run", run)
+    assert main(["methods"]) == code
+    assert capsys.readouterr() == ("warning: old file\n", text)
+    assert warnings.formatwarning is before
 
 
 def test_unknown_command_is_an_error(capsys):

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from ..version import __version__
 from . import inspect, merge, methods, train
 from .errors import CliError, Parser
 
@@ -21,14 +22,8 @@ COMMANDS = (train, methods, inspect, merge)
 
 def version_text() -> str:
     """Say which API version this is and that it is Inlay, not the package of the same name."""
-    import importlib.metadata
-
-    try:
-        version = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        from peft import __version__ as version
-    api, _, local = version.partition("+")
-    return f"peft {api} (Inlay {local.removeprefix('inlay.') or 'from source'}, a drop-in for peft {api})"
+    api, _, local = __version__.partition("+")
+    return f"peft {api} (Inlay {local.removeprefix('inlay.')}, a drop-in for peft {api})"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,29 +42,36 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.version:
-        print(version_text())
-        return 0
-    if args.command is None:
-        parser.print_help()
-        return 0
+    name = f"peft {args.command}" if args.command else "peft"
     with_place, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
-        return args.run(args)
+        code = _run(args, parser)
+        sys.stdout.flush()  # what cannot be written shows here, not when the interpreter ends
+        return code
     except CliError as error:
-        print(f"peft {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `peft inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(f"peft {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except OSError as error:  # no permission, disk full
-        print(f"peft {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     finally:
         warnings.formatwarning = with_place
+
+
+def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if args.version:
+        print(version_text())
+    elif args.command is None:
+        parser.print_help()
+    else:
+        return args.run(args)
+    return 0
 
 
 def _format_warning(message: Warning | str, *place: object) -> str:

@@ -104,16 +104,52 @@ def _strength(module: str, tensors: dict[str, torch.Tensor], adapter: Adapter) -
     singular values of B A are those of the small R2 R1^T. For other methods it is the norm of the module's tensors.
     """
     A, B = (tensors.get(f"lora_{x}.weight", tensors.get(f"lora_embedding_{x}")) for x in "AB")
+    whole = LayerStrength(module, float(torch.stack([t.float().norm() for t in tensors.values()]).norm()))
     if adapter.method != "lora" or (A is None and B is None):
-        return LayerStrength(module, float(torch.stack([t.float().norm() for t in tensors.values()]).norm()))
+        return whole
     if A is None or B is None:
         raise CliError(f"{adapter.folder}: {module} has only {sorted(tensors)}, one factor of the pair is missing")
-    config, rank = adapter.config, A.shape[0]
+    config, count = adapter.config, _experts(module, len(A), adapter.config)
+    if count is None:
+        return whole
+    rank = len(A) // count
     alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    A, B = A.float().flatten(1), B.float().flatten(1)
-    if B.shape[1] != rank:  # grouped convolution: factors do not multiply directly
-        return LayerStrength(module, float(A.norm() * B.norm()) * scaling, [], rank)
-    R1, R2 = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
-    values = torch.linalg.svdvals(R2 @ R1.T) * scaling
+    A, B = _dense(module, A.float().flatten(1), B.float().flatten(1), tensors.get("lora_diag"), adapter)
+    A, B = A.unflatten(0, (count, rank)), B.unflatten(1, (rank, count)).permute(2, 0, 1)  # as lora.ParamWrapper
+    R1, R2 = torch.linalg.qr(A.mT, mode="r").R, torch.linalg.qr(B, mode="r").R
+    values = torch.linalg.svdvals(R2 @ R1.mT).flatten().sort(descending=True).values * scaling
     return LayerStrength(module, float(values.norm()), values.tolist(), rank)
+
+
+def _experts(module: str, rows: int, config: dict[str, Any]) -> int | None:
+    """How many experts the `rows` of A are for; None where raw parameters of one module have different ranks: files
+    do not say which of them is which.
+    """
+    if not (parameters := config.get("target_parameters")):
+        return 1
+    module = module.replace(".base_layer", "")  # further parameters of the same module
+    names = [module, *(f"{module}.{name.rpartition('.')[2]}" for name in parameters)]
+    ranks = {pattern_value(config.get("rank_pattern"), name, config["r"]) for name in names}
+    if rows in ranks:
+        return 1
+    rank = ranks.pop()
+    return None if ranks or rows % rank else rows // rank
+
+
+def _dense(
+    module: str, A: torch.Tensor, B: torch.Tensor, diagonal: torch.Tensor | None, adapter: Adapter
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors whose product is the change: blocks of BD-LoRA and of grouped convolutions are stored one below the
+    other; KaSA has a diagonal between the factors.
+    """
+    from peft.tuners.lora.variants.bdlora import blocked_factor
+
+    blocks = adapter.peft_config.use_bdlora
+    if blocks is not None and blocked_factor(blocks, module) == "A":
+        A = torch.block_diag(*A.chunk(blocks.nblocks))
+    count, rest = divmod(len(A), B.shape[1])
+    if rest or len(B) % count:
+        raise CliError(f"{adapter.folder}: {module} has factors of ranks {len(A)} and {B.shape[1]}, which do not fit")
+    B = torch.block_diag(*B.chunk(count))
+    return A if diagonal is None else A * diagonal.float()[:, None], B

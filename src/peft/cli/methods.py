@@ -71,8 +71,5 @@ def _options(name: str) -> int:
 def _default(field: Any) -> str:
     import dataclasses
 
-    if field.default is not dataclasses.MISSING:
-        return str(getattr(field.default, "value", field.default))
-    if field.default_factory is not dataclasses.MISSING:
-        return str(field.default_factory())
-    return "required"
+    value = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return str(getattr(value, "value", value))

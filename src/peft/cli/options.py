@@ -90,8 +90,6 @@ def _first_that_fits(text: str, hints: Sequence[Any]) -> Any:
     lists = [hint for hint in hints if (typing.get_origin(hint) or hint) in (list, set, tuple)]
     if lists and str in hints and not re.fullmatch(r"\[.*|[\w.]+|.*,.*", text, re.DOTALL):
         hints = [hint for hint in hints if hint not in lists]
-    if text in ("0", "1") and {int, float}.intersection(hints):
-        hints = [hint for hint in hints if hint is not bool]
     rank = {type(None): 0, bool: 1, int: 2, float: 3, str: 9}
     problem = ""
     for hint in sorted(hints, key=lambda hint: rank.get(hint, 5)):

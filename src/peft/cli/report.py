@@ -116,7 +116,7 @@ def markdown(args: argparse.Namespace, job: SimpleNamespace, pictures: list[str]
 | method | {args.method}, {sum(job.targets.counts.values())} targets |
 | parameters | {job.parameters.replace("||", ";")} |
 | training | {job.steps} steps, {job.tokens:,} tokens, {job.tokens_per_second:,.0f} tokens/s |
-| held-out loss | **{job.before:.4f} before, {job.after:.4f} after ({job.drop:.1f} % lower)** |
+| held-out loss | **{job.before:.4f} before, {job.after:.4f} after ({job.change})** |
 {images}
 ## Checks
 

@@ -284,8 +284,8 @@ def _train(args: argparse.Namespace, job: SimpleNamespace) -> bool:
     keys = ("step", "loss", "learning_rate")
     job.history = [{key: log[key] for key in keys if key in log} for log in state.log_history if "loss" in log]
     job.drop = 100 * (1 - job.after / job.before)
-    change = f"{job.drop:.1f} % lower" if job.drop >= 0 else f"it rose by {-job.drop:.1f} %"
-    _say(job, f"held-out loss after:  {job.after:.4f} ({change})")
+    job.change = f"{job.drop:.1f} % lower" if job.drop >= 0 else f"it rose by {-job.drop:.1f} %"
+    _say(job, f"held-out loss after:  {job.after:.4f} ({job.change})")
     return True
 
 
