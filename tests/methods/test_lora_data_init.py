@@ -232,6 +232,8 @@ def test_corda_refuses_data_that_say_nothing(tmp_path):
         preprocess_corda(base, cfg, run_model=lambda: base(data[0] / 0))
     with pytest.raises(ValueError, match="never called '0'"):
         preprocess_corda(base, cfg, run_model=lambda: base[2](torch.ones(1, 12)))
+    with pytest.raises(ValueError, match="`hooked_model` has no layer '0'"):
+        preprocess_corda(base, cfg, run_model=lambda: None, hooked_model=nn.ModuleDict())
     with pytest.raises(ValueError, match="`corda_config` must be given"):
         preprocess_corda(base, LoraConfig(target_modules=["0"]), run_model=lambda: base(data[0]))
     assert dict(target_modules(base, cfg)) == {"0": base[0]}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, get_peft_model
+from peft import BdLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from peft.optimizers._gram import regularised_inverses
 from peft.optimizers.lorafa import LoraFAOptimizer
@@ -289,3 +289,17 @@ def test_gram_inverses_of_mixed_sizes():
     for F, inverse in zip(factors, regularised_inverses(factors, 0.1), strict=True):
         want = torch.linalg.inv(F @ F.T + 0.1 * torch.eye(F.shape[0]))
         torch.testing.assert_close(inverse, want, atol=1e-4, rtol=1e-4)
+
+
+def test_block_diagonal_factors_are_refused():
+    blocks = BdLoraConfig(["lin"], nblocks=2, match_strict=False)
+    for make, options in (
+        (create_lorafa_optimizer, {"r": 2, "lora_alpha": 3}),
+        (create_riemannian_optimizer, {"optimizer_cls": torch.optim.SGD}),
+    ):
+        model = adapted(use_bdlora=blocks)
+        with pytest.raises(
+            ValueError, match=r"needs dense factors, but 'base_model.model.lin.lora_A.default' is block"
+        ):
+            make(model, lr=1e-2, **options)
+        assert all(p.requires_grad for p in model.base_model.model.lin.parameters_of("default"))

@@ -4,6 +4,19 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+
+
+def refuse_block_diagonal(model: nn.Module, what: str) -> None:
+    """The Gram matrix of a factor that is stored as blocks is not that of its tensor."""
+    from ..tuners.lora.variants.bdlora import BlockDiagonal
+
+    for name, module in model.named_modules():
+        if isinstance(module, BlockDiagonal):
+            raise ValueError(
+                f"{what} needs dense factors, but {name!r} is block-diagonal (use_bdlora). Take another optimizer, "
+                "for instance `create_loraplus_optimizer`."
+            )
 
 
 def regularised_inverses(factors: Sequence[torch.Tensor], reg: float) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..config import positive
-from ._gram import regularised_inverses
+from ._gram import refuse_block_diagonal, regularised_inverses
 
 if TYPE_CHECKING:
     from ..peft_model import PeftModel
@@ -159,6 +159,7 @@ def create_lorafa_optimizer(
 
     Scalings are those of the layers; `r` and `lora_alpha` only give the old group entry `scaling_factor`.
     """
+    refuse_block_diagonal(model, "LoRA-FA")
     if use_rslora is not None:
         _check_rslora(model, use_rslora)
     for name, parameter in model.named_parameters():

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ._gram import regularised_inverses
+from ._gram import refuse_block_diagonal, regularised_inverses
 
 if TYPE_CHECKING:
     from ..peft_model import PeftModel
@@ -59,6 +59,7 @@ def create_riemannian_optimizer(
             "preconditioner would be recomputed each iteration, invalidating the optimizer's curvature or line-search "
             "state. Use an optimizer whose step() has an optional closure (SGD, AdamW, etc)."
         )
+    refuse_block_diagonal(model, "The Riemannian preconditioner")
     pairs = _collect_lora_pairs(model)
     if not pairs:
         raise ValueError(

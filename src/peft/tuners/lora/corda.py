@@ -63,7 +63,7 @@ def preprocess_corda(
         return
     covariances = data_init.cached(options.covariance_file, layers)
     if covariances is None:
-        covariances = _covariances(layers, hooked_model or model, options, run_model)
+        covariances = _covariances(layers, model if hooked_model is None else hooked_model, options, run_model)
         data_init.save(options.covariance_file, covariances)
     for name, layer in tqdm(layers.items(), "CorDA decomposition", disable=not options.verbose):
         rank = pattern_value(lora_config.rank_pattern, name, lora_config.r)
@@ -90,6 +90,8 @@ def _covariances(
         counts[name] += 1
 
     measured = dict(hooked.named_modules())
+    if missing := [n for n in layers if n not in measured]:
+        raise ValueError(f"`hooked_model` has no layer {missing[0]!r}: it needs the target layers of `model`.")
     with contextlib.ExitStack() as hooks, data_init.mode(hooked, False):
         for name in layers:
             hooks.enter_context(measured[name].register_forward_hook(functools.partial(add, name)))
