@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .config import PeftConfig
+from .config import PeftConfig, hub_parameters
 from .import_utils import require
 from .peft_model import PeftModel
 from .utils.constants import TOKENIZER_CONFIG_NAME
@@ -141,10 +141,15 @@ def _has_tokenizer(path: str | os.PathLike, revision: str | None, kwargs: dict[s
     folder = Path(path, kwargs.get("subfolder") or "")
     if Path(path).is_dir():
         return (folder / TOKENIZER_CONFIG_NAME).is_file()
-    from .io.files import check_file_exists_on_hf_hub
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    hub = {k: kwargs[k] for k in ("subfolder", "token", "repo_type") if k in kwargs}
-    return bool(check_file_exists_on_hf_hub(str(path), TOKENIZER_CONFIG_NAME, revision=revision, **hub))
+    hub = {k: v for k, v in kwargs.items() if k in hub_parameters()}
+    try:
+        hf_hub_download(str(path), TOKENIZER_CONFIG_NAME, revision=revision, **hub)
+    except EntryNotFoundError:  # or not in the cache, when offline
+        return False
+    return True
 
 
 class AutoPeftModel(_BaseAutoPeftModel):

@@ -35,8 +35,9 @@ def split_kwargs(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _read_config(model_id: str | os.PathLike, hub: dict[str, Any]) -> Any:
-    found = {k: v for k, v in hub.items() if k != "use_auth_token" or v}
-    return PeftConfig.from_pretrained(model_id, subfolder=found.pop("subfolder", None), **found)
+    from .io.files import hub_options
+
+    return PeftConfig.from_pretrained(model_id, **hub_options(hub))
 
 
 def check_new_adapter_config(model: "PeftModel", config: PeftConfig, is_trainable: bool) -> None:
@@ -135,15 +136,14 @@ def _strip(model: nn.Module, adapter_name: str) -> None:
     if not isinstance(configs, dict) or adapter_name not in configs:
         return
     from .core.layer import AdapterLayer
-    from .core.tuner import TunerModel
     from .core.wrappers import AuxiliaryTrainingWrapper
 
-    tuner = method_of(configs[adapter_name]).tuner
+    tuner: Any = method_of(configs[adapter_name]).tuner
     del configs[adapter_name]
     parts: Any = [m for m in model.modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper))]
     for part in parts:
         part.drop(adapter_name)
-    if configs or not issubclass(tuner, TunerModel):
+    if configs:
         return
     tuner.strip(model)
     if not parts:
@@ -244,8 +244,6 @@ def _to_eval(model: nn.Module, name: str | None) -> None:
     stack: list[Any] = [model]
     while stack:
         module = stack.pop()
-        if module is None:
-            continue
         if module.training:
             module.eval()
         elif isinstance(module, AdapterLayer):
@@ -254,7 +252,7 @@ def _to_eval(model: nn.Module, name: str | None) -> None:
                 containers = (c for c in module._modules.values() if isinstance(c, nn.ModuleDict) and name in c)
                 stack += [c[name] for c in containers]
         else:
-            stack += module._modules.values()
+            stack += (child for child in module._modules.values() if child is not None)
 
 
 def _put(model: "PeftModel", name: str, weights: dict, ignore: bool, low_cpu: bool, source: str) -> Any:

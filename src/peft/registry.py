@@ -7,9 +7,8 @@ Method modules are imported on first use of the registry as a whole (`methods()`
 
 import functools
 import importlib
-import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -44,8 +43,6 @@ class Method:
 
 
 _records: dict[PeftType, Method] = {}
-# Modules in peft/tuners that are no method: old addresses and shared code.
-_NOT_METHODS = {"tuners_utils", "lycoris_utils", "_buffer_dict", "mixed"}
 
 
 def register_method(
@@ -131,41 +128,21 @@ def _alias_addresses(tuner: type) -> None:
             setattr(module, leaf, module)
 
 
-def _module_names() -> Iterator[str]:
-    from . import tuners
-
-    for info in pkgutil.iter_modules(tuners.__path__):
-        if info.name not in _NOT_METHODS:
-            yield info.name
-
-
-@functools.cache
-def _load_all() -> None:
-    for name in _module_names():
-        importlib.import_module(f"{__package__}.tuners.{name}")
-
-
 def methods() -> dict[PeftType, Method]:
     """All methods, in the order of the PeftType enum."""
-    _load_all()
-    return {t: _records[t] for t in PeftType if t in _records}
+    return {t: method(t) for t in PeftType}
 
 
 def method(peft_type: PeftType | str) -> Method:
     """The record of one method; KeyError with the nearest name when unknown."""
-    if peft_type not in list(PeftType):
+    try:
+        peft_type = PeftType(peft_type)
+    except ValueError:
         raise KeyError(
             f"Unknown PEFT type passed: {peft_type!r}.{nearest(str(peft_type).upper(), list(PeftType.__members__))}"
-        )
-    peft_type = PeftType(peft_type)
+        ) from None
     if peft_type not in _records:
-        name = peft_type.value.lower()
-        if name in set(_module_names()):
-            importlib.import_module(f"{__package__}.tuners.{name}")
-        if peft_type not in _records:
-            _load_all()
-    if peft_type not in _records:
-        raise KeyError(f"The method {peft_type!r} is not in this version of the library.")
+        importlib.import_module(f"{__package__}.tuners.{peft_type.value.lower()}")
     return _records[peft_type]
 
 

@@ -4,18 +4,22 @@
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.io import atomic
-from peft.io.files import read_adapter, save_adapter, split_shared, write_text_atomic
+from peft.io.files import check_file_exists_on_hf_hub, read_adapter, save_adapter, split_shared, write_text_atomic
 from peft.utils.error import AdapterFileError
 
 from .models import fill, net
@@ -333,3 +337,143 @@ def test_config_of_an_unfinished_save_is_the_new_one(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert PeftConfig.from_pretrained(tmp_path).r == 8
     assert signal.SIGKILL == 9
+
+
+def test_a_save_that_meets_another_one(tmp_path):
+    """Its files count, then the new ones; a file in the place of the folder is nobody's save."""
+    with atomic.transaction(tmp_path) as new:
+        (new / "a").write_text("second")
+        (tmp_path / atomic.PENDING).mkdir()
+        (tmp_path / atomic.PENDING / "a").write_text("first")
+        (tmp_path / atomic.PENDING / "b").write_text("first")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "second", "b": "first"}
+    (tmp_path / atomic.PENDING).write_text("in the way")
+    with pytest.raises(RuntimeError, match=r"adapter_pending is in the way"), atomic.transaction(tmp_path) as new:
+        (new / "a").write_text("third")
+    assert (tmp_path / "a").read_text() == "second"
+
+
+def test_a_folder_that_cannot_be_written_is_read_as_it_should_be(tmp_path, monkeypatch):
+    pending = tmp_path / atomic.PENDING
+    pending.mkdir()
+    for name in ("old.bin", "kept"):
+        (tmp_path / name).write_text("old")
+    (pending / "remove--old.bin").touch()
+
+    def refused(*args, **kwargs):
+        raise PermissionError
+
+    monkeypatch.setattr(atomic.os, "access", lambda *args: False)
+    monkeypatch.setattr(atomic.Path, "unlink", refused)
+    assert not atomic.current(tmp_path, "old.bin").exists()
+    assert atomic.current(tmp_path, "kept").read_text() == "old"
+    monkeypatch.setattr(atomic.os, "access", lambda *args: True)
+    with pytest.raises(PermissionError):
+        atomic.current(tmp_path, "kept")
+
+
+def test_only_what_dead_processes_of_this_machine_left_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here, there = atomic._host(), "0" * 8
+    kept = {f".adapter_new.{there}.{dead.pid}.aa", f".adapter_config.json.{there}.{dead.pid}.aa.tmp"}
+    kept |= {f".adapter_new.{here}.{os.getpid()}.aa", f".adapter_config.json.{here}.1.aa.tmp", ".x.tmp"}
+    lost = {f".adapter_new.{here}.{dead.pid}.aa", f".README.md.{here}.{dead.pid}.aa.tmp"}
+    for name in kept | lost:
+        (tmp_path / name).mkdir() if "adapter_new" in name else (tmp_path / name).touch()
+    with atomic.transaction(tmp_path) as new:
+        (new / "a").touch()
+    assert set(os.listdir(tmp_path)) == kept | {"a"}
+
+
+def test_weights_can_be_saved_by_torch(folder):
+    tensors = load_peft_weights(folder, device="cpu")
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    again = load_peft_weights(folder, device="cpu")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[k], v) for k, v in tensors.items())
+
+
+def test_numbers_at_odd_places(tmp_path):
+    """Other writers need not pad the header."""
+    header = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}} '
+    assert len(header) % 4
+    (tmp_path / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + struct.pack("<2f", 1.5, -2))
+    assert load_peft_weights(tmp_path, device="cpu")["x"].tolist() == [1.5, -2.0]
+
+
+# ---- the hub
+class Hub:
+    """What huggingface_hub's download finds: file names in a repository, or an exception instead."""
+
+    def __init__(self, monkeypatch, folder, *names, error=None):
+        self.folder, self.names, self.error, self.asked = folder, names, error, []
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self)
+
+    def __call__(self, repo, name, **options):
+        self.asked.append((repo, name, options))
+        if name in self.names:
+            return str(self.folder / name)
+        raise self.error or EntryNotFoundError("404")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin"])
+def test_hub_options_reach_every_download(folder, monkeypatch, name):
+    if name != WEIGHTS:
+        torch.save(load_peft_weights(folder, device="cpu"), folder / name)
+    hub = Hub(monkeypatch, folder, CONFIG, name)
+    model = PeftModel.from_pretrained(net(), "org/thing", use_auth_token="secret", revision="v1", subfolder=None)
+    assert {asked for asked, *_ in hub.asked} == {"org/thing"}
+    assert {n for _, n, _ in hub.asked} == {CONFIG, WEIGHTS, name}
+    assert all((o["token"], o["revision"]) == ("secret", "v1") for *_, o in hub.asked)
+    state = get_peft_model_state_dict(model)
+    assert all(torch.equal(state[k], v) for k, v in load_peft_weights(folder, device="cpu").items())
+
+
+def test_hub_without_weights(folder, monkeypatch):
+    Hub(monkeypatch, folder, CONFIG)
+    with pytest.raises(ValueError, match=r"org/thing.*adapter_model\.bin or adapter_model\.safetensors is present"):
+        load_peft_weights("org/thing", device="cpu")
+    Hub(monkeypatch, folder, CONFIG, error=LocalEntryNotFoundError("no connection"))
+    with pytest.raises(LocalEntryNotFoundError, match="no connection"):
+        load_peft_weights("org/thing", device="cpu")
+
+
+def test_uploads_with_tags_and_to_a_branch(monkeypatch, tmp_path):
+    calls = []
+
+    class Api:
+        def __init__(self, token):
+            calls.append(("token", token))
+
+        def create_repo(self, repo, **options):
+            return SimpleNamespace(repo_id="me/" + repo)
+
+        def create_branch(self, repo, **options):
+            calls.append(("branch", repo, options["branch"]))
+
+        def upload_folder(self, *, folder_path, revision, commit_message, **options):
+            calls.append(("upload", sorted(os.listdir(folder_path)), revision, commit_message))
+            card = Path(folder_path, "README.md")
+            calls.append(ModelCard.load(card).data.tags if card.is_file() else None)
+            return "address"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["lin0"]))
+    assert model.push_to_hub("x", tags=["b", "a"], revision="new", token="t") == "address"
+    assert calls[:2] == [("token", "t"), ("branch", "me/x", "new")]
+    assert calls[2] == ("upload", ["README.md", CONFIG, WEIGHTS], "new", "Upload adapter")
+    assert calls[3] == ["a", "b", "lora"]
+    calls.clear()
+    LoraConfig().push_to_hub("x", commit_message="mine", revision="refs/pr/1")
+    assert calls == [("token", None), ("upload", [CONFIG], "refs/pr/1", "mine"), None]
+
+
+def test_a_lookup_that_fails_says_so(monkeypatch):
+    def file_exists(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.file_exists", file_exists)
+    with pytest.warns(UserWarning, match="no route - silently ignoring the lookup for the file a in org/thing"):
+        assert check_file_exists_on_hf_hub("org/thing", "a") is None

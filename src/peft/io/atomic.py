@@ -47,7 +47,7 @@ def replaced(path: str | os.PathLike) -> Iterator[Path]:
     without error.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = target.with_name(f".{target.name}.{_writer()}.tmp")
     try:
         yield temporary
         sync(temporary)
@@ -67,6 +67,10 @@ def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
+def _writer() -> str:
+    return f"{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+
+
 @contextlib.contextmanager
 def transaction(folder: str | os.PathLike, remove: tuple[str, ...] = ()) -> Iterator[Path]:
     """A hidden folder; the files written there appear in `folder` all together when the block ends without error.
@@ -76,7 +80,7 @@ def transaction(folder: str | os.PathLike, remove: tuple[str, ...] = ()) -> Iter
     folder = Path(folder)
     recover(folder)
     _clean_up(folder)
-    new = folder / f"{_NEW}{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    new = folder / (_NEW + _writer())
     new.mkdir()
     try:
         yield new
@@ -149,23 +153,17 @@ def current(folder: str | os.PathLike, name: str) -> Path:
 
 def _clean_up(folder: Path) -> None:
     """Remove what processes of this machine left behind that no longer exist."""
-    for path in folder.glob(f"{_NEW}{_host()}.*"):
-        pid = path.name.removeprefix(_NEW).split(".")[1]
+    for path in folder.glob(f".*.{_host()}.*"):
+        pid = path.name.partition(f".{_host()}.")[2].partition(".")[0]
         if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".adapter_*.tmp"):
-        parts = path.name.split(".")
-        if parts[-3].isdigit() and not _alive(int(parts[-3])):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
-    if pid == os.getpid():
+    if os.name == "nt":  # cannot be asked there: signal 0 is Ctrl+C
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:  # or one of another user, which must not be sent signals
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from ..core.layer import AdapterLayer
-from ..core.tuner import TunerModel
 from ..core.wrappers import AuxiliaryTrainingWrapper
-from .keys import _join, clean
+from .keys import _join, clean, find_tuner
 
 IncompatibleKeys = namedtuple("IncompatibleKeys", ("missing_keys", "unexpected_keys"))
 
@@ -38,12 +37,11 @@ def _base_modules(module: nn.Module, name: str, path: str) -> Iterator[tuple[str
 
 def _base_of(model: Any) -> nn.Module:
     """The user's model inside a PeftModel or tuner, or the model itself when adapters were injected into it."""
-    if isinstance(model, TunerModel):
-        return model.model
-    inner = model._modules.get("base_model")
-    if inner is None or not hasattr(model, "peft_config"):
-        return model
-    return inner.model if isinstance(inner, TunerModel) else inner
+    model = getattr(model, "_orig_mod", model)
+    tuner = find_tuner(model)
+    if tuner is not None:
+        return tuner.model
+    return model.base_model if "prompt_encoder" in model._modules else model
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ LoRA files too.
 """
 
 import contextlib
-import functools
 import re
 import sys
 from collections import defaultdict
@@ -23,7 +22,7 @@ from ..core.match import ALL_LINEAR
 from ..utils._lazy import lazy_attributes, owners
 from ..utils.peft_types import PeftType
 from .experts import fold_a, fold_b
-from .keys import PEFT_PREFIX, find_tuner, walk
+from .keys import PEFT_PREFIX, adapter_entries, find_tuner, walk
 
 _OPS = owners({"peft.io.conversion_ops": "FlattenDims PeftConcatenate PermuteDims"})
 __getattr__, __dir__ = lazy_attributes(__name__, _OPS)
@@ -41,17 +40,20 @@ def _model_type(model: Any) -> str | None:
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
-@functools.cache
+def _table_of_transformers() -> Any:
+    """transformers' module of conversions; None where it is not in use, or of version 4, which has the old layout."""
+    if "transformers" in sys.modules:
+        with contextlib.suppress(ImportError):
+            from transformers import conversion_mapping
+
+            return conversion_mapping
+    return None
+
+
 def _family(model_type: str) -> str | None:
-    if "transformers" not in sys.modules:
+    if (table := _table_of_transformers()) is None:
         return None
-    try:
-        from transformers import conversion_mapping
-    except ImportError:  # transformers 4 has the old layout
-        return None
-    if model_type == "mixtral":
-        return model_type
-    family = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
+    family = {"mixtral": "mixtral", **getattr(table, "_MODEL_TO_CONVERSION_PATTERN", {})}.get(model_type)
     return family if family in FAMILIES else None
 
 
@@ -211,8 +213,6 @@ def convert_peft_adapter_state_dict_for_transformers(
     model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, torch.Tensor], adapter_name: str = "default"
 ) -> dict[str, torch.Tensor]:
     """Keys and tensors of a LoRA file in the layout of the installed transformers."""
-    from .keys import adapter_entries
-
     if getattr(peft_config, "peft_type", PeftType.LORA) != PeftType.LORA:
         return adapter_state_dict
     valid = {e.file for e in adapter_entries(model, adapter_name, peft_config)}
@@ -249,18 +249,12 @@ def convert_weights(model: nn.Module, state: Mapping[str, torch.Tensor], valid: 
 
 
 def _conversions(model: Any) -> list[Any] | None:
-    if "transformers" not in sys.modules:
+    if (table := _table_of_transformers()) is None:
         return None
     tuner = find_tuner(model)
     base: Any = tuner.model if tuner is not None else model
-    try:
-        from transformers import PreTrainedModel
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:
-        return None
-    if not isinstance(base, PreTrainedModel):
-        return None
-    return get_model_conversion_mapping(base)
+    is_known = isinstance(base, sys.modules["transformers"].PreTrainedModel)
+    return table.get_model_conversion_mapping(base) if is_known else None
 
 
 def _split(conversions: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from ..core.layer import AdapterLayer
-from ..core.match import ALL_LINEAR
 from ..utils.constants import EMBEDDING_LAYER_NAMES
 from ..utils.peft_types import PeftType
 from .base_state import inside
@@ -63,8 +62,6 @@ def _is_targeted(model: nn.Module, config: Any) -> bool:
     """
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str):
-        if targets.lower() == ALL_LINEAR:
-            return False
         pattern = re.compile(targets)
         names = (path for path, _ in walk(model))
         tails = (n for n in names if n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
@@ -94,18 +91,18 @@ def _decide(model: nn.Module, config: Any, targeted: bool) -> bool:
 def _vocab_size(origin: str, revision: str | None) -> int | None:
     """Size of the vocabulary that the base model was published with; None when that cannot be found out."""
     path = Path(origin, "config.json")
-    if not path.is_file():
-        if os.path.isdir(origin):
-            return None
-        try:
+    if os.path.isdir(origin) and not path.is_file():
+        return None
+    try:
+        if not path.is_file():
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(origin, "config.json", revision=revision))
-        except Exception:  # offline, gated, no such repository, not a repository name ...: undeterminable all the same
-            return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if "vocab_size" in values:
-        return values["vocab_size"]
-    from transformers import AutoConfig
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "vocab_size" in values:
+            return values["vocab_size"]
+        from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(path.parent), "vocab_size", None)
+        return getattr(AutoConfig.from_pretrained(path.parent, trust_remote_code=False), "vocab_size", None)
+    except Exception:  # offline, gated, no such repository, code of its own ...: undeterminable all the same
+        return None

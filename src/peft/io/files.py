@@ -7,6 +7,7 @@ import pickle
 import re
 import tempfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ class Tensors(dict[str, torch.Tensor]):
     def __init__(self, tensors: Any = (), metadata: dict[str, str] | None = None, flat: torch.Tensor | None = None):
         super().__init__(tensors)
         self.metadata, self.flat = metadata or {}, flat
+
+    def __reduce__(self):
+        """Pickled as what `torch.load` takes without running code: an ordered dict."""
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 # ---- writing
@@ -162,12 +167,13 @@ def read_adapter(
     path: str | os.PathLike, subfolder: str | None = None, device: str | None = "cpu", **hub: Any
 ) -> tuple[Any, Tensors]:
     """(configuration, tensors) of an adapter in a folder or hub repository, without any model."""
-    hub = _hub_options(hub)
+    hub = hub_options(hub)
     config = PeftConfig.from_pretrained(path, subfolder=subfolder, **hub)
     return config, load_peft_weights(path, device=device, subfolder=subfolder, **hub)
 
 
-def _hub_options(given: dict[str, Any]) -> dict[str, Any]:
+def hub_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of hf_hub_download: without None, and with the present name of the token."""
     hub = {k: v for k, v in given.items() if v is not None}
     if "use_auth_token" in hub:
         hub.setdefault("token", hub.pop("use_auth_token"))
@@ -195,7 +201,7 @@ def load_peft_weights(
 
     `device` None: the accelerator if there is one. `key_mapping`: regex -> replacement, for the keys without prefix.
     """
-    hub = _hub_options(hf_hub_download_kwargs)
+    hub = hub_options(hf_hub_download_kwargs)
     folder = Path(model_id, hub.get("subfolder", ""))
     path = local_weights(folder)
     if path is None and folder.is_dir():
@@ -218,26 +224,21 @@ def load_peft_weights(
 
 
 def _download(model_id: str, hub: dict[str, Any]) -> str:
-    from huggingface_hub import constants, file_exists, hf_hub_download
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    if constants.HF_HUB_OFFLINE or hub.get("local_files_only"):
-        hub = {**hub, "local_files_only": True}
-        try:
-            return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, **hub)
-        except LocalEntryNotFoundError:
-            return hf_hub_download(model_id, WEIGHTS_NAME, **hub)
-    prefix = f"{hub['subfolder']}/" if hub.get("subfolder") else ""
-    asked = {k: hub[k] for k in ("repo_type", "revision", "token") if k in hub}
-    if file_exists(model_id, prefix + SAFETENSORS_WEIGHTS_NAME, **asked):
-        return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, **hub)
     try:
-        return hf_hub_download(model_id, WEIGHTS_NAME, **hub)
-    except EntryNotFoundError as error:
-        raise ValueError(
-            f"Can't find weights for {model_id} in {model_id} or in the Hugging Face Hub. Please check that the file "
-            f"{WEIGHTS_NAME} or {SAFETENSORS_WEIGHTS_NAME} is present at {model_id}."
-        ) from error
+        return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, **hub)
+    except EntryNotFoundError:
+        try:
+            return hf_hub_download(model_id, WEIGHTS_NAME, **hub)
+        except LocalEntryNotFoundError:  # the hub could not be asked
+            raise
+        except EntryNotFoundError as error:
+            raise ValueError(
+                f"Can't find weights for {model_id} in {model_id} or in the Hugging Face Hub. Please check that the "
+                f"file {WEIGHTS_NAME} or {SAFETENSORS_WEIGHTS_NAME} is present at {model_id}."
+            ) from error
 
 
 def map_keys(tensors: Tensors, key_mapping: dict[str, str]) -> Tensors:
@@ -312,6 +313,8 @@ def push_folder(
         if tags:
             _add_tags(Path(folder), tags)
         repo = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo, branch=revision, repo_type=repo_type, exist_ok=True)
         info = api.upload_folder(
             repo_id=repo,
             folder_path=folder,

@@ -15,10 +15,11 @@ from torch import nn
 from ..config import PeftConfig, nearest
 from ..core.layer import AdapterLayer
 from ..core.match import pattern_value
+from ..core.wrappers import AuxiliaryTrainingWrapper
 from ..utils.peft_types import PeftType
 from .files import read_adapter
 from .initial import rank_axis
-from .keys import COMPILE_INFIX, PEFT_PREFIX, Entry, clean, layer_entries, resolve, walk
+from .keys import COMPILE_INFIX, PEFT_PREFIX, Entry, clean, layer_entries, resolve, walk, wrapper_entries
 
 # Options that must agree, since they are part of the computation and not of the weights.
 CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
@@ -107,7 +108,8 @@ def _plan(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], name: str, prefix: str
 ) -> tuple[list[_Swap], dict[str, AdapterLayer]]:
     """What to write where; all errors are raised here."""
-    layers = {p.removeprefix(COMPILE_INFIX): m for p, m in walk(model) if isinstance(m, AdapterLayer) and name in m}
+    modules = [(path.removeprefix(COMPILE_INFIX), module) for path, module in walk(model)]
+    layers = {path: m for path, m in modules if isinstance(m, AdapterLayer) and name in m}
     merged = [p for p, layer in layers.items() if name in layer.merged_adapters or layer.merged]
     if merged:
         raise ValueError(
@@ -116,13 +118,17 @@ def _plan(
         )
     entries = (entry for path, layer in layers.items() for entry in layer_entries(path, layer, name))
     present = {entry.memory.removeprefix(COMPILE_INFIX): entry for entry in entries if prefix in entry.memory}
+    wrappers = ((path, m) for path, m in modules if isinstance(m, AuxiliaryTrainingWrapper))
+    saved = {entry.file: entry for path, m in wrappers for entry in wrapper_entries(path, m, name)}
     given = {clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}
     swaps: list[_Swap] = [(entry, None) for key, entry in present.items() if key not in given]
     unexpected = []
     for key, value in given.items():
         if key in present:
             swaps.append((present[key], value))
-        elif prefix not in key and (held := resolve(model, key)) is not None:  # biases, saved modules
+        elif key in saved:
+            swaps.append((saved[key], value))
+        elif prefix not in key and (held := resolve(model, key)) is not None:  # biases
             swaps.append((Entry(key, key, *held), value))
         else:
             unexpected.append(key)
@@ -177,9 +183,6 @@ def _groups(layer: AdapterLayer) -> int:
 def _grow(old: torch.Tensor, new: torch.Tensor) -> None:
     """A bigger storage behind the same parameter object."""
     value = new.detach().to(old.device, old.dtype).clone()
-    if not isinstance(old, nn.Parameter):
-        old.set_(value)  # type: ignore[call-overload]
-        return
     try:
         torch.utils.swap_tensors(old, nn.Parameter(value, requires_grad=old.requires_grad))
     except RuntimeError:  # something holds a weak reference to the old tensor
@@ -187,8 +190,6 @@ def _grow(old: torch.Tensor, new: torch.Tensor) -> None:
 
 
 def _set_scaling(layer: Any, path: str, name: str, config: Any) -> None:
-    if name not in getattr(layer, "scaling", {}):
-        return
     module = _module_name(path, layer)
     r = pattern_value(config.rank_pattern, module, config.r)
     alpha = pattern_value(config.alpha_pattern, module, config.lora_alpha)
@@ -211,13 +212,10 @@ def _module_name(path: str, layer: Any) -> str:
 
 def _refresh_config(model: Any, name: str, config: Any) -> None:
     """The options that go with the new weights, in the configuration object that the model has."""
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict) or name not in configs:
-        return
-    fresh = copy.copy(configs[name])
-    for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
-        setattr(fresh, field, copy.copy(getattr(config, field)))
-    configs[name] = fresh
+    configs = getattr(model, "peft_config", {})  # a part of a model has none
+    if name in configs:
+        fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+        configs[name] = configs[name].with_values(**{f: copy.copy(getattr(config, f)) for f in fields})
 
 
 # ---- saving
@@ -283,19 +281,19 @@ def prepare_model_for_compiled_hotswap(
             )
         elif check_compiled != "ignore":
             raise ValueError(f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r}.")
-    layers = [m for m in model.modules() if isinstance(m, AdapterLayer) and "lora_A" in m.slots]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer) and "lora_A" in m.slots}
     if not layers:
         raise ValueError(
             "No adapter layers found on the model, call `prepare_model_for_compiled_hotswap` after loading the first "
             "LoRA and before loading the second."
         )
     rank = target_rank or 0
-    padded = [] if target_rank is None else [m for m in layers if m.kind.class_name in ("Linear", "Conv2d")]
-    for layer in padded:
-        _check_rank(layer, rank)
-    for layer in layers:
+    padded = {n: m for n, m in layers.items() if target_rank is not None and m.kind.class_name in ("Linear", "Conv2d")}
+    for path, layer in padded.items():
+        _check_rank(layer, path, rank)
+    for layer in layers.values():
         _tensor_scaling(layer)
-    for layer in padded:
+    for layer in padded.values():
         _pad(layer, rank)
     if config is not None and target_rank is not None:
         for one in config.values() if isinstance(config, dict) else [config]:
@@ -311,17 +309,20 @@ def _tensor_scaling(layer: Any) -> None:
     layer._seen = None
 
 
-def _check_rank(layer: Any, rank: int) -> None:
+def _check_rank(layer: Any, path: str, rank: int) -> None:
     groups = _groups(layer)
     for name, module in layer.lora_A.items():
         own = module.weight.shape[0]
         if own > rank:
             raise ValueError(
                 f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({own}, adapter "
-                f"{name!r})."
+                f"{name!r}, {path!r}). Pass the largest rank of all adapters."
             )
         if rank % groups or own % groups:
-            raise ValueError(f"The ranks {own} and {rank} must be multiples of the layer's {groups} groups.")
+            raise ValueError(
+                f"The ranks must be multiples of the {groups} groups of {path!r}, got {own} (adapter {name!r}) and the "
+                f"target rank {rank}."
+            )
 
 
 @torch.no_grad()

@@ -287,14 +287,10 @@ def adapter_entries(model: nn.Module, name: str, config: Any = None) -> list[Ent
 
 def find_tuner(model: nn.Module) -> TunerModel | None:
     """The tuner around or inside `model` (a PeftModel, a tuner, or what FSDP or torch.compile made of one)."""
-    for _ in range(8):
-        if isinstance(model, TunerModel):
-            return model
-        inner = next((model._modules[n] for n in ("base_model", *_INFIXES) if n in model._modules), None)
-        if inner is None:
-            return None
-        model = inner
-    return None
+    found: nn.Module | None = model
+    while found is not None and not isinstance(found, TunerModel):
+        found = next((found._modules[n] for n in ("base_model", *_INFIXES) if n in found._modules), None)
+    return found
 
 
 def state_keys(model: nn.Module) -> Iterator[str]:

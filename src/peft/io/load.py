@@ -37,20 +37,6 @@ def _method(config: Any) -> Any:
         raise ValueError(f"Unknown PEFT type passed: {config.peft_type}") from error
 
 
-def _peft_model(model: Any) -> Any:
-    """The object that holds prompt encoders, whatever wraps it."""
-    while "prompt_encoder" not in model._modules:
-        inner = (
-            model._modules.get("_orig_mod")
-            or model._modules.get("_fsdp_wrapped_module")
-            or model._modules.get("module")
-        )
-        if inner is None:
-            raise ValueError(f"{type(model).__name__} holds no prompt encoder, pass the PeftModel.")
-        model = inner
-    return model
-
-
 def tuner_of(model: nn.Module, adapter_name: str, hook: str) -> TunerModel | None:
     """The tuner whose `hook` has a say for this adapter; for an injected plain model one is put together around it."""
     cls = method_of(model.peft_config[adapter_name]).tuner  # type: ignore[index]
@@ -206,7 +192,7 @@ def _load_prompt(
     model: Any, config: Any, name: str, state: dict[str, torch.Tensor], ignore: bool, low_cpu: bool, source: str
 ) -> LoadReport:
     """Prompt encoders load their own keys; modules trained in full come with them."""
-    encoder = _peft_model(model).prompt_encoder[name]
+    encoder = model.prompt_encoder[name]
     entries = [e for e in adapter_entries(model, name) if e.role == "wrapper"]
     own = set(encoder.export())
     foreign = {k: v for k, v in state.items() if k not in own}
@@ -216,6 +202,11 @@ def _load_prompt(
         encoder.load({k: v for k, v in state.items() if k in own})
     except KeyError as error:
         raise KeyError(f"{error.args[0]} ({source or 'the given weights'})") from error
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Cannot load the prompt {name!r}{_from(source)}: it was made with another `num_virtual_tokens` or for a "
+            f"base model of another width. {error}"
+        ) from error
     _assign(plan.copies, name, low_cpu)
     plan.report.loaded += sorted(own & set(state))
     return plan.report

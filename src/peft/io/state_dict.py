@@ -21,7 +21,7 @@ from .base_state import get_base_model_state_dict, set_base_model_state_dict
 from .embeddings import embedding_entries
 from .hotswap import trim_padding
 from .keys import COMPILE_INFIX, Entry, adapter_entries, clean
-from .load import LoadReport, _method, _peft_model, _some, load_adapter_state, tuner_of
+from .load import LoadReport, _method, _some, load_adapter_state, tuner_of
 
 __all__ = [
     "LoadReport",
@@ -69,9 +69,9 @@ def _state(
     held: list[torch.Tensor] = [e.tensor for e in entries]
     if method.is_prompt:
         entries = [e for e in entries if e.role == "wrapper"]
-        held += _peft_model(model).prompt_encoder[adapter_name].parameters()
+        held += model.prompt_encoder[adapter_name].parameters()
     with gathered(() if alone else held):
-        state = _peft_model(model).prompt_encoder[adapter_name].export() if method.is_prompt else {}
+        state = model.prompt_encoder[adapter_name].export() if method.is_prompt else {}
         state.update(_pick(entries, state_dict))
         if not (alone or method.is_prompt):
             if config.peft_type == PeftType.LORA:

@@ -50,17 +50,15 @@ def convert_to_lora(
     `rank`: an int, or a float in (0, 1]: per layer the smallest rank that keeps this share of the squared singular
     values. `compile_kwargs`: options for torch.compile of the decomposition.
     """
+    from tqdm import tqdm
+
     _check_rank(rank)
     config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
     layers = _layers(model, adapter_name, config)
     split = decompose if compile_kwargs is None else torch.compile(decompose, **compile_kwargs)
-    if progressbar:
-        from tqdm import tqdm
-
-        layers = tqdm(layers)
     state: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, layer in layers:
+    for name, layer in tqdm(layers, disable=not progressbar):
         B, A = _pair(layer, adapter_name, name, rank, split)
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = A, B
         ranks[name.removeprefix(PEFT_PREFIX)] = A.shape[0]

@@ -57,7 +57,7 @@ def lazy_attributes(
         try:
             value = getattr(_imported(home), owned_name or name)
         except ModuleNotFoundError as error:
-            if error.name is None or not home.startswith(error.name):
+            if not f"{home}.".startswith(f"{error.name}."):
                 raise  # a dependency of the owner is missing: say which one
             raise AttributeError(f"module {module_name!r} has no attribute {name!r}: there is no {home!r}") from error
         setattr(sys.modules[module_name], name, value)

@@ -71,7 +71,7 @@ def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
         return tensor.device, torch_xla._XLAC._xla_get_tensor_id(tensor), tensor.nelement() * tensor.element_size()
     try:
         storage = tensor.untyped_storage()
-    except NotImplementedError:  # a tensor subclass without storage of its own
+    except NotImplementedError:  # sparse tensors have several
         return tensor.device, id(tensor), tensor.nelement() * tensor.element_size()
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
@@ -144,12 +144,8 @@ def create_attention_mask(
             config=base.config,
             past_key_values=past_key_values,
         )
-    try:
-        from transformers.masking_utils import create_masks_for_generate
-    except ImportError as error:
-        found = sys.modules["transformers"].__version__
-        text = f"A static cache needs transformers>=4.53.1 ({found} is installed): pip install 'transformers>=4.53.1'"
-        raise ImportError(text) from error
+    from transformers.masking_utils import create_masks_for_generate
+
     create = getattr(base, "create_masks_for_generate", create_masks_for_generate)
     shape = (batch_size, sequence_length, 0)  # only the sizes, dtype and device of the embeddings are looked at
     arguments = {
