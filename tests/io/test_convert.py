@@ -1,17 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters for experts that were modules once: configurations and weights for stacked parameters."""
 
+import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.io.convert import build_peft_weight_mapping, convert_peft_config_for_transformers
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.io.convert import (
+    build_peft_weight_mapping,
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from peft.io.experts import fold_a, fold_b
 from peft.io.load import load_adapter_state
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
+from peft.io.conversion_ops import PeftConcatenate, PermuteDims  # noqa: E402
 
 E, H, F = 3, 16, 8
 COMMON = {
@@ -224,8 +239,6 @@ def test_incomplete_experts_are_reported():
 
 
 def test_old_file_on_a_plain_model():
-    from peft import inject_adapter_in_model
-
     state = old_file({"w2": (F, H)}, (0, 1), "block_sparse_moe", prefix="")
     model = inject_adapter_in_model(lora(["w2"]), mixtral())
     assert load_adapter_state(model, state).unexpected == []
@@ -277,3 +290,55 @@ def test_transformers_loads_an_old_adapter(targets, tmp_path):
     expected = merged_by_hand(mixtral(), state, 1.5, (0, 1), "block_sparse_moe", ("w1", "w3"), "w2")
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_models_without_stacked_experts_are_left_alone():
+    config = transformers.Qwen3MoeConfig(
+        **COMMON, num_hidden_layers=1, moe_intermediate_size=F, num_experts=E, mlp_only_layers=[0]
+    )
+    targets = lora(["gate_proj"])
+    get_peft_model(transformers.Qwen3MoeForCausalLM(config), targets)
+    assert targets.target_modules == {"gate_proj"} and not targets.target_parameters
+
+
+def test_a_prefixed_old_file_on_a_plain_model():
+    """And the function that transformers calls."""
+    model = inject_adapter_in_model(lora(["w2"]), mixtral())
+    state = old_file({"w2": (F, H)}, (0, 1), "block_sparse_moe")
+    assert load_adapter_state(model, state).unexpected == []
+    config = model.peft_config["default"]
+    plain = {k.removeprefix("base_model.model."): v for k, v in state.items()}
+    new = convert_peft_adapter_state_dict_for_transformers(model, config, plain)
+    held = get_peft_model_state_dict(model)
+    assert new.keys() == held.keys() and all(torch.equal(new[k], v) for k, v in held.items())
+    assert convert_peft_adapter_state_dict_for_transformers(model, IA3Config(), plain) is plain
+
+
+def test_experts_of_several_ranks_are_reported():
+    state = old_file({"w2": (F, H)}, (0, 1), "block_sparse_moe")
+    stem = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w2.lora_{}.weight"
+    state[stem.format("A")], state[stem.format("B")] = torch.zeros(3, F), torch.zeros(H, 3)
+    report = load_adapter_state(get_peft_model(mixtral(), lora(["w2"])), state)
+    assert sorted(report.unexpected) == sorted(k for k in state if ".layers.0." in k)
+
+
+def test_permuting_is_undone():
+    operation, x = PermuteDims((2, 0, 1)), torch.randn(2, 3, 4)
+    for op in (operation, operation.reverse_op):
+        x, before = op.convert({"a": [x]}, ["a"], ["b"])["b"], x
+    assert before.shape == (4, 2, 3) and x.shape == (2, 3, 4)
+    with pytest.raises(NotImplementedError, match="not taken apart"):
+        _ = PeftConcatenate(dim=1).reverse_op
+
+
+def test_a_model_type_counts_once_transformers_is_there(monkeypatch):
+    """Whoever asked before it was imported."""
+    modules = {k: v for k, v in sys.modules.items() if k != "transformers"}
+    with monkeypatch.context() as patched:
+        patched.setattr("peft.io.convert.sys", SimpleNamespace(modules=modules))
+        first = lora(["w1"])
+        convert_peft_config_for_transformers(first, mixtral(), ["something"])
+        assert first.target_modules == {"w1"}
+    second = lora(["w2"])
+    convert_peft_config_for_transformers(second, mixtral(), ["something"])
+    assert second.target_parameters == {"down_proj"}

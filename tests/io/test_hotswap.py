@@ -2,6 +2,7 @@
 """Swapping LoRA weights in place."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_more_modules_than_loaded(tmp_path):
     saved(tmp_path, lora(target_modules=["lin0", "lora_thing"]))
     model = get_peft_model(net(), lora())
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match=r"unexpected keys found: .*lora_thing\.lora_A\.default\.weight"):
+    with pytest.raises(RuntimeError, match=r"unexpected keys found: .*lora_thing\.lora_A\.weight"):
         hotswap_adapter(model, tmp_path, adapter_name="default")
     assert unchanged(model, before)
     assert model.peft_config["default"].target_modules == lora().target_modules
@@ -252,3 +253,62 @@ def test_scalings_prepared_for_swapping_are_changed_in_place():
     ):
         change()
         assert layer.scaling["default"] is scaling and float(scaling) == want
+# ---- what may come along, and what a swap meets
+@pytest.mark.parametrize(
+    "options", [{"bias": "all"}, {"use_dora": True}, {"modules_to_save": ["norm"]}, {"trainable_token_indices": [1, 3]}]
+)
+def test_everything_in_the_file_is_swapped(tmp_path, options):
+    targets = ["lin0", "a"]
+    if "trainable_token_indices" in options:
+        options = {"trainable_token_indices": {"emb": [1, 3]}}
+    expected = saved(tmp_path, lora(target_modules=targets, **options))
+    model = get_peft_model(net(), lora(target_modules=targets, **options)).eval()
+    fill(model, "default")
+    with torch.no_grad():
+        assert not torch.allclose(model(ids()), expected)
+        hotswap_adapter(model, tmp_path, adapter_name="default")
+        torch.testing.assert_close(model(ids()), expected)
+
+
+def test_growing_a_parameter_that_is_referred_to(tmp_path):
+    """torch cannot swap it then; only its data can be exchanged."""
+    expected = saved(tmp_path, lora(r=9, target_modules=["lin0"]))
+    model = get_peft_model(net(), lora(target_modules=["lin0"])).eval()
+    held = model.base_model.model.lin0.lora_A["default"].weight
+    reference = weakref.ref(held)
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    assert model.base_model.model.lin0.lora_A["default"].weight is reference() and held.shape == (9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()), expected)
+
+
+def test_part_of_a_model():
+    model = get_peft_model(net(), lora(target_modules=["a"]))
+    state = {f"a.lora_{x}.default.weight": torch.full((4, 8)[:: 1 if x == "A" else -1], 2.0) for x in "AB"}
+    part = model.base_model.model.block
+    hotswap_adapter_from_state_dict(part, state, "default", lora(lora_alpha=2))
+    layer = part["a"]
+    assert (layer.scaling["default"], layer.lora_B["default"].weight[0, 0].item()) == (0.5, 2.0)
+    assert model.peft_config["default"].lora_alpha == 6
+
+
+def test_prepared_convolution(tmp_path):
+    config = LoraConfig(r=4, target_modules=["conv"])
+    expected = saved(tmp_path / "new", LoraConfig(r=2, target_modules=["conv"]), make=grouped)
+    model = get_peft_model(grouped(), config).eval()
+    for rank, error in (
+        (7, r"multiples of the 2 groups of '.*conv', got 4 \(adapter 'default'\) and the target rank 7"),
+        (2, r"original rank is larger \(4, adapter 'default', '.*conv'\)"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            prepare_model_for_compiled_hotswap(model, target_rank=rank)
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=config)
+    A, B = model.base_model.model.conv.lora_A["default"], model.base_model.model.conv.lora_B["default"]
+    assert (A.out_channels, B.in_channels, A.weight.shape[0], B.weight.shape[1]) == (8, 8, 8, 4)
+    model.save_pretrained(tmp_path / "padded")  # the configuration says 8 now
+    loaded = PeftModel.from_pretrained(grouped(), tmp_path / "padded")
+    assert loaded.base_model.model.conv.lora_A["default"].weight.shape[0] == 8
+    hotswap_adapter(model, tmp_path / "new", adapter_name="default")
+    assert A.weight.shape[0] == 8
+    with torch.no_grad():
+        torch.testing.assert_close(model(image()), expected)

@@ -200,3 +200,15 @@ def test_refusals():
         convert_to_lora(get_peft_model(net(), VeraConfig(r=2, target_modules=["lin0"], bias="vera_only")), 2)
     with pytest.raises(ValueError, match="trains biases \\(lora_bias=True"):
         convert_to_lora(get_peft_model(net(), LoraConfig(r=2, target_modules=["lin0"], lora_bias=True)), 2)
+
+
+def test_trained_tokens_are_refused_and_progress_is_shown(capsys):
+    tokens = get_peft_model(net(), LoraConfig(r=2, target_modules=["lin0"], trainable_token_indices={"emb": [1]}))
+    with pytest.raises(TypeError, match="trained tokens of 'base_model.model.emb' cannot be converted"):
+        convert_to_lora(tokens, 2)
+    model = get_peft_model(net(), LoHaConfig(r=2, target_modules=["lin0"], init_weights=False))
+    shown = []
+    for progressbar in (False, True):
+        convert_to_lora(model, 2, progressbar=progressbar)
+        shown.append(capsys.readouterr().err)
+    assert shown[0] == "" and "1/1" in shown[1]

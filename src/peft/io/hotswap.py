@@ -15,11 +15,11 @@ from torch import nn
 from ..config import PeftConfig, nearest
 from ..core.layer import AdapterLayer
 from ..core.match import pattern_value
-from ..core.wrappers import AuxiliaryTrainingWrapper
 from ..utils.peft_types import PeftType
 from .files import read_adapter
 from .initial import rank_axis
-from .keys import COMPILE_INFIX, PEFT_PREFIX, Entry, clean, layer_entries, resolve, walk, wrapper_entries
+from .keys import COMPILE_INFIX, PEFT_PREFIX, Entry, adapter_entries, clean, walk
+from .load import Places
 
 # Options that must agree, since they are part of the computation and not of the weights.
 CONFIG_KEYS_TO_CHECK = {PeftType.LORA: ["use_rslora", "lora_dropout", "alpha_pattern", "use_dora"]}
@@ -62,8 +62,7 @@ def hotswap_adapter(
             f"{sorted(configs)}.{nearest(adapter_name, configs)}"
         )
     check_hotswap_configs_compatible(configs[adapter_name], config)
-    named = _insert_adapter_name_into_state_dict(state, adapter_name, "lora_")
-    hotswap_adapter_from_state_dict(model, named, adapter_name, config)
+    hotswap_adapter_from_state_dict(model, state, adapter_name, config)
 
 
 def _insert_adapter_name_into_state_dict(
@@ -93,10 +92,11 @@ def hotswap_adapter_from_state_dict(
     config: Any,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """Swap in tensors named as in memory (with the adapter's name). Parameters keep their identity, and their storage
-    if it is big enough.
+    """Swap in tensors named as in memory (with the adapter's name) or as in a file. Parameters keep their identity, and
+    their storage if it is big enough.
     """
-    swaps, layers = _plan(model, state_dict, adapter_name, parameter_prefix)
+    model = getattr(model, "_orig_mod", model)
+    swaps, layers = _plan(model, state_dict, adapter_name, config, parameter_prefix)
     for entry, value in swaps:
         _write(entry, value)
     for path, layer in layers.items():
@@ -105,35 +105,26 @@ def hotswap_adapter_from_state_dict(
 
 
 def _plan(
-    model: nn.Module, state_dict: Mapping[str, torch.Tensor], name: str, prefix: str
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], name: str, config: Any, prefix: str
 ) -> tuple[list[_Swap], dict[str, AdapterLayer]]:
     """What to write where; all errors are raised here."""
-    modules = [(path.removeprefix(COMPILE_INFIX), module) for path, module in walk(model)]
-    layers = {path: m for path, m in modules if isinstance(m, AdapterLayer) and name in m}
+    layers = {path: m for path, m in walk(model) if isinstance(m, AdapterLayer) and name in m}
     merged = [p for p, layer in layers.items() if name in layer.merged_adapters or layer.merged]
     if merged:
         raise ValueError(
             f"Cannot hot-swap adapter {name!r} because it is currently merged into the base weights (of "
             f"{merged[0]!r}). Unmerge it first, by `unmerge_adapter` (diffusers: `unfuse_lora`)."
         )
-    entries = (entry for path, layer in layers.items() for entry in layer_entries(path, layer, name))
-    present = {entry.memory.removeprefix(COMPILE_INFIX): entry for entry in entries if prefix in entry.memory}
-    wrappers = ((path, m) for path, m in modules if isinstance(m, AuxiliaryTrainingWrapper))
-    saved = {entry.file: entry for path, m in wrappers for entry in wrapper_entries(path, m, name)}
+    entries = adapter_entries(model, name, config)
+    places = Places(model, name, entries)
     given = {clean(k).removeprefix(COMPILE_INFIX): v for k, v in state_dict.items()}
-    swaps: list[_Swap] = [(entry, None) for key, entry in present.items() if key not in given]
-    unexpected = []
-    for key, value in given.items():
-        if key in present:
-            swaps.append((present[key], value))
-        elif key in saved:
-            swaps.append((saved[key], value))
-        elif prefix not in key and (held := resolve(model, key)) is not None:  # biases
-            swaps.append((Entry(key, key, *held), value))
-        else:
-            unexpected.append(key)
+    found = {key: places.find(key) for key in given}
+    unexpected = [key for key, entry in found.items() if entry is None]
+    swaps: list[_Swap] = [(entry, given[key]) for key, entry in found.items() if entry is not None]
+    touched = {entry.memory for entry, _ in swaps}
+    swaps += [(e, None) for e in entries if e.role == "slot" and prefix in e.memory and e.memory not in touched]
     if unexpected:
-        hints = "".join(nearest(k, present, prefix=f" Nearest to {k!r}: ").rstrip("?") for k in unexpected[:2])
+        hints = "".join(nearest(k, places.by_file, prefix=f" Nearest to {k!r}: ").rstrip("?") for k in unexpected[:2])
         raise RuntimeError(
             f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected[:10])}"
             f"{' ...' if len(unexpected) > 10 else ''}.{hints} Only modules that the loaded adapter has can be swapped."

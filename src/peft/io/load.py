@@ -216,7 +216,7 @@ def _make_plan(
     model: nn.Module, name: str, config: Any, entries: list[Entry], state: dict[str, torch.Tensor], ignore: bool
 ) -> _Plan:
     """Find the place of each tensor and compare shapes; nothing is changed."""
-    plan, places = _Plan(), _Places(model, name, entries)
+    plan, places = _Plan(), Places(model, name, entries)
     report = plan.report
     for key, value in state.items():
         entry = places.find(key)
@@ -277,7 +277,7 @@ def _raise(model: nn.Module, plan: _Plan, source: str) -> None:
     )
 
 
-class _Places:
+class Places:
     """Where the tensors named in a file live."""
 
     def __init__(self, model: nn.Module, name: str, entries: list[Entry]):
@@ -324,7 +324,7 @@ class _Places:
         return Entry(key, key, held[0], held[1], None, "base")
 
     def _foreign(self, key: str) -> bool:
-        others = set(self.model.peft_config) - {self.name}  # type: ignore[arg-type]
+        others = set(getattr(self.model, "peft_config", ())) - {self.name}
         return any(part in others for part in key.split("."))
 
 
