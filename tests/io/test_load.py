@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading: what fits is loaded, what does not is named and changes nothing."""
 
+import json
 import warnings
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 
 from peft import (
     IA3Config,
+    LNTuningConfig,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -22,6 +25,7 @@ from peft import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.io.embeddings import _vocab_size
 from peft.io.load import _with_nan, load_adapter_state
 from peft.utils.warning import PeftWarning
 
@@ -404,12 +408,13 @@ def test_resized_vocabulary_is_found_out(tmp_path):
 
 
 # ---- the base model
-@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("wrapped", ["model", "plain", "tuner", "compiled"])
 def test_base_model_state_dict(wrapped):
     config = lora(
         target_modules=["lin0", "attn", "conv"], modules_to_save=["norm"], trainable_token_indices={"emb": [1]}
     )
-    model = get_peft_model(net(), config) if wrapped else inject_adapter_in_model(config, net())
+    model = inject_adapter_in_model(config, net()) if wrapped == "plain" else get_peft_model(net(), config)
+    model = {"tuner": lambda m: m.base_model, "compiled": torch.compile}.get(wrapped, lambda m: m)(model)
     original = net().state_dict()
     state = get_base_model_state_dict(model)
     assert list(state) == list(original)
@@ -432,3 +437,113 @@ def test_base_model_state_dict_mismatch():
     assert unchanged(model, before)
     result = set_base_model_state_dict(model, wrong, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (["emb.weight"], ["more"])
+
+
+def test_a_model_with_a_part_called_base_model():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model, self.head = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2)
+
+    keys = list(Net().state_dict())
+    plain = inject_adapter_in_model(LoraConfig(target_modules=["0"]), Net())
+    assert list(get_base_model_state_dict(plain)) == keys
+    assert list(get_base_model_state_dict(get_peft_model(Net(), LoraConfig(target_modules=["0"])))) == keys
+
+
+# ---- odd models and files
+def test_layers_of_a_block_with_two_names_are_stored_once():
+    base = net()
+    base.again = base.block
+    state = get_peft_model_state_dict(get_peft_model(base, lora(target_modules=["a"])))
+    assert set(state) == {P + "block.a.lora_A.weight", P + "block.a.lora_B.weight"}
+
+
+def test_files_that_keep_the_adapter_name_load_under_another(tmp_path):
+    saved = get_peft_model(net(), LNTuningConfig(target_modules=["head"]))
+    fill(saved, "default")
+    saved.save_pretrained(tmp_path)
+    assert P + "head.ln_tuning_layers.default.2.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(net(), tmp_path, adapter_name="other").eval()
+    assert torch.equal(loaded(ids()), saved.eval()(ids()))
+
+
+def test_a_configuration_without_a_method(model):
+    model.peft_config["bare"] = PeftConfig()
+    for call in (get_peft_model_state_dict, lambda m, adapter_name: set_peft_model_state_dict(m, {}, adapter_name)):
+        with pytest.raises(ValueError, match="Unknown PEFT type passed: None"):
+            call(model, adapter_name="bare")
+
+
+def test_shards_that_were_not_gathered(model):
+    model.base_model.model.lin0.lora_A["default"].weight = nn.Parameter(torch.empty(0))
+    with pytest.warns(
+        PeftWarning, match=r"1 LoRA weights have no two-dimensional shape, e.g. '.*lin0\.lora_A\.weight'"
+    ):
+        get_peft_model_state_dict(model)
+
+
+def test_a_file_with_nan_and_an_ambiguous_name(tmp_path):
+    model = get_peft_model(net(), lora())
+    state = state_of(model, float("nan"))
+    del state[P + "lin0.lora_A.weight"]
+    model.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.load_adapter(tmp_path, "lora")
+    texts = [str(w.message) for w in caught]
+    assert any(f"weights in {tmp_path} hold NaN: ['{P}" in text for text in texts)
+    assert any(text.startswith("Adapter name 'lora' should not") and "missing adapter keys" in text for text in texts)
+
+
+def test_failed_load_keeps_the_other_adapter(tmp_path):
+    get_peft_model(net(), lora()).save_pretrained(tmp_path)
+    lora(r=5).save_pretrained(tmp_path)
+    base = inject_adapter_in_model(lora(), net(), adapter_name="first")
+    before = snapshot(base)
+    with pytest.warns(UserWarning, match="Already found"), pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(base, tmp_path, adapter_name="second")
+    assert unchanged(base, before) and list(base.peft_config) == ["first"]
+
+
+@pytest.mark.parametrize("values", [{"model_type": "llama"}, {"model_type": "nobody knows"}, {"auto_map": {}}])
+def test_vocabulary_of_a_configuration_that_does_not_say(values, tmp_path):
+    """The default of its class; undeterminable where there is none."""
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert _vocab_size(str(tmp_path), None) == {"llama": 32000}.get(values.get("model_type"))
+
+
+def test_vocabulary_of_a_model_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"vocab_size": 30}')
+    asked = []
+
+    def download(*args, **kwargs):
+        asked.append((*args, kwargs))
+        if args[0] != "org/thing":
+            raise ValueError("no such repository")
+        return str(tmp_path / "config.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert (_vocab_size("org/thing", "v1"), _vocab_size("org/other", None)) == (30, None)
+    assert asked[0] == ("org/thing", "config.json", {"revision": "v1"})
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: model])
+def test_damaged_prompt_file(tmp_path, wrap):
+    base = llama()
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert list(get_peft_model_state_dict(wrap(model))) == ["prompt_embeddings"]
+    with pytest.raises(RuntimeError, match=r"(?s)prompt 'default': .*another `num_virtual_tokens`.*\[9, 9\].*\[3, 16\]"):
+        set_peft_model_state_dict(wrap(model), {"prompt_embeddings": torch.zeros(9, 9)})
+    set_peft_model_state_dict(wrap(model), {"prompt_embeddings": torch.ones(3, 16)})
+    assert torch.equal(model.get_prompt_embedding_to_save("default"), torch.ones(3, 16))
+    model.save_pretrained(tmp_path)
+    save_file({"prompt_embeddings": torch.zeros(9, 9)}, tmp_path / "adapter_model.safetensors")
+    fresh = llama()
+    with pytest.raises(RuntimeError, match=rf"prompt 'default' in {tmp_path}: "):
+        PeftModel.from_pretrained(fresh, tmp_path)
+    assert all(p.requires_grad for p in fresh.parameters()) and not hasattr(fresh, "peft_config")
+    with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
+        model.load_adapter(tmp_path, "more", is_trainable=True)
+    assert list(model.peft_config) == ["default"]
