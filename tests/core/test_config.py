@@ -1,11 +1,22 @@
 """Configurations as files and as classes: what a file says, what the caller says, and what happens on conflict."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 import peft
-from peft import IA3Config, LoraConfig, PeftConfig, PeftType, PromptTuningConfig, TaskType
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    PromptTuningConfig,
+    TaskType,
+)
+from peft.registry import _records, register_peft_method
 
 
 @pytest.fixture
@@ -130,3 +141,49 @@ def test_names_and_flags():
     assert "runtime_config" not in LoraConfig().to_dict() and LoraConfig(r=3) == LoraConfig(r=3)
     with pytest.raises(TypeError, match="'lora_aplha'. Did you mean 'lora_alpha'"):
         LoraConfig(lora_aplha=3)
+
+
+def test_writing_and_reading_one_by_one(folder, tmp_path):
+    with pytest.warns(UserWarning, match="runtime_config in the configuration file is ignored"):
+        assert not PeftConfig.from_pretrained(folder(runtime_config={"ephemeral_gpu_offload": True})).inference_mode
+    assert PeftConfig._get_peft_type(tmp_path.parent, subfolder=tmp_path.name) == "LORA"
+    with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at"):
+        PeftConfig._get_peft_type(str(tmp_path / "nothing"))
+    with pytest.raises(AssertionError, match="should be a directory, not a file"):
+        LoraConfig().save_pretrained(tmp_path / "adapter_config.json")
+    LoraConfig().save_pretrained(tmp_path, auto_mapping_dict={"base_model_class": "Net"}, other=1)
+    assert LoraConfig.from_pretrained(tmp_path).auto_mapping == {"base_model_class": "Net"}
+
+
+def test_a_regex_with_layers_where_it_was_always_accepted():
+    with pytest.warns(UserWarning, match="`layers_to_transform` cannot be used when .* It has no effect"):
+        assert peft.VeraConfig(target_modules="q", layers_to_transform=[1]).layers_to_transform == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("lora_", ValueError, "without the underscore at the end: 'lora_'"),
+        ("Lora", ValueError, "must be in lower case, got 'Lora'"),
+        ("lorra", ValueError, "Unknown method 'lorra': add it to the PeftType enum first. Did you mean 'LORA'"),
+        ("lora", KeyError, "'lora' is already registered, by LoraModel"),
+    ],
+)
+def test_methods_that_cannot_be_registered(name, error, message):
+    PEFT_TYPE_TO_CONFIG_MAPPING["LORA"]  # noqa: B018  # loads it
+    with pytest.raises(error, match=message):
+        register_peft_method(name=name, config_cls=LoraConfig, model_cls=object)
+
+
+def test_a_method_has_one_prefix(monkeypatch):
+    monkeypatch.delitem(_records, PeftType.LORA)
+    with pytest.raises(ValueError, match="Inconsistent prefixes for 'lora': 'lora_' on LoraModel, 'other_' given"):
+        register_peft_method(name="lora", config_cls=LoraConfig, model_cls=peft.LoraModel, prefix="other_")
+
+
+def test_methods_are_imported_one_by_one():
+    """A file of one method does not load the others; each lives in the module with its name."""
+    code = "import sys; from peft.registry import method, methods; print(method('VERA').config.__name__)"
+    code += "; print('peft.tuners.poly' in sys.modules, len(methods()), [*methods()][0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["VeraConfig", "False", str(len(PeftType)), "PeftType.PROMPT_TUNING"]

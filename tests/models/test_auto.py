@@ -2,6 +2,7 @@
 """AutoPeftModel*: base model and adapter from the folder of the adapter."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from peft import (
 )
 from peft.helpers import check_if_peft_model
 
+from .prompt_models import tokenizer
+
 transformers = pytest.importorskip("transformers")
 IDS = torch.arange(6)[None]
 
@@ -29,6 +32,10 @@ def base_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def base_of(folder):
+    return transformers.LlamaForCausalLM.from_pretrained(folder)
 
 
 def save(base_folder, folder, task):
@@ -104,3 +111,25 @@ def test_classes():
 def test_check_if_peft_model(base_folder, tmp_path):
     save(base_folder, tmp_path, None)
     assert check_if_peft_model(tmp_path) and not check_if_peft_model(base_folder)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_tokenizer_of_a_repository(base_folder, tmp_path, monkeypatch, there):
+    """It is found in a sub-folder, and in the cache when offline."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder)
+    if there:
+        base.resize_token_embeddings(23)
+    tuned = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    snapshot = tmp_path / "models--org--thing" / "snapshots" / "abc"
+    (tmp_path / "models--org--thing" / "refs").mkdir(parents=True)
+    (tmp_path / "models--org--thing" / "refs" / "main").write_text("abc")
+    tuned.save_pretrained(snapshot / "sub", save_embedding_layers=there)
+    if there:
+        made = tokenizer(snapshot)
+        for file in Path(made).iterdir():
+            file.rename(snapshot / "sub" / file.name)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: range(23))
+    found = AutoPeftModelForCausalLM
+    monkeypatch.setattr(found._target_class, "from_pretrained", classmethod(lambda *a, **k: base_of(base_folder)))
+    model = found.from_pretrained("org/thing", subfolder="sub", cache_dir=tmp_path, local_files_only=True)
+    assert model.get_input_embeddings().weight.shape[0] == (23 if there else 20)

@@ -82,6 +82,15 @@ def test_errors_and_warnings():
     assert len(peft.PeftType) >= 45 and peft.PeftType.LORA == "LORA" and str(peft.PeftType.LORA) == "PeftType.LORA"
 
 
+def test_a_missing_dependency_is_named(tmp_path, monkeypatch):
+    """Not the attribute; even where its name starts that of the module."""
+    (tmp_path / "needs_much.py").write_text("import needs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    get, _ = lazy_attributes(__name__, {"thing": "needs_much"})
+    with pytest.raises(ModuleNotFoundError, match="No module named 'needs'"):
+        get("thing")
+
+
 def test_lazy_attributes():
     homes = owners({"math": "sqrt pi", "math:floor": "round_down", "math:nothing": "lost", "no_such_module": ["gone"]})
     get, names = lazy_attributes(__name__, homes)
@@ -165,3 +174,11 @@ def test_dict_of_buffers():
     assert repr(held) == "\n".join(["BufferDict(", *lines, ")"]) and repr(tuners_utils.BufferDict()) == "BufferDict()"
     with pytest.raises(TypeError, match="got int"):
         held.update(3)
+
+
+def test_tables_are_listed():
+    from peft.utils import constants
+
+    names = dir(constants)
+    assert {"WEIGHTS_NAME", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"} <= set(names)
+    assert all(hasattr(constants, name) for name in names)
