@@ -1,6 +1,7 @@
 """Inputs that a prompt makes for the forward of every task, against what they should be computed from."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -10,6 +11,7 @@ from tests.models.prompt_models import IDS, LENGTH, MASK, adapted, base, close, 
 
 import peft
 from peft.core.prompt import prepare_prompt_config
+from peft.prompt_inputs import _accepts
 
 EMBED = ["prompt", "p_tuning", "multitask", "cpt"]
 KV = ["prefix", "cartridge"]
@@ -397,3 +399,64 @@ def test_word_embeddings_are_found_by_the_size_of_the_vocabulary():
 def test_a_prompt_belongs_to_the_whole_batch():
     with pytest.raises(ValueError, match="`adapter_names` is not possible with prompt learning"):
         adapted("llama", "prompt", "CAUSAL_LM")(input_ids=IDS, adapter_names=["default", "default"])
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_heads_of_several_adapters(method):
+    model = adapted("bert_cls", method, "SEQ_CLS")
+    model.add_adapter("two", config(method, "SEQ_CLS", num_virtual_tokens=4))
+    heads = model.base_model.classifier.modules_to_save
+    with torch.no_grad():
+        heads["two"].bias.fill_(100)
+    one = model(input_ids=IDS).logits
+    model.set_adapter("two")
+    assert model(input_ids=IDS).logits.min() > 90
+    assert [heads[name].bias.requires_grad for name in ("default", "two")] == [False, True]
+    model.set_adapter("two", inference_mode=True)
+    assert not heads["two"].bias.requires_grad
+    model.set_adapter("default")
+    model.delete_adapter("two")
+    assert list(heads) == ["default"] and torch.equal(model(input_ids=IDS).logits, one)
+    configs = model.peft_config
+    model.peft_config = {"renamed": configs["default"]}
+    assert list(model.peft_config) == ["renamed"]
+
+
+def test_what_prompts_refuse():
+    model = adapted("llama", "prompt", "CAUSAL_LM")
+    with pytest.raises(TypeError, match="not supported for prompt learning"):
+        model.set_requires_grad("default")
+    for name in ("", "a.b"):
+        with pytest.raises(KeyError, match=f"Adapter name '{name}' can't be empty or contain a dot"):
+            model.add_adapter(name, config("prompt", "CAUSAL_LM"))
+    with pytest.raises(ValueError, match="`adapter_names` is not possible with prompt learning"):
+        model(input_ids=IDS, adapter_names=["default"] * len(IDS))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_steps_without_a_prompt_are_those_of_the_base_model():
+    lora = peft.get_peft_model(base("llama"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    poly = peft.get_peft_model(base("llama"), peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    call = {"attention_mask": MASK, "use_cache": True}
+    want = base("llama").prepare_inputs_for_generation(IDS, **call)
+    want.pop("cache_position", None)
+    for model, more in ((lora, {}), (poly, {"task_ids": torch.tensor([1, 0])})):
+        given = model.prepare_inputs_for_generation(IDS, **call, **more)
+        assert given.keys() == want.keys() | more.keys() and torch.equal(given["attention_mask"], MASK)
+        assert all(given[name] is value for name, value in more.items())
+
+
+def test_parameters_of_any_callable():
+    def forward(x, *, past_key_values=None, **more):
+        more["extra"] = x
+
+    class Callable:
+        __call__ = staticmethod(forward)
+
+    for function in (forward, functools.partial(forward, 1), Callable(), functools.wraps(forward)(lambda *a: a)):
+        assert _accepts(function, "past_key_values") and not _accepts(function, "extra")
+
+
+def test_encoder_outputs_are_not_taken():
+    model = adapted("t5", "prompt", "SEQ_2_SEQ_LM")
+    want = model.generate(input_ids=IDS, max_new_tokens=3)
+    with pytest.warns(UserWarning, match="`encoder_outputs` should not be passed"):
+        assert torch.equal(model.generate(input_ids=IDS, max_new_tokens=3, encoder_outputs=("x",)), want)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """peft.utils.other: names, inputs, preparation for training, FSDP policy."""
 
+import sys
 import warnings
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from peft import LoraConfig, get_peft_model
 from peft.utils import other
 from peft.utils.constants import bloom_model_postprocess_past_key_value, starcoder_model_postprocess_past_key_value
 
@@ -56,6 +59,8 @@ def test_transpose_and_storage_id():
     assert device.type == "cpu" and size == 48
     assert other.id_tensor_storage(x[1:]) == other.id_tensor_storage(x)
     assert other.id_tensor_storage(x.clone()) != other.id_tensor_storage(x)
+    sparse = x.to_sparse()
+    assert other.id_tensor_storage(sparse) == (torch.device("cpu"), id(sparse), 48)
     assert other.id_tensor_storage(x.to("meta")) == (torch.device("meta"), 0, 48)
 
 
@@ -70,8 +75,9 @@ def test_infer_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert other.infer_device() in ("cpu", "xpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert other.infer_device() == "cuda"
+    for owner, device in ((torch.xpu, "xpu"), (torch.backends.mps, "mps"), (torch.cuda, "cuda")):
+        monkeypatch.setattr(owner, "is_available", lambda: True)
+        assert other.infer_device() == device
 
 
 def test_file_lookup_that_cannot_be_answered(monkeypatch):
@@ -110,6 +116,25 @@ def test_attention_mask_is_that_of_generate():
     want[:, :2] = False
     assert torch.equal(full[0, 0], want)
     assert other.create_attention_mask(model, attention_mask=None, **arguments) is None
+
+
+@pytest.mark.parametrize("getter", ["get_max_cache_shape", "get_max_length"])
+def test_attention_mask_of_models_that_make_their_own(getter):
+    """By the names of their time: a function for static caches, other arguments of the present one."""
+    cache = SimpleNamespace(**{getter: lambda: 9})
+    given = {"batch_size": 2, "sequence_length": 5, "position_ids": None, "cache_position": torch.arange(5)}
+    given |= {"model_input": torch.zeros(2, 5), "past_key_values": cache, "attention_mask": None}
+    base = nn.Linear(2, 2)
+    base.config, base.dtype, seen = "config", torch.float16, []
+    base._prepare_4d_causal_attention_mask_with_cache_position = lambda mask, **more: seen.append(more) or "legacy"
+    wrapper = SimpleNamespace(get_base_model=lambda: base)
+    assert other.create_attention_mask(wrapper, **given) == "legacy"
+    assert (seen[0]["target_length"], seen[0]["dtype"], seen[0]["batch_size"]) == (9, torch.float16, 2)
+    del base._prepare_4d_causal_attention_mask_with_cache_position
+    base.create_masks_for_generate = lambda config, input_embeds, attention_mask, cache_position, **more: (
+        input_embeds.shape, input_embeds.dtype, cache_position.tolist()
+    )  # fmt: skip
+    assert other.create_attention_mask(wrapper, **given) == ((2, 5, 0), torch.float16, [0, 1, 2, 3, 4])
 
 
 # ---- old cache layouts
@@ -267,3 +292,36 @@ def test_gptq_helpers_without_the_package():
     assert not other.is_gptqmodel_quant_linear(None) and not other.is_gptqmodel_awq_layer(nn.Linear(2, 2))
     assert other.get_gptqmodel_quant_linear(None) is None
     assert other.get_gptqmodel_quant_linear({"bits": 4}) is None
+
+
+def test_layer_class_of_gptq(monkeypatch):
+    """Only what the installed version asks for is passed; options may stand in a dict or on an object."""
+
+    def hf_select_quant_linear(bits, group_size, device_map, backend):
+        return bits, group_size, device_map, backend
+
+    for name in ("gptqmodel", "gptqmodel.utils", "gptqmodel.utils.importer"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["gptqmodel.utils.importer"].hf_select_quant_linear = hf_select_quant_linear
+    monkeypatch.setattr("peft.import_utils.is_gptqmodel_available", lambda: True)
+    assert other.get_gptqmodel_quant_linear({"bits": 8}, {"": 0}) == (8, 128, {"": 0}, "auto")
+    assert other.get_gptqmodel_quant_linear(SimpleNamespace(group_size=32)) == (4, 32, None, "auto")
+
+
+def test_freezing_one_adapter():
+    model = get_peft_model(nested(), LoraConfig(target_modules=["0.0"]))
+    model.add_adapter("default_2", LoraConfig(target_modules=["0.0"]))
+    model.requires_grad_(True)
+    other._freeze_adapter(model, "default")
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, _ in model.named_parameters() if ".default." in n} and len(frozen) == 2
+
+
+def test_fsdp_policy_leaves_what_layers_read_in_their_block(monkeypatch):
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    dora = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    for tuned, wrapped in ((model, True), (dora, False)):
+        policy = other.fsdp_auto_wrap_policy(tuned)
+        layer = tuned.get_base_model().model.layers[0].self_attn.q_proj
+        assert [wraps(policy, m["default"]) for m in (layer.lora_A, layer.lora_B)] == [wrapped] * 2

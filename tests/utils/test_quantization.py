@@ -3,6 +3,7 @@
 
 import json
 import sys
+from importlib import metadata
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -258,6 +259,55 @@ def test_versions_of_packages(monkeypatch):
     monkeypatch.undo()
     for function in names:
         getattr(import_utils, function).cache_clear()
+
+
+def test_packages_and_devices_that_are_missing(monkeypatch):
+    """Each answer is computed anew: nothing is there, then a device package without a device."""
+    there = set()
+    monkeypatch.setattr(import_utils, "_is_there", there.__contains__)
+    names = [n for n in vars(import_utils) if n.startswith("is_") and n.endswith("_available") and "xpu" not in n]
+
+    def fresh(name, *args):
+        for n in (*names, "is_xpu_available"):
+            getattr(import_utils, n).cache_clear()
+        return getattr(import_utils, name)(*args)
+
+    assert not any(fresh(name) for name in names)
+    there.add("torch_xla")
+    xla = ModuleType("torch_xla.core.xla_model")
+    for name in ("torch_xla", "torch_xla.core"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, xla.__name__, xla)
+    sys.modules["torch_xla.core"].xla_model = xla
+
+    def missing(*args, **kwargs):
+        raise RuntimeError("no device")
+
+    for device, want in ((missing, False), (lambda: "xla:0", True)):
+        xla.xla_device = device
+        assert (fresh("is_torch_tpu_available"), fresh("is_torch_tpu_available", False)) == (want, True)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    for zeros, want in ((missing, False), (lambda *args, **kwargs: None, True)):
+        monkeypatch.setattr(torch, "zeros", zeros)
+        assert (fresh("is_xpu_available", True), fresh("is_xpu_available")) == (want, True)
+    monkeypatch.undo()
+    for name in (*names, "is_xpu_available"):
+        getattr(import_utils, name).cache_clear()
+
+
+def test_packages_without_metadata(monkeypatch):
+    def unknown(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(import_utils, "_version", unknown)
+    monkeypatch.setattr(import_utils, "_is_there", lambda name: True)
+    import_utils.require.cache_clear()
+    import_utils.require("This", "transformers")
+    monkeypatch.delitem(vars(import_utils), "is_transformers_ge_v5", raising=False)
+    assert import_utils.is_transformers_ge_v5 is False
+    monkeypatch.undo()
+    import_utils.require.cache_clear()
+    vars(import_utils).pop("is_transformers_ge_v5", None)
 
 
 def test_transformers_flags():

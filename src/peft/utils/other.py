@@ -134,10 +134,11 @@ def create_attention_mask(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     legacy = getattr(base, "_prepare_4d_causal_attention_mask_with_cache_position", None)
     if legacy is not None:
+        longest = getattr(past_key_values, "get_max_cache_shape", None) or past_key_values.get_max_length  # newer name
         return legacy(
             attention_mask,
             sequence_length=sequence_length,
-            target_length=past_key_values.get_max_cache_shape(),
+            target_length=longest(),
             dtype=base.dtype,
             cache_position=cache_position,
             batch_size=batch_size,
