@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.models.prompt_models import IDS, base, close
 
 import peft
-from peft import LoraConfig, PeftModel, XLoraConfig
+from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 
@@ -444,3 +444,9 @@ def test_learns_to_choose_the_expert_by_the_input(tmp_path):
     assert max(alone) < 0.8
     assert accuracy > 0.95, (accuracy, float(loss), alone)
     assert (S.argmax(-1) == (V + 1 - markers)[:, None]).float().mean() > 0.9
+
+
+def test_only_its_own_configuration_is_loaded_beside_it(experts, tmp_path):
+    get_peft_model(net(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="Expected 'XLoraConfig', got 'LoraConfig' instead"):
+        PeftModel.from_pretrained(adapted(experts), tmp_path)

@@ -189,3 +189,20 @@ def test_loading(tmp_path):
 def test_published_mapping():
     assert "LORA" in peft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING and "VERA" not in peft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING
     assert peft.tuners.MixedModel is peft.tuners.mixed.MixedModel
+
+
+def test_generate_counts_and_unload():
+    from tests.models.prompt_models import IDS, base
+
+    targets = {"target_modules": ["q_proj"]}
+    model = get_peft_model(base("llama"), LoraConfig(r=2, init_lora_weights=False, **targets), mixed=True)
+    model.add_adapter("two", HiraConfig(r=2, init_weights=False, **targets))
+    model.set_adapter(["default", "two"])
+    own = sum(p.numel() for n, p in model.named_parameters() if ".default." in n or ".two." in n or n.endswith(".two"))
+    assert model.get_nb_trainable_parameters() == (own, sum(p.numel() for p in model.parameters()))
+    call = {"input_ids": IDS[1:], "max_new_tokens": 4, "do_sample": False}
+    want = model.eval().base_model.model.generate(**call)
+    assert torch.equal(model.generate(**call), want)
+    plain = model.unload()
+    assert type(plain).__name__ == "LlamaForCausalLM" and not any("lora" in n for n, _ in plain.named_modules())
+    assert torch.equal(plain.generate(**call), base("llama").generate(**call))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftMixedModel, PeftModel, VeraConfig, get_peft_model
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
 
@@ -485,6 +485,53 @@ def test_from_pretrained_arguments(tmp_path):
         loaded.load_adapter(tmp_path / "vera", "other")
 
 
+@pytest.mark.parametrize("cls", [PeftModel, PeftMixedModel])
+def test_an_object_that_is_not_made_yet_has_no_attributes(cls):
+    """As while unpickling: looking for the base model must not go round in circles."""
+    with pytest.raises(AttributeError, match="base_model"):
+        cls.__new__(cls).anything  # noqa: B018
+
+
+def test_published_names_of_parts():
+    model = peft_model()
+    hub, other = model._split_kwargs({"token": 1, "use_auth_token": 2, "device_map": 3})
+    assert (hub, other) == ({"token": 1, "use_auth_token": 2}, {"device_map": 3})
+    assert PeftMixedModel._split_kwargs({"revision": 1, "x": 2}) == ({"revision": 1}, {"x": 2})
+    assert model._get_base_model_class() is Net and model._get_peft_specific_model_tags() == ["lora"]
+    model.add_adapter("b", lora())
+    with torch.no_grad(), model._enable_peft_forward_hooks(X, adapter_names=["__base__"] * len(X)) as (args, kwargs):
+        assert torch.equal(model.get_base_model()(*args, **kwargs), Net()(X))
+    assert not torch.equal(model(X), Net()(X))
+
+
+def test_inputs_of_other_checkpointed_models_get_gradients():
+    """Models that do not say whether they recompute activations are taken to do so."""
+
+    class Embedded(Net):
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(5, 8)
+
+        def get_input_embeddings(self):
+            return self.emb
+
+        def forward(self, ids):
+            return super().forward(self.emb(ids))
+
+    base = Embedded()
+    get_peft_model(base, lora())
+    assert not base.emb.weight.requires_grad and base.emb(torch.tensor([1])).requires_grad
+
+
+def test_models_with_empty_places_load(tmp_path):
+    base = Net()
+    base.register_module("optional", None)
+    get_peft_model(base, lora()).save_pretrained(tmp_path)
+    again = Net()
+    again.register_module("optional", None)
+    assert not PeftModel.from_pretrained(again, tmp_path).training
+
+
 def test_adapter_next_to_changed_base_weights_warns(tmp_path):
     model = get_peft_model(Net(), LoraConfig(target_modules=["lin0"], r=2, init_lora_weights="pissa"))
     peft_model().save_pretrained(tmp_path)
@@ -508,6 +555,15 @@ def test_changed_base_weights_saved_as_plain_lora(tmp_path):
         assert torch.allclose(loaded(X), model.eval()(X), atol=1e-5)
         with loaded.disable_adapter():
             assert torch.equal(loaded(X), Net()(X))
+    model.active_peft_config.use_rslora = True
+    with pytest.raises(
+        ValueError, match="when using `rank_pattern` or `alpha_pattern` at the same time as `use_rslora="
+    ):
+        model.save_pretrained(tmp_path / "no", path_initial_model_for_weight_conversion=str(tmp_path / "init"))
+    model = get_peft_model(Net(), LoraConfig(target_modules=["head"], r=2, init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match=r"init lacks '.*head\.lora_A\.weight': it does not belong to this adapter"):
+        model.save_pretrained(tmp_path / "no", path_initial_model_for_weight_conversion=str(tmp_path / "init"))
+    assert not (tmp_path / "no").exists()
 
 
 def test_model_card(tmp_path):

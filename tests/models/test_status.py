@@ -108,3 +108,6 @@ def test_counts_of_packed_parameters():
     model = nn.Module()
     model.weight = Params4bit(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
     assert peft.status.count_parameters(model) == (0, 8)
+    model.shard = nn.Parameter(torch.empty(0))
+    model.shard.ds_numel = 5  # partitioned by ZeRO-3
+    assert peft.status.count_parameters(model) == (5, 13)

@@ -2,6 +2,7 @@
 """peft.utils.integrations: device maps, meta initialisation, dequantisation by class name."""
 
 import sys
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -124,6 +125,12 @@ def test_dequantisation(fake_bnb):
 def test_other_weights():
     plain = SimpleNamespace(weight=torch.ones(2))
     assert integrations.dequantize_module_weight(plain) is plain.weight
+    torchao = pytest.importorskip("torchao.quantization")
+    linear, dense = nn.Linear(32, 4), torch.empty(4, 32)
+    dense.copy_(linear.weight.detach())
+    torchao.quantize_(linear, torchao.Int8WeightOnlyConfig())
+    error = (integrations.dequantize_module_weight(linear) - dense).abs().max()
+    assert 0 < error < 0.01
     with pytest.raises(TypeError, match="nn.Parameter"):
         integrations.dequantize_module_weight(SimpleNamespace(weight=3))
     hqq = SimpleNamespace(W_q=1, dequantize=lambda: "floats")
@@ -139,8 +146,38 @@ def test_gather_does_nothing_without_zero3():
     assert integrations.check_deepspeed_zero3_enabled() is False
 
 
+def test_gather_under_zero3(monkeypatch):
+    seen = []
+
+    @contextmanager
+    def gathered(param, **options):
+        seen.append((param, options))
+        yield
+
+    stand_in = ModuleType("deepspeed")
+    stand_in.zero = SimpleNamespace(GatheredParameters=gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", stand_in)
+    monkeypatch.setattr(integrations, "check_deepspeed_zero3_enabled", lambda: True)
+    with integrations.gather_params_ctx("p", modifier_rank=None, fwd_module="m"):
+        assert seen == [("p", {"modifier_rank": None, "fwd_module": "m"})]
+
+
 def test_dtensor_like_a_plain_tensor():
     x = torch.ones(2)
     assert integrations.dtensor_from_local_like(x, torch.zeros(3)) is x
     info = integrations.TpInfo(tp_plan={"a": "colwise"}, device_mesh=None, tp_size=2)
     assert info.tp_size == 2
+
+
+def test_dtensor_like_a_sharded_one():
+    from torch import distributed
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        reference = distribute_tensor(torch.zeros(4, 2), init_device_mesh("cpu", (1,)), [Shard(1)])
+        made = integrations.dtensor_from_local_like(torch.ones(3, 2), reference)
+        assert isinstance(made, DTensor) and made.placements == (Shard(1),)
+        assert torch.equal(made.full_tensor(), torch.ones(3, 2))
+    finally:
+        distributed.destroy_process_group()
