@@ -451,6 +451,22 @@ def test_a_model_with_a_part_called_base_model():
     assert list(get_base_model_state_dict(get_peft_model(Net(), LoraConfig(target_modules=["0"])))) == keys
 
 
+def test_base_weights_that_are_offloaded(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    places = dict.fromkeys(("emb", "attn", "conv", "head"), "cpu") | dict.fromkeys(("lin0", "block", "norm"), "disk")
+    base = accelerate.dispatch_model(net(), places, main_device="cpu", offload_dir=tmp_path)
+    model = get_peft_model(base, lora())
+    original = net().state_dict()
+    assert all(torch.equal(v, original[k]) for k, v in get_base_model_state_dict(model).items())
+    new = {k: v + 1 for k, v in original.items()}
+    set_base_model_state_dict(model, new)
+    want = net()
+    want.load_state_dict(new)
+    assert base.lin0.base_layer.weight.is_meta
+    torch.testing.assert_close(model(ids()), want(ids()))
+    assert all(torch.equal(v, new[k]) for k, v in get_base_model_state_dict(model).items())
+
+
 # ---- odd models and files
 def test_layers_of_a_block_with_two_names_are_stored_once():
     base = net()

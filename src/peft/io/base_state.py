@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..core.layer import AdapterLayer
+from ..core.offload import onload_layer
 from ..core.wrappers import AuxiliaryTrainingWrapper
 from .keys import _join, clean, find_tuner
 
@@ -45,10 +46,13 @@ def _base_of(model: Any) -> nn.Module:
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, torch.Tensor]:
-    """State dict of the base model under its original names; tensors share memory with the model."""
+    """State dict of the base model under its original names; tensors share memory with the model, except those that
+    accelerate keeps elsewhere.
+    """
     state: dict[str, torch.Tensor] = {}
-    for name, _, module in _base_modules(_base_of(model), "", ""):
-        module._save_to_state_dict(state, name + "." if name else "", keep_vars=False)
+    with onload_layer(base := _base_of(model)):
+        for name, _, module in _base_modules(base, "", ""):
+            module._save_to_state_dict(state, name + "." if name else "", keep_vars=False)
     return state
 
 
@@ -81,7 +85,8 @@ def set_base_model_state_dict(
     ]
     if wrong:
         raise RuntimeError(_nothing_loaded(base, "; ".join(wrong) + "."))
-    base.load_state_dict({renamed[k]: v for k, v in given.items() if k in renamed}, strict=False)
+    with onload_layer(base):
+        base.load_state_dict({renamed[k]: v for k, v in given.items() if k in renamed}, strict=False)
     return IncompatibleKeys(missing, unexpected)
 
 
