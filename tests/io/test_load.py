@@ -463,7 +463,7 @@ def test_base_weights_that_are_offloaded(tmp_path):
     want = net()
     want.load_state_dict(new)
     assert base.lin0.base_layer.weight.is_meta
-    torch.testing.assert_close(model(ids()), want(ids()))
+    torch.testing.assert_close(model(ids()), want(ids()), atol=0, rtol=1e-4)
     assert all(torch.equal(v, new[k]) for k, v in get_base_model_state_dict(model).items())
 
 
