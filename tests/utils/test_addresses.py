@@ -159,8 +159,10 @@ def test_adapter_name_goes_into_keys():
     from peft.utils.save_and_load import _insert_adapter_name_into_state_dict as insert
 
     keys = {"a.lora_A.weight": 1, "b.lora_vec": 2, "c.weight": 3, "lora_x.q.lora_B.weight": 4}
+    keys["d.lora_magnitude_vector"] = 5
     assert insert(keys, "ad", "lora_") == {
         "a.lora_A.ad.weight": 1, "b.lora_vec.ad": 2, "c.weight": 3, "lora_x.q.lora_B.ad.weight": 4,
+        "d.lora_magnitude_vector.ad.weight": 5,
     }  # fmt: skip
 
 
