@@ -129,10 +129,6 @@ class BOFTLayer(FixedScale, AdapterLayer):
         rotated = cayley.butterfly(w.flatten(1).to(self.boft_R[name].dtype), self._rotations(name), transpose=True)
         return (rotated * self.boft_s[name].view(-1, 1)).view(w.shape)
 
-    def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        scaled = w.flatten(1).to(self.boft_R[name].dtype) / self.boft_s[name].view(-1, 1)
-        return cayley.butterfly(scaled, self._rotations(name)).view(w.shape)
-
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(R [features, features], s): BOFT multiplies, this is no additive weight."""

@@ -68,12 +68,8 @@ class HRALayer(FixedScale, AdapterLayer):
     def map_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return householder.reflect(x, self.hra_u[name], self.hra_apply_GS[name])
 
-    def map_weight(self, name: str, w: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-        u, orthonormal = self.hra_u[name], self.hra_apply_GS[name]
-        return householder.reflect_weight(w.flatten(1), u, orthonormal, transpose=inverse).view(w.shape)
-
-    def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return self.map_weight(name, w, inverse=True)
+    def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        return householder.reflect_weight(w.flatten(1), self.hra_u[name], self.hra_apply_GS[name]).view(w.shape)
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str, reverse: bool = False) -> torch.Tensor:

@@ -150,13 +150,7 @@ class OFTLayer(FixedScale, AdapterLayer):
         return cayley.rotate(y, self._rotations(name)) if self.kind is kinds.Embedding else y
 
     def map_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return self._rotated(w, self._rotations(name))
-
-    def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        exact = not self._container()[name].use_cayley_neumann
-        return self._rotated(w, cayley.inverse(self._rotations(name), exact=exact))
-
-    def _rotated(self, w: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        R = self._rotations(name)
         if self.kind is kinds.Embedding:
             return cayley.rotate(w.T.to(R.dtype), R).T
         return cayley.rotate_weight(w.flatten(1).to(R.dtype), R).view(w.shape)
@@ -169,8 +163,6 @@ class OFTLayer(FixedScale, AdapterLayer):
 
 def nearest_divisor(n: int, wanted: int) -> int:
     """The divisor of n nearest to `wanted`; the smaller one of two equally near."""
-    if wanted >= n:
-        return n
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
 
 

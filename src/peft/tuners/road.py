@@ -88,19 +88,6 @@ class RoadLayer(AdapterLayer):
     def map_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
         return gain.turn(b, *self._coefficients(name))
 
-    def _inverse(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """By pair: 1 / (c1 c2 + s1 s2) [[c2, s1], [-s2, c1]]."""
-        c, s = self._coefficients(name)
-        c = c.expand_as(s)
-        det = (c[:, :1] * c[:, 1:] - s[:, :1] * s[:, 1:]).expand_as(s)
-        return c.flip(1) / det, -s / det
-
-    def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return gain.turn(w.movedim(0, -1).contiguous(), *self._inverse(name)).movedim(-1, 0)
-
-    def unmap_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
-        return gain.turn(b, *self._inverse(name))
-
 
 @register_method("road", config=RoadConfig, mixed=True)
 class RoadModel(TunerModel):
