@@ -64,9 +64,7 @@ def heads(x: torch.Tensor, attention: Any) -> torch.Tensor:
 
 
 def llama_query(attention: Any, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    positions = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
-    if positions is None:
-        raise RuntimeError("LLaMA-Adapter needs the `position_embeddings` of the attention call.")
+    positions = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
     return llama_apply_rotary_pos_emb(heads(attention.q_proj(hidden), attention), *positions)
 
 
@@ -169,8 +167,6 @@ class AdaptedAttention(nn.Module):
         if self.adaption_prompt is None or not self.switch.at_work:
             return out
         added = self.attend(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], args, kwargs)
-        if not isinstance(out, tuple):
-            return out + added.to(out.dtype)
         return out[0] + added.to(out[0].dtype), *out[1:]
 
     def attend(self, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

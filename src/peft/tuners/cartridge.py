@@ -101,8 +101,6 @@ class CartridgeEncoder(BasePromptEncoder):
 
 
 def _cached_layers(past_key_values: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    if hasattr(past_key_values, "to_legacy_cache"):
-        past_key_values = past_key_values.to_legacy_cache()
     try:
         layers: Any = [tuple(layer)[:2] for layer in past_key_values]
     except TypeError:

@@ -22,11 +22,8 @@ from ..registry import register_method
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> torch.Tensor:
     """A 0/1 mask of the weight's shape with r·(in + out) ones at seeded positions."""
-    kind = kinds.kind_of(base_layer)  # knows the shape of packed weights
-    if kind is not None and kind.is_linear:
-        rows, cols = kind.shape(base_layer)[:: -1 if kind.transposed else 1]
-    else:
-        rows, cols = tuple(base_layer.weight.shape)  # type: ignore[arg-type]
+    kind: Any = kinds.kind_of(base_layer)  # knows the shape of packed weights
+    rows, cols = kind.shape(base_layer)[:: -1 if kind.transposed else 1]
     generator = torch.Generator(device="cpu")
     if random_seed is not None:
         generator.manual_seed(random_seed)
@@ -56,7 +53,7 @@ class ShiraConfig(PeftConfig):
             warnings.warn(
                 f"Argument {self.mask_type=} is not recognized, please supply your own masking function "
                 "by calling `config.mask_fn = my_mask_fn`.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -81,7 +78,10 @@ class ShiraLayer(AdapterLayer):
             kwargs = {"random_seed": cfg.random_seed} if cfg.mask_type == "random" else {}
             indices = self.kind.canonical(cfg.mask_fn(self.get_base_layer(), cfg.r, **kwargs)).nonzero().T
             if indices.shape[1] != n:
-                raise ValueError(f"The mask has {indices.shape[1]} ones, but r={cfg.r} asks for {n} in this layer.")
+                raise ValueError(
+                    f"The mask of mask_type={cfg.mask_type!r} has {indices.shape[1]} ones for a layer of "
+                    f"{self.in_features} -> {self.out_features} features, but r={cfg.r} asks for r·(in + out) = {n}."
+                )
         self.shira_indices[name] = indices.to(torch.int32).contiguous()
         self.shira_weight[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else torch.randn(n))
 

@@ -12,17 +12,10 @@ class ShadowCache(Cache):
     def __init__(self, base: Cache, shadow: Cache):
         self.base, self.shadow = base, shadow  # Cache.__init__ would make layers of its own
 
-    @property
-    def layers(self) -> list:  # type: ignore[override]
-        return self.base.layers
-
     def __getattr__(self, name: str) -> Any:
-        if name in ("base", "shadow"):  # while unpickling
+        if name in ("base", "shadow"):  # while copying or unpickling
             raise AttributeError(name)
         return getattr(self.base, name)
-
-    def __repr__(self) -> str:
-        return f"ShadowCache(base={self.base}, shadow={self.shadow})"
 
     def __len__(self) -> int:
         return len(self.base)
