@@ -86,15 +86,26 @@ def test_a_file_without_a_method(tmp_path):
         ("AdaLoraConfig", {"total_step": 9, "layer_replication": [[0, 1]]}, "does not support `layer_replication`"),
         ("AdaLoraConfig", {"total_step": 9, "deltaT": 0}, "`deltaT` should be a positive"),
         ("AdaLoraConfig", {"total_step": 9, "target_r": -1}, "`target_r` must not be negative, got -1"),
+        ("AdaLoraConfig", {}, "`total_step` is None or not positive"),
+        ("AdaLoraConfig", {"total_step": 9, "tinit": 5, "tfinal": 4}, "tinit=5, tfinal=4, total_step=9"),
+        ("AdaLoraConfig", {"total_step": 9, "beta2": 1.0}, "in (0, 1), got 0.85 and 1.0"),
         ("AdamssConfig", {"num_subspaces": 0}, "`num_subspaces` should be a positive"),
         ("AdamssConfig", {"init_weights": "orthogonel"}, "Did you mean 'orthogonal'"),
+        (
+            "AdamssConfig",
+            {"use_asa": True, "init_warmup": 9, "final_warmup": 9},
+            "`init_warmup` (9) must be smaller than `final_warmup` (9)",
+        ),
         ("BOFTConfig", {"init_weights": None}, "use one of True, False"),
         ("BOFTConfig", {"boft_block_size": -4}, "must be above 0, and not both: got boft_block_size=-4"),
         ("C3AConfig", {"target_modules": "q", "layers_pattern": "h"}, "`layers_pattern` cannot be used when"),
         ("C3AConfig", {"init_weights": "xavier"}, "Did you mean 'xavier_uniform'"),
         ("DeftConfig", {"r": 0}, "`r` should be a positive"),
+        ("FourierFTConfig", {"random_loc_seed": None}, "`random_loc_seed` must be an integer"),
         ("GloraConfig", {"r": -1}, "`r` must not be negative, got -1"),
         ("GraloraConfig", {"hybrid_r": -1}, "`hybrid_r` must not be negative, got -1"),
+        ("GraloraConfig", {"r": 5, "gralora_k": 2}, "got r=5 and gralora_k=2"),
+        ("LilyConfig", {"num_B": 1}, "`num_B` must be at least 2, got 1"),
         ("LoKrConfig", {"init_weights": "licoris"}, "use one of True, False, lycoris, None. Did you mean 'lycoris'"),
         ("MissConfig", {"init_weights": "mimi"}, "use one of True, False, bat, mini. Did you mean 'mini'"),
         ("MissConfig", {"miss_dropout": -0.5}, "`miss_dropout` must be between 0 and 1, got -0.5"),
@@ -106,8 +117,15 @@ def test_a_file_without_a_method(tmp_path):
         ("PolyConfig", {"n_skills": 0}, "`n_skills` should be a positive"),
         ("OFTConfig", {"init_weights": None}, "use one of True, False"),
         ("OFTConfig", {"r": -2, "oft_block_size": 0}, "`r` must not be negative, got -2"),
+        ("OFTConfig", {"r": 4}, "got r=4 and oft_block_size=32. To give r, pass oft_block_size=0 too"),
+        ("OFTConfig", {"oft_block_size": 0}, "got r=0 and oft_block_size=0"),
+        ("PeanutConfig", {"act_fn": "gelu_knew"}, "Did you mean 'gelu_new'"),
         ("OFTConfig", {"num_cayley_neumann_terms": 0}, "`num_cayley_neumann_terms` should be a positive"),
         ("PrefixTuningConfig", {"init_weights": "zeros"}, "use one of zero, None. Did you mean 'zero'"),
+        ("PsoftConfig", {"use_cayley_neumann": True, "cayley_neumann_eps": 1.0}, "must be in (0, 1), got 1.0"),
+        ("RoadConfig", {"group_size": 5}, "must be a positive even number, got 5"),
+        ("SupertuningConfig", {"sparsity": 1.5}, "`sparsity` must be between 0 and 1, got 1.5"),
+        ("SupertuningConfig", {"r": 0}, "`r` should be a positive"),
         ("TinyLoraConfig", {"init_weights": "unif"}, "use one of True, False, uniform. Did you mean 'uniform'"),
         (
             "UniLoraConfig",
@@ -187,3 +205,32 @@ def test_methods_are_imported_one_by_one():
     code += "; print('peft.tuners.poly' in sys.modules, len(methods()), [*methods()][0])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["VeraConfig", "False", str(len(PeftType)), "PeftType.PROMPT_TUNING"]
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        ("AdaLoraConfig", {"total_step": 9, "r": 4}, "`r` is not used in AdaLora .* use `init_r` instead"),
+        ("SupertuningConfig", {"save_precomputed_indices": False}, "positions are recomputed from the base weights"),
+        ("PsoftConfig", {"psoft_svd_lowrank_niter": 3}, "only has an effect with psoft_svd='lowrank'"),
+        ("PsoftConfig", {"cayley_neumann_eps": 0.5}, "only have an effect with use_cayley_neumann=True"),
+        ("ShiraConfig", {"mask_type": "mine"}, "supply your own masking function"),
+        ("TinyLoraConfig", {"save_projection": False}, "drawn again from projection_seed"),
+        ("VeraConfig", {"save_projection": False}, "not save vera_A and vera_B"),
+        ("XLoraConfig", {"enable_softmax_topk": True, "enable_softmax": False}, "one more softmax over all experts"),
+        ("XLoraConfig", {"enable_softmax_topk": True, "top_k_lora": 1}, "goes through two softmaxes"),
+        ("XLoraConfig", {"top_k_lora": 0}, "`top_k_lora` should be at least 1, got 0"),
+    ],
+)
+def test_options_that_go_badly_together(cls, options, message):
+    given = {"hidden_size": 8, "adapters": {"a": "b"}} if cls == "XLoraConfig" else {}
+    with pytest.warns(UserWarning, match=message) as caught:
+        getattr(peft, cls)(**given, **options)
+    assert [w.filename for w in caught] == [__file__]  # the line of the user's call
+
+
+@pytest.mark.parametrize("values", [{"peft_version": "0.17.1"}, {}], ids=["old", "unknown"])
+def test_files_of_old_oft_versions(folder, values):
+    with pytest.raises(ValueError, match="OFT has been updated since PEFT 0.14.0"):
+        PeftConfig.from_pretrained(folder(peft_type="OFT", **values))
+    path = folder(peft_type="OFT", r=0, oft_block_size=4, use_cayley_neumann=True, **values)
+    with pytest.warns(UserWarning, match="trained with PEFT < 0.18.0 may give slightly other outputs"):
+        PeftConfig.from_pretrained(path)

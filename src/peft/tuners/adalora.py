@@ -58,7 +58,7 @@ class AdaLoraConfig(LoraConfig):
             warnings.warn(
                 "Note that `r` is not used in AdaLora and will be ignored. If you intended to set the "
                 "initial rank, use `init_r` instead.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -202,7 +202,7 @@ class AdaLoraModel(TunerModel):
     def rankallocator(self) -> RankAllocator:
         name = self.trainable_adapter_name
         if name is None:
-            raise AttributeError("This model has no trainable AdaLoRA adapter, so there is no rank allocator.")
+            raise AttributeError  # nn.Module goes on to look for the name in the base model: a text would be lost
         made = self.__dict__.get("_allocator")
         if made is None or made.name != name:
             made = self.__dict__["_allocator"] = RankAllocator(self.holders(name), name, self.peft_config[name])
@@ -210,6 +210,11 @@ class AdaLoraModel(TunerModel):
 
     def update_and_allocate(self, global_step: int) -> None:
         """Rank schedule; call it after backward, before the gradients are cleared."""
+        if self.trainable_adapter_name is None:
+            raise AttributeError(
+                f"None of the AdaLoRA adapters {sorted(self.peft_config)} is trainable, so there are no ranks to "
+                "allocate: load with is_trainable=True, or set inference_mode=False."
+            )
         allocator = self.rankallocator
         cfg = allocator.cfg
         last = cfg.total_step - cfg.tfinal

@@ -94,12 +94,6 @@ class IA3Layer(AdapterLayer):
     def map_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
         return b if self.is_feedforward[name] else b * self.ia3_l[name].flatten()
 
-    def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
-        return w / (self.weight_scale(name, w) + 1e-8)
-
-    def unmap_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
-        return b if self.is_feedforward[name] else b / (self.ia3_l[name].flatten() + 1e-8)
-
 
 @register_method("ia3", config=IA3Config, mixed=True)
 class IA3Model(TunerModel):
@@ -135,8 +129,17 @@ class IA3Model(TunerModel):
         """A new, frozen adapter whose vectors are the weighted sum of those of `adapters`."""
         if adapter_name in self.peft_config:
             return
-        self.add(adapter_name, combined_config(self, adapters, weights, ("target_modules", "feedforward_modules")))
+        cfg = combined_config(self, adapters, weights, ("target_modules", "feedforward_modules"))
+        for name in adapters:
+            for key, layer in self.holders(name).items():
+                if layer.is_feedforward[name] != self.layer_config(cfg, key, layer).is_feedforward:
+                    raise ValueError(
+                        f"{key} is among the `feedforward_modules` of some of the adapters {adapters} only: vectors "
+                        "for its input and for its output do not add up."
+                    )
+        self.add(adapter_name, cfg)
         for layer in self.holders(adapter_name).values():
-            parts = [(layer.ia3_l[n], w) for n, w in zip(adapters, weights, strict=True) if n in layer]
-            layer.ia3_l[adapter_name].data = sum(p.data * w for p, w in parts)
+            vector = layer.ia3_l[adapter_name]
+            parts = [layer.ia3_l[n].data * w for n, w in zip(adapters, weights, strict=True) if n in layer]
+            vector.data = sum(parts) if parts else torch.ones_like(vector)  # all of them exclude the module
         self.set_requires_grad(adapter_name, False)

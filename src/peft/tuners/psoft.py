@@ -58,11 +58,11 @@ class PsoftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.psoft_svd == "full" and self.psoft_svd_lowrank_niter != 10:
-            warnings.warn("`psoft_svd_lowrank_niter` only has an effect with psoft_svd='lowrank'.", stacklevel=3)
+            warnings.warn("`psoft_svd_lowrank_niter` only has an effect with psoft_svd='lowrank'.", stacklevel=4)
         if not self.use_cayley_neumann:
             if self.num_cayley_neumann_terms != 5 or self.cayley_neumann_eps is not None:
                 warnings.warn(
-                    "The Cayley-Neumann options only have an effect with use_cayley_neumann=True.", stacklevel=3
+                    "The Cayley-Neumann options only have an effect with use_cayley_neumann=True.", stacklevel=4
                 )
             return
         positive("num_cayley_neumann_terms", self.num_cayley_neumann_terms)

@@ -35,15 +35,11 @@ class SupertuningConfig(PeftConfig):
     save_precomputed_indices: bool = option(
         True, "Store the positions; otherwise they are found again from the base weight."
     )
+    _positive = ("r",)
+    _shares = ("sparsity",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"`sparsity` must be in [0, 1), got {self.sparsity}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
-        if self.r is not None and (not isinstance(self.r, int) or self.r <= 0):
-            raise ValueError(f"`r` must be a positive integer or None, got {self.r!r}.")
         if self.r is None and self.lora_alpha is not None:
             raise ValueError("`lora_alpha` only has an effect with `r`.")
         if self.r is not None and self.lora_alpha is None:
@@ -52,8 +48,13 @@ class SupertuningConfig(PeftConfig):
             warnings.warn(
                 "With save_precomputed_indices=False the positions are recomputed from the base weights "
                 "on loading, which must then be exactly the same.",
-                stacklevel=3,
+                stacklevel=4,
             )
+
+
+def trained(numel: int, cfg: Any) -> int:
+    """How many of the entries of a weight are trained."""
+    return int(numel * (1 - cfg.sparsity))
 
 
 class SupertuningLayer(AdapterLayer):
@@ -72,12 +73,7 @@ class SupertuningLayer(AdapterLayer):
     standalone_delta = False
 
     def create(self, name: str, cfg: Any) -> None:
-        numel = self.in_features * self.out_features
-        n = int(numel * (1 - cfg.sparsity))
-        if n < 1:
-            raise ValueError(
-                f"sparsity={cfg.sparsity} leaves no entry to train in a layer of {numel} weights; lower it."
-            )
+        n = trained(self.in_features * self.out_features, cfg)
         self.supertuning_rank[name], self.supertuning_lora_alpha[name] = cfg.r or 0, cfg.lora_alpha
         self.supertuning_lora_dropout[name] = dropout(cfg.lora_dropout)
         self.supertuning_values[name] = nn.Parameter(torch.zeros(n) if cfg.init_weights else torch.randn(n))
@@ -126,6 +122,13 @@ class SupertuningModel(TunerModel):
     layer_cls = SupertuningLayer
     unsupported_error = TypeError
     example = {"sparsity": 0.9, "r": 2}
+
+    def check_target(self, cfg: Any, key: str, module: nn.Module) -> None:
+        out, n_in = self.target_shape(module)[:2]
+        if trained(out * n_in, cfg) < 1:
+            raise ValueError(
+                f"Target module {key}: sparsity={cfg.sparsity} leaves none of {out * n_in} weights to train; lower it."
+            )
 
     def check_config(self, name: str, cfg: Any) -> None:
         super().check_config(name, cfg)

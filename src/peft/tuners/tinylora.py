@@ -51,7 +51,7 @@ class TinyLoraConfig(PeftConfig):
             warnings.warn(
                 "With save_projection=False the projections are drawn again from projection_seed, which "
                 "needs the same targets in the same order.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -4,7 +4,6 @@
 ΔW = B A, whose sub-vectors are mixtures of the top-k vectors of one trained bank shared by all layers.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +116,7 @@ class VBLoRAModel(TunerModel):
             return state
         out = {}
         for key, value in state.items():
-            if re.search(r"vblora_logits_[AB]$", key):
+            if key.endswith(("vblora_logits_A", "vblora_logits_B")):
                 top, index = value.topk(cfg.topk, dim=-1)
                 out[key + "_topk_indices"] = index.to(_index_dtype(cfg.num_vectors))
                 out[key + "_topk_weights"] = top.softmax(-1)[..., :-1].contiguous()
@@ -135,13 +134,12 @@ class VBLoRAModel(TunerModel):
                 continue
             base = key.removesuffix("_topk_indices")
             weights = state[base + "_topk_weights"]
-            weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
+            last = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)  # rounding may take it below
+            weights = torch.cat([weights, last], dim=-1)
             full = weights.new_full((*weights.shape[:-1], cfg.num_vectors), float("-inf"))
             out[base] = full.scatter(-1, value.long(), weights.log())
-        if len(out) != len(state):
-            for layer in self.layers():
-                if name in layer:
-                    layer.topk_only[name] = True  # type: ignore
+        for layer in self.holders(name).values():
+            layer.topk_only[name] = len(out) != len(state)
         return out
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:

@@ -54,7 +54,7 @@ def warn_if_not_saved(cfg: Any, what: str) -> None:
             f"Specified to not save {what} within the state dictionary, instead they will be restored using the PRNG "
             "key store in `config.projection_prng_key`. Consider setting `config.save_projection` to `True` to "
             "guarantee restoring the checkpoint correctly on all system configurations.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -84,7 +84,7 @@ class XLoraConfig(PeftConfig):
 
     @staticmethod
     def _warn(text: str) -> None:
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)
 
 
 class XLoraClassifier(nn.Module):
