@@ -39,6 +39,8 @@ BOTH = {"target_modules": ["lin0", "lin1"]}
             r"lin0: the block size should be positive and divide the widths \(24, 16\), got 16",
         ),
         ("FourierFT", {"n_frequency": 385}, "lin0: `n_frequency` must be above 0 and at most in · out = 384, got 385"),
+        ("FourierFT", {"n_frequency": 9, "n_frequency_pattern": {"lin1": 0}}, "lin1: `n_frequency` .* got 0"),
+        ("WaveFT", {"n_frequency": 0}, "lin0: `n_frequency` must be above 0 .* got 0"),
         ("Gralora", {"r": 5, "gralora_k": 5}, r"lin0: the widths \(24, 16\) must be divisible by gralora_k=5"),
         ("Hira", {"init_weights": "gausian"}, "init_weights='gausian'; use True, False or 'gaussian'"),
         ("Miss", {"r": 17}, "lin0: `r` should be positive and at most the input width 16, got 17"),
@@ -91,10 +93,10 @@ def test_default_targets_of_unknown_architectures():
     assert set(get_peft_model(base("Linear"), peft.OSFConfig()).base_model.named_layers()) == {"lin0", "lin1"}
 
 
-@pytest.mark.parametrize("method", ["Frod", "Psoft"])
+@pytest.mark.parametrize("method", ["Frod", "Psoft", "Supertuning"])
 def test_models_on_meta_can_be_adapted(method):
     """The plan of a model without memory for it: the right shapes, no values."""
-    options = {"progressbar": False} if method == "Frod" else {"r": 4}
+    options = {"Frod": {"progressbar": False}, "Psoft": {"r": 4}, "Supertuning": {"sparsity": 0.5, "r": 2}}[method]
     config = getattr(peft, f"{method}Config")(**BOTH, **options)
     empty, full = (get_peft_model(base("Linear").to(d), config) for d in ("meta", "cpu"))
     shapes = [{n: p.shape for n, p in m.named_parameters() if p.requires_grad} for m in (empty, full)]
@@ -229,6 +231,19 @@ def test_glora_without_a_bias_and_with_paths_left_out(tmp_path):
         "lin0.glora_E.zeros": (24,),
         "lin1.glora_C.zeros": (24, 1),
     }
+
+
+@pytest.mark.parametrize("form", ["config_A_B", "config_C", "config_D_E"])
+def test_glora_in_half_precision_with_one_path(form):
+    """The adapter is in float32; what the paths left out stand for is, too."""
+    options = dict.fromkeys(("config_A_B", "config_C", "config_D_E"), "none") | {form: "vector"}
+    model, x = base("Linear").bfloat16(), inputs("Linear").bfloat16()
+    plain = model(x)
+    model = adapted(peft.GloraConfig(**BOTH, **options), model)
+    y = model(x)
+    assert y.dtype == torch.bfloat16 and (y - plain).abs().max() > 0.1
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=2e-2, atol=5e-2)
 
 
 def test_hira_delta_is_the_factor():

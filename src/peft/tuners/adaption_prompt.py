@@ -217,6 +217,7 @@ class AdaptionPromptModel(TunerModel):
             if active:
                 module.activate(adapter_name)
         self._note(self.targeted_module_names, [n.key for n in nodes])
+        self.active_adapter = self.active_adapters
 
     def _targets(self, cfg: Any, model: nn.Module) -> list[Node]:
         """The attention modules to adapt; completes the configuration."""

@@ -96,7 +96,8 @@ class FourierFTLayer(AdapterLayer):
 
 def check_count(n: int, key: str, shape: tuple[int, ...]) -> None:
     """ValueError unless 0 < n_frequency <= in · out for the target `key`."""
-    if not 0 < n <= (most := shape[0] * shape[1]):
+    most = shape[0] * shape[1]
+    if not 0 < n <= most:
         raise ValueError(f"Target module {key}: `n_frequency` must be above 0 and at most in · out = {most}, got {n}.")
 
 

@@ -88,15 +88,19 @@ class GloraLayer(AdapterLayer):
     def _value(self, path: nn.ModuleDict, name: str) -> Any:
         return path[name].value()  # type: ignore[operator]
 
+    def _own(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """In the dtype of the adapter, also where no path makes it so."""
+        return tensor.to(self.adapter_dtype(name) or tensor.dtype)
+
     def delta_weight(self, name: str) -> torch.Tensor:
-        W, a, b = self.base_weight(), self._value(self.glora_A, name), self._value(self.glora_B, name)
-        return W * a + b
+        W = self._own(name, self.base_weight())
+        return W * self._value(self.glora_A, name) + self._value(self.glora_B, name)
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
         bias = self.base_bias()
         if bias is None:
             return None
-        c = self._value(self.glora_C, name)
+        c, bias = self._value(self.glora_C, name), self._own(name, bias)
         moved = 0.0 if isinstance(c, float) else (self.base_weight().to(c.dtype) @ c)[:, 0]
         return bias * self._value(self.glora_D, name) + self._value(self.glora_E, name) + moved
 
