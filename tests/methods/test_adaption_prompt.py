@@ -213,3 +213,19 @@ def test_published_addresses():
     ids = torch.tensor([[4, 0, 2]])
     expected = llama_apply_rotary_pos_emb(q, table[0, :, ids[0]], table[0, :, ids[0]])
     assert torch.equal(llama_apply_rotary_pos_emb(q, table, table, ids), expected)
+
+
+def test_switching():
+    model = adapted().base_model
+    assert model.active_adapter == ["default"]  # as with the other methods
+    model.set_requires_grad(["default"], False)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.set_requires_grad("default")
+    assert [n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad] == [
+        "adaption_prompt",
+        "adaption_gate",
+    ]
+    with pytest.raises(ValueError, match=r"'defualt' does not exist; there are \['default'\]. Did you mean 'default'"):
+        model.set_adapter("defualt")
+    model.set_adapter("default")
+    assert model.active_adapter == "default" and model.active_adapters == ["default"]

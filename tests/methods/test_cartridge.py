@@ -135,3 +135,13 @@ def test_composition(safe, tmp_path):
     adapted("llama", "prefix", "CAUSAL_LM").save_pretrained(tmp_path / "prefix")
     with pytest.raises(ValueError, match="not CARTRIDGE"):
         compose_cartridge_adapters([paths[0], tmp_path / "prefix"], output_path=tmp_path / "x")
+
+
+def test_cartridges_of_different_models_are_not_composed(tmp_path):
+    for name, width in (("a", 16), ("b", 32)):
+        options = {"num_virtual_tokens": 3, "num_layers": 2, "token_dim": width, "num_attention_heads": 4}
+        CartridgeConfig(**options).save_pretrained(tmp_path / name)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(ValueError, match=r"b does not fit .*a: token_dim is 32, not 16"):
+        compose_cartridge_adapters(paths, output_path=tmp_path / "c")
+    assert not (tmp_path / "c").exists()

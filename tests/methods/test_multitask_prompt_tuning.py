@@ -77,3 +77,9 @@ def test_decoder_part_of_encoder_decoders():
     close(given.logits, out.logits)
     with pytest.raises(ValueError, match="decoder_input_ids"):
         model(input_ids=IDS, task_ids=tasks)
+
+
+def test_files_of_other_methods_are_named(tmp_path):
+    adapted("llama", "prompt", "CAUSAL_LM").save_pretrained(tmp_path)
+    with pytest.raises(KeyError, match=r"lack \['prefix_task_cols', 'prefix_task_rows'\]: not a file of multitask"):
+        peft.PeftModel.from_pretrained(base("llama"), tmp_path, config=config("multitask", "CAUSAL_LM"))

@@ -132,3 +132,12 @@ def test_base_output_is_not_changed_in_place():
     layer.base_layer.register_forward_hook(lambda m, args, out: kept.append((out, out.clone())))
     made(input_ids=IDS)
     assert torch.equal(*kept[0])
+
+
+def test_generation_of_the_tuner_takes_ids():
+    made = model()
+    options = {"input_ids": IDS.clip(min=3), "max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    want = made.generate(**options, task_ids=[0, 2])
+    assert torch.equal(made.base_model.generate(**options, task_ids=[0, 2]), want)
+    with pytest.raises(ValueError, match="pass `task_ids`"):  # they were for that call
+        made.base_model(input_ids=IDS)

@@ -40,3 +40,11 @@ def test_rows_that_do_not_fit():
         encoder(prefix_projection=True).load_prompt_embeddings(torch.zeros(3, 32))
     with pytest.raises(KeyError, match="prompt_embeddings"):
         encoder().load({"x": torch.zeros(1)})
+
+
+def test_a_stored_prefix_has_no_projection_to_train(tmp_path):
+    model = adapted("llama", "prefix", "CAUSAL_LM", prefix_projection=True)
+    model.save_pretrained(tmp_path)
+    close(peft.PeftModel.from_pretrained(base("llama"), tmp_path)(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    with pytest.raises(ValueError, match="Can't load rows into a prefix with prefix_projection=True"):
+        peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))

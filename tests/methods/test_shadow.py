@@ -120,9 +120,17 @@ def test_sizes_of_the_mirror():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
-def test_generation_with_cache_is_generation_without(options):
-    model, inputs = adapted(), {"input_ids": IDS, "attention_mask": MASK}
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"num_beams": 3}),
+        ("llama", {"cache_implementation": "static"}),
+        ("gemma2", {"cache_implementation": "static"}),  # a mask for each type of layer
+    ],
+)
+def test_generation_with_cache_is_generation_without(name, options):
+    model, inputs = adapted(name), {"input_ids": IDS, "attention_mask": MASK}
     length = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     found = model.generate(**inputs, **length, **options)
     beams = {k: v for k, v in options.items() if k == "num_beams"}
@@ -146,6 +154,11 @@ def test_cache():
     cache.reorder_cache(torch.tensor([2, 0, 1]))
     assert {c.layers[0].keys.shape[0] for c in (cache.base, cache.shadow)} == {3}
     assert not cache.is_compileable
+    copied = copy.deepcopy(cache)
+    cache.crop(-2)
+    assert [c.layers[0].keys.shape[2] for c in (cache, cache.shadow, copied, copied.shadow)] == [3, 3, 5, 5]
+    with pytest.raises(NotImplementedError, match="no form as tuples"):
+        cache.to_legacy_cache()
     with model.disable_adapter():
         filled_alone = model(input_ids=IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="filled without the shadow network"):
@@ -179,6 +192,26 @@ def test_causal_loss():
 
 def test_attribute_exists_before_the_first_forward():
     assert adapted().base_model.last_shadow_loss is None
+
+
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_other_tasks_have_no_loss_of_their_own(task):
+    model = adapted(task_type=task)
+    out = run(model, labels=IDS)
+    close(out.loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
+    assert model.base_model.last_shadow_loss is None
+
+
+def test_regression_on_embeddings():
+    """One label is a number; without ids the last position counts, as in transformers."""
+    net = base("llama_cls")
+    net.score, net.num_labels, net.config.num_labels = torch.nn.Linear(16, 1, bias=False), 1, 1
+    embeds, labels = net.get_input_embeddings()(IDS).detach(), torch.tensor([0.5, -1.0])
+    model = filled(peft.get_peft_model(net, ShadowConfig(task_type="SEQ_CLS", r=3, auxiliary_loss_weight=0.5)).eval())
+    out = model(inputs_embeds=embeds, labels=labels)
+    start = model.base_model.shadow_backbone["default"](inputs_embeds=embeds)[0]
+    aux = model.base_model.shadow_head["default"](start)[:, -1, 0]
+    close(out.loss, F.mse_loss(out.logits[:, 0], labels) + 0.5 * F.mse_loss(aux, labels))
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 2]), torch.rand(2, 3)])
@@ -406,3 +439,92 @@ def test_detached(sizes, tmp_path):
         model.unload_shadow("other")
     classifier = adapted("llama_cls", task_type="SEQ_CLS").unload_shadow()
     assert classifier(input_ids=IDS, attention_mask=MASK).logits.shape == (2, 3)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+
+
+@torch.no_grad()
+def test_embeddings_of_a_detached_network():
+    for net in (base("llama"), gpt2()):
+        model = filled(peft.get_peft_model(net, ShadowConfig(task_type="CAUSAL_LM", r=3)).eval())
+        shared, copied = model.unload_shadow(), model.unload_shadow(copy=True)
+        assert shared.get_input_embeddings() is net.get_input_embeddings()
+        assert shared.get_output_embeddings() is net.get_output_embeddings()
+        own = copied.get_input_embeddings()
+        assert own is copied.backbone.get_input_embeddings() and own is not net.get_input_embeddings()
+        assert torch.equal(own.weight, net.get_input_embeddings().weight)
+        close(copied(input_ids=IDS).logits, shared(input_ids=IDS).logits)
+    alone = adapted(shadow_hidden_size=8).unload_shadow()
+    assert alone.get_input_embeddings() is alone.backbone.embed_tokens
+    assert adapted("llama_cls", task_type="SEQ_CLS").unload_shadow().get_output_embeddings() is None
+    headless = peft.get_peft_model(base("llama").model, ShadowConfig())
+    with pytest.raises(ValueError, match="LlamaModel has no output embeddings"):
+        headless.unload_shadow()
+
+
+@torch.no_grad()
+def test_pretrained_shadow_in_parts(tmp_path):
+    """A checkpoint with a projection, in several files; what it lacks is named."""
+    small = base("llama").model
+    values = {"model_type": "causal_lm_with_hidden_projection", "shadow_model_config": small.config.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    weights = {f"shadow_model.{k}": v.clone() for k, v in small.state_dict().items()}
+    lost, names = "shadow_model.norm.weight", sorted(weights)
+    weights["shadow_hidden_projection.weight"] = torch.eye(16)
+    parts = {"a.safetensors": names[::2], "b.safetensors": [*names[1::2], "shadow_hidden_projection.weight"]}
+    for file, keys in parts.items():
+        save_file({k: weights[k] for k in keys}, tmp_path / file)
+    index = {"weight_map": {k: file for file, keys in parts.items() for k in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = ShadowConfig(task_type="CAUSAL_LM", shadow_model=str(tmp_path))
+    network = peft.get_peft_model(base("llama"), config).base_model.shadow_backbone["default"]
+    assert all(torch.equal(v, small.state_dict()[k]) for k, v in network.state_dict().items())
+    file = next(f for f, keys in parts.items() if lost in keys)
+    save_file({k: weights[k] for k in parts[file] if k != lost}, tmp_path / file)
+    with pytest.raises(ValueError, match=r"lacks the weights \['norm.weight'\]\."):
+        peft.get_peft_model(base("llama"), config)
+
+
+def test_sizes_of_windows_shrink_with_the_mirror():
+    from transformers import Qwen2Config
+
+    from peft.tuners.shadow.backbone import mirror_config
+
+    whole = Qwen2Config(num_hidden_layers=6, max_window_layers=4, use_sliding_window=True)
+    made = mirror_config(ShadowConfig(shadow_num_hidden_layers=3), whole)
+    assert (made.num_hidden_layers, made.max_window_layers, len(made.layer_types)) == (3, 3, 3)
+    assert (whole.num_hidden_layers, whole.max_window_layers, len(whole.layer_types)) == (6, 4, 6)
+
+
+def test_switching_gradients():
+    model = adapted()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.set_requires_grad("default", False)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.set_requires_grad(["default"])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+
+
+def test_states_that_are_gone_or_do_not_fit():
+    model = adapted()
+    model.get_base_model().enable_input_require_grads()
+    layer = model.get_base_model().model.layers[1]
+    plain = layer.forward
+    layer.forward = lambda x, **kwargs: torch.utils.checkpoint.checkpoint(
+        lambda x: plain(x, **kwargs), x, use_reentrant=True
+    )
+    out = run(model, labels=IDS, use_cache=False)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        out.loss.backward()
+    model = adapted()
+    run(model)  # with gradients: the states are kept for backward
+    with pytest.raises(
+        ValueError, match=r"state has shape \(2, 7, 16\), but the block got hidden states of \(2, 5, 16\)"
+    ):
+        model.get_base_model().model.layers[0](torch.zeros(2, 5, 16))

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.models.prompt_models import IDS, base, close
 
 import peft
@@ -292,8 +292,6 @@ def test_incomplete_published_files_load_with_a_warning(experts, tmp_path):
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
     kept = {k: v for k, v in state.items() if ".layers.3." in k}
-    from safetensors.torch import save_file
-
     save_file(kept, tmp_path / "adapter_model.safetensors")
     with pytest.warns(UserWarning, match="2 of the 4 tensors of the X-LoRA classifier"):
         again = PeftModel.from_pretrained(net(), tmp_path)
@@ -450,3 +448,75 @@ def test_only_its_own_configuration_is_loaded_beside_it(experts, tmp_path):
     get_peft_model(net(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="Expected 'XLoraConfig', got 'LoraConfig' instead"):
         PeftModel.from_pretrained(adapted(experts), tmp_path)
+# ---- entrances, places and targets that are less common
+
+
+@torch.no_grad()
+def test_generation_of_the_tuner_leaves_the_cache_alone(experts):
+    model, options = adapted(experts), {"input_ids": IDS.clip(min=3), "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.base_model.generate(**options, use_cache=True), model.generate(**options))
+
+
+@torch.no_grad()
+def test_a_model_without_a_head(tmp_path):
+    """The first pass reads the model itself, past the hooks."""
+    torch.manual_seed(0)
+    options = {"target_modules": ["q_proj"], "r": 2, "init_lora_weights": False}
+    peft.get_peft_model(net().model, LoraConfig(**options)).save_pretrained(tmp_path)
+    experts = {"a": str(tmp_path), "b": str(tmp_path)}
+    config = XLoraConfig(task_type="FEATURE_EXTRACTION", hidden_size=16, adapters=experts)
+    model = peft.get_peft_model(net().model, config).eval()
+    found = model(input_ids=IDS).last_hidden_state
+    S = model.internal_xlora_classifier(net().model(input_ids=IDS).last_hidden_state)
+    close(model.get_latest_scalings(), S)
+    assert (found - net().model(input_ids=IDS).last_hidden_state).abs().max() > 1e-2
+
+
+def test_experts_in_folders_of_a_repository(experts, monkeypatch):
+    asked = []
+
+    def download(repo_id, filename, subfolder=None, **kwargs):
+        asked.append((repo_id, subfolder))
+        return f"{experts['math']}/{filename}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda *args, **kwargs: True)
+    model = adapted({"a": "owner/repo/experts/math"})
+    assert set(asked) == {("owner/repo", "experts/math")}
+    close(logits(model), logits(adapted({"a": experts["math"]})))
+
+
+def test_switching_gradients(experts):
+    model = adapted(experts, use_trainable_adapters=True).base_model
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.set_requires_grad("other", False)  # not its name
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    assert any(".lora_" in n for n in trained) and any("classifier" in n for n in trained)
+    model.set_requires_grad(["default"], False)
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match=r"only the X-LoRA adapter 'default', got \['math'\]"):
+        model.set_adapter("math")
+
+
+def test_experts_that_do_not_fit(experts, tmp_path):
+    model = peft.get_peft_model(net(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="a model without adapters"):
+        peft.get_peft_model(model, XLoraConfig(hidden_size=16, adapters=experts))
+    peft.get_peft_model(net(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=f"must be LoRA adapters, expert 'a' in {tmp_path} is .*IA3"):
+        adapted({"a": str(tmp_path)})
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    lost, module = min(state), "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({k: v for k, v in state.items() if k != lost}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"expert 'a' in {tmp_path} does not fit the model: missing \['{module}.lora_A.a"
+    ):
+        adapted({"a": str(tmp_path)})
+    convolution = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 3), torch.nn.Linear(5, 5))
+    expert = peft.get_peft_model(convolution, LoraConfig(target_modules=["0", "1"], r=2))
+    expert.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="token by token, which a Conv1d layer does not allow: 0"):
+        peft.get_peft_model(expert.unload(), XLoraConfig(hidden_size=5, adapters={"a": str(tmp_path)}))

@@ -110,6 +110,10 @@ def test_in_and_out_features():
     assert sizes(nn.Conv2d(6, 4, 2, groups=2)) == (6, 4)
     assert sizes(nn.Embedding(5, 6)) == (5, 6)
     assert sizes(nn.MultiheadAttention(4, 2)) == (4, 12)
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures"), ("input_size", "output_size")):
+        packed = nn.Module()  # a layer of another library
+        packed.__dict__.update(zip(names, (5, 7), strict=True))
+        assert sizes(packed) == (5, 7)
     with pytest.warns(UserWarning, match="Unsupported layer type"):
         assert sizes(nn.LayerNorm(3)) == (None, None)
 
@@ -184,3 +188,12 @@ def test_tables_are_listed():
     names = dir(constants)
     assert {"WEIGHTS_NAME", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"} <= set(names)
     assert all(hasattr(constants, name) for name in names)
+def test_deleting_the_trained_copies_of_an_adapter():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), LoraConfig(target_modules=["0"], modules_to_save=["1"])
+    )
+    model.add_adapter("other", LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    tuners_utils._delete_auxiliary_adapter(model, "default", ["other"])
+    wrapper = model.base_model.model[1]
+    assert list(wrapper.modules_to_save) == ["other"] and wrapper.active_adapters == ["other"]
+    assert "default" in model.base_model.model[0].lora_A  # layers are not its business
