@@ -125,6 +125,8 @@ def test_a_file_without_a_method(tmp_path):
         ("PsoftConfig", {"use_cayley_neumann": True, "cayley_neumann_eps": 1.0}, "must be in (0, 1), got 1.0"),
         ("RoadConfig", {"group_size": 5}, "must be a positive even number, got 5"),
         ("SupertuningConfig", {"sparsity": 1.5}, "`sparsity` must be between 0 and 1, got 1.5"),
+        ("SupertuningConfig", {"sparsity": 1.0}, "`sparsity` must be below 1"),
+        ("SupertuningConfig", {"r": 2, "lora_dropout": 1.0}, "`lora_dropout` must be below 1"),
         ("SupertuningConfig", {"r": 0}, "`r` should be a positive"),
         ("TinyLoraConfig", {"init_weights": "unif"}, "use one of True, False, uniform. Did you mean 'uniform'"),
         (

@@ -528,3 +528,14 @@ def test_states_that_are_gone_or_do_not_fit():
         ValueError, match=r"state has shape \(2, 7, 16\), but the block got hidden states of \(2, 5, 16\)"
     ):
         model.get_base_model().model.layers[0](torch.zeros(2, 5, 16))
+
+
+@torch.no_grad()
+def test_blocks_called_with_keywords():
+    model = adapted()
+    want = logits(model)
+    for layer in model.base_model.layers():
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: ((), {**kwargs, "hidden_states": args[0]}), with_kwargs=True
+        )
+    assert torch.equal(logits(model), want)

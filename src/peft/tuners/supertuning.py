@@ -40,6 +40,9 @@ class SupertuningConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("sparsity", "lora_dropout"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"`{name}` must be below 1, which leaves nothing to train.")
         if self.r is None and self.lora_alpha is not None:
             raise ValueError("`lora_alpha` only has an effect with `r`.")
         if self.r is not None and self.lora_alpha is None:
