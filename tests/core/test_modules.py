@@ -3,6 +3,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from peft.core import kinds, modules, slots
 from peft.core.layer import AdapterLayer
 from peft.core.modules import awaiting_values, kaiming
 from peft.core.slots import BufferDict
+from peft.core import kinds
+from peft.core.modules import OnMeta, awaiting_values, kaiming
 from peft.utils.integrations import init_empty_weights
 
 
@@ -154,3 +158,38 @@ def test_mixed_batches_need_an_output_that_is_a_tensor():
     model = get_peft_model(base("MultiheadAttention"), LoraConfig(target_modules=["lin0", "lin1"])).eval()
     with torch.no_grad(), pytest.raises(TypeError, match="not possible on MultiheadAttention layers, whose output is"):
         model(inputs("MultiheadAttention"), adapter_names=["default"] * 4)
+FIRST_LOAD = """
+import sys, warnings
+from tests.methods.bases import base, targets
+from tests.methods.test_contract import CASES, make_config
+import peft
+warnings.simplefilter("ignore")
+on_meta = 0
+for name in sorted(n for n, kind in CASES if kind == "Linear"):
+    before = {"torch._dynamo", "sympy"} & set(sys.modules)
+    made = peft.get_peft_model(base("Linear"), make_config(name, "Linear"), low_cpu_mem_usage=True)
+    on_meta += any(p.is_meta for p in made.parameters())
+    found = {"torch._dynamo", "sympy"} & set(sys.modules) - before
+    print(name, *found) if found else None
+assert on_meta > 25, on_meta  # some methods train vectors of the whole model alone
+"""
+
+
+def test_a_first_adapter_on_meta_imports_no_compiler():
+    """torch draws on meta by Python code, which imports its compiler or sympy: up to a second of a process's start."""
+    done = subprocess.run([sys.executable, "-c", FIRST_LOAD], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr[-2000:]
+
+
+def test_what_is_only_shaped_on_meta_has_the_shapes_and_dtypes_of_draws():
+    def shapes():
+        A = torch.randn(2, 3)
+        drawn = [A, torch.randn((4, 1)), torch.randint(0, 9, (5,)), torch.randint(7, (2, 2)), torch.stack([A, A])]
+        like = [torch.zeros_like(A), torch.ones_like(drawn[2]), torch.zeros_like(torch.ones(2, device="cpu"))]
+        return [*drawn, *like, A.normal_(0, 0.1), nn.init.normal_(A, std=0.02), torch.randn(3, device="cpu")]
+
+    with OnMeta():
+        found = shapes()
+    with torch.device("meta"):
+        wanted = shapes()
+    assert [(t.shape, t.dtype, t.device) for t in found] == [(t.shape, t.dtype, t.device) for t in wanted]

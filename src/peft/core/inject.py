@@ -19,6 +19,7 @@ from ..utils.collector import without_collector
 from ..utils.error import NoMatchingPeftModuleError
 from . import kinds, match
 from .layer import AdapterLayer
+from .modules import OnMeta
 from .wrappers import AuxiliaryTrainingWrapper
 
 if TYPE_CHECKING:
@@ -363,7 +364,7 @@ class Injection:
         else:
             self.undo.append(lambda layer=layer: layer.drop(name))
         tuner.link_shared(layer)
-        with _META if self.low_cpu or layer.home() == _META else contextlib.nullcontext():
+        with OnMeta() if self.low_cpu or layer.home() == _META else contextlib.nullcontext():
             layer.make_adapter(name, cfg)
         if layer.settle_adapter(name, cfg):
             self.half.append(layer)
