@@ -10,6 +10,8 @@ from torch import nn
 
 from peft import BdLoraConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig, get_peft_model
 from peft.tuners.lora import Conv2d, Embedding, Linear, LoraLayer, LoraModel, ParamWrapper, init
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Conv2d, Embedding, KasaConfig, Linear, LoraLayer, LoraModel, ParamWrapper, init
 
 
 class Net(nn.Module):
@@ -535,3 +537,16 @@ def test_scheme_table_is_complete():
     for bad in ("pissa_niter_", "pissa_niter_x", "kaiming"):
         with pytest.raises(ValueError, match="Unknown initialization"):
             init.scheme(bad)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"init_lora_weights": "pissa"}, {"kasa_config": KasaConfig()}], ids=["pissa", "kasa"]
+)
+def test_ephemeral_offload_decomposes_on_the_accelerator(monkeypatch, wanted, options):
+    """It is asked for once a layer, and only if the user wants it; `tests/device` looks at a real one."""
+    asked = []
+    monkeypatch.setattr(init, "infer_device", lambda: asked.append(True) or "cpu")
+    config = LoraConfig(r=2, target_modules=["0", "2"], runtime_config={"ephemeral_gpu_offload": wanted}, **options)
+    get_peft_model(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)), config)
+    assert len(asked) == 2 * wanted
