@@ -207,6 +207,8 @@ def test_methods_are_imported_one_by_one():
     code += "; print('peft.tuners.poly' in sys.modules, len(methods()), [*methods()][0])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["VeraConfig", "False", str(len(PeftType)), "PeftType.PROMPT_TUNING"]
+
+
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [

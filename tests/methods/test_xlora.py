@@ -448,6 +448,8 @@ def test_only_its_own_configuration_is_loaded_beside_it(experts, tmp_path):
     get_peft_model(net(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="Expected 'XLoraConfig', got 'LoraConfig' instead"):
         PeftModel.from_pretrained(adapted(experts), tmp_path)
+
+
 # ---- entrances, places and targets that are less common
 
 

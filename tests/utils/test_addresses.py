@@ -188,6 +188,8 @@ def test_tables_are_listed():
     names = dir(constants)
     assert {"WEIGHTS_NAME", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"} <= set(names)
     assert all(hasattr(constants, name) for name in names)
+
+
 def test_deleting_the_trained_copies_of_an_adapter():
     model = get_peft_model(
         nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), LoraConfig(target_modules=["0"], modules_to_save=["1"])
