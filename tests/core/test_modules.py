@@ -14,10 +14,8 @@ from torch import nn
 from peft import LoraConfig, get_peft_model
 from peft.core import kinds, modules, slots
 from peft.core.layer import AdapterLayer
-from peft.core.modules import awaiting_values, kaiming
-from peft.core.slots import BufferDict
-from peft.core import kinds
 from peft.core.modules import OnMeta, awaiting_values, kaiming
+from peft.core.slots import BufferDict
 from peft.utils.integrations import init_empty_weights
 
 
@@ -158,6 +156,8 @@ def test_mixed_batches_need_an_output_that_is_a_tensor():
     model = get_peft_model(base("MultiheadAttention"), LoraConfig(target_modules=["lin0", "lin1"])).eval()
     with torch.no_grad(), pytest.raises(TypeError, match="not possible on MultiheadAttention layers, whose output is"):
         model(inputs("MultiheadAttention"), adapter_names=["default"] * 4)
+
+
 FIRST_LOAD = """
 import sys, warnings
 from tests.methods.bases import base, targets

@@ -253,6 +253,8 @@ def test_scalings_prepared_for_swapping_are_changed_in_place():
     ):
         change()
         assert layer.scaling["default"] is scaling and float(scaling) == want
+
+
 # ---- what may come along, and what a swap meets
 @pytest.mark.parametrize(
     "options", [{"bias": "all"}, {"use_dora": True}, {"modules_to_save": ["norm"]}, {"trainable_token_indices": [1, 3]}]

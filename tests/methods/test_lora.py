@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from peft import BdLoraConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig, get_peft_model
-from peft.tuners.lora import Conv2d, Embedding, Linear, LoraLayer, LoraModel, ParamWrapper, init
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Conv2d, Embedding, KasaConfig, Linear, LoraLayer, LoraModel, ParamWrapper, init
 
 

@@ -399,6 +399,8 @@ def test_word_embeddings_are_found_by_the_size_of_the_vocabulary():
 def test_a_prompt_belongs_to_the_whole_batch():
     with pytest.raises(ValueError, match="`adapter_names` is not possible with prompt learning"):
         adapted("llama", "prompt", "CAUSAL_LM")(input_ids=IDS, adapter_names=["default", "default"])
+
+
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_heads_of_several_adapters(method):
     model = adapted("bert_cls", method, "SEQ_CLS")
