@@ -40,7 +40,6 @@ def test_reflections(orthonormal, r):
         with context:
             torch.testing.assert_close(H.reflect(x, u, orthonormal), x @ want.T)
             torch.testing.assert_close(H.reflect_weight(W, u, orthonormal), W @ want)
-            torch.testing.assert_close(H.reflect_weight(W, u, orthonormal, transpose=True), W @ want.T)
     torch.testing.assert_close(got @ W.T, x @ H.reflect_weight(W, u, orthonormal).T)
     assert torch.autograd.gradcheck(lambda x, u: H.reflect(x, u, orthonormal), (x, u))
     assert torch.autograd.gradgradcheck(lambda x, u: H.reflect(x, u, orthonormal), (x, u))

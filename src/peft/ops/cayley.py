@@ -140,13 +140,6 @@ def block_diagonal(R: Tensor, size: int) -> Tensor:
     return torch.diagonal_scatter(out, R.permute(1, 2, 0), dim1=0, dim2=2).reshape(size, size)
 
 
-def inverse(R: Tensor, exact: bool) -> Tensor:
-    """R⁻¹ by blocks: the transpose of an exact rotation, a batched float32 (at least) inverse otherwise."""
-    if exact:
-        return R.transpose(-2, -1)
-    return torch.linalg.inv(wide(R)).to(R.dtype)
-
-
 def rotate(x: Tensor, R: Tensor) -> Tensor:
     """x [..., k·B], R [k, B, B] or one shared block [1, B, B] -> [..., k·B], each block x_k R_k; in x's dtype.
 

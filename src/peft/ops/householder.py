@@ -89,13 +89,12 @@ def reflect(x: Tensor, u: Tensor, orthonormal: bool = False) -> Tensor:
     return accumulate(x, x, (Factors(U.t(), P, -1.0),))
 
 
-def reflect_weight(W: Tensor, u: Tensor, orthonormal: bool = False, transpose: bool = False) -> Tensor:
-    """W [out, n] -> W H (W Hᵀ if `transpose`) in W's dtype, computed in the factors' one. 2·out·n·r multiplications."""
+def reflect_weight(W: Tensor, u: Tensor, orthonormal: bool = False) -> Tensor:
+    """W [out, n] -> W H in W's dtype, computed in the factors' one. 2·out·n·r multiplications."""
     dtype = torch.promote_types(W.dtype, u.dtype)
     if is_plain():
         H = dense(u, orthonormal)
-        return (W.to(dtype) @ (H.t() if transpose else H).to(dtype)).to(W.dtype)
+        return (W.to(dtype) @ H.to(dtype)).to(W.dtype)
     U, P = wy(u, orthonormal)
     w = W.to(torch.promote_types(dtype, U.dtype))
-    left, right = (U, P) if transpose else (P, U)
-    return torch.addmm(w, w @ left.to(w.dtype), right.t().to(w.dtype), alpha=-1).to(W.dtype)
+    return torch.addmm(w, w @ P.to(w.dtype), U.t().to(w.dtype), alpha=-1).to(W.dtype)
