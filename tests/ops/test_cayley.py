@@ -105,14 +105,6 @@ def test_rotate(share, lead):
     torch.testing.assert_close(x @ dense @ W.T, x @ C.rotate_weight(W, R).T)
 
 
-def test_inverse():
-    R = rotation(3, 4)
-    eye = torch.eye(4, dtype=torch.float64).expand(3, 4, 4)
-    torch.testing.assert_close(R @ C.inverse(R, True), eye)
-    series = C.cayley_series(skew_by_loops(0.1 * torch.randn(3, 6, dtype=torch.float64), 4), 5)
-    torch.testing.assert_close(series @ C.inverse(series, False), eye)
-
-
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_input_keeps_small_rotations(share, dtype):

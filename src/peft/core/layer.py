@@ -33,7 +33,7 @@ from .slots import Slot, read_slots
 
 HOOKS = (
     "factors", "delta", "delta_weight", "delta_bias", "map_input", "map_output", "map_weight", "map_bias",
-    "unmap_weight", "unmap_bias", "replace",
+    "unmap_weight", "replace",
 )  # fmt: skip
 # A layer with one of these can be merged.
 WEIGHT_HOOKS = frozenset({"delta_weight", "factors", "delta_bias", "map_weight", "map_bias", "replace"})
@@ -218,9 +218,6 @@ class AdapterLayer(ForwardPaths, Mergeable, Placement, nn.Module):
 
     def unmap_weight(self, name: str, w: torch.Tensor) -> torch.Tensor:
         return w
-
-    def unmap_bias(self, name: str, b: torch.Tensor) -> torch.Tensor:
-        return b
 
     def replace(self, name: str) -> nn.Module | None:
         """A module called instead of the base layer."""

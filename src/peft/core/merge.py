@@ -214,9 +214,8 @@ class Mergeable:
             delta = self._weight_delta(name)
             weight = weight if delta is None else weight - delta
             self._rebase(self.storage.write(base, self._to_storage(weight), kind.weight_name))
-            if bias is not None and self._merged_bias_changes(name):
-                delta_bias = self.delta_bias(name)
-                put(bias, self.unmap_bias(name, self._current_bias()) - (0 if delta_bias is None else delta_bias))
+            if bias is not None and (delta_bias := self.delta_bias(name)) is not None:
+                put(bias, self._current_bias() - delta_bias)
 
     def base_weight(self: Any) -> torch.Tensor:
         """The pristine canonical base weight, whatever is merged now. [out, in, *kernel]"""
