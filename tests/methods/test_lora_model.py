@@ -472,3 +472,27 @@ def test_adapters_that_train_the_same_module_are_not_combined():
     with pytest.raises(ValueError, match=r"target the same module with modules_to_save: 'lin1'"):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "both")
     assert "both" not in model.peft_config
+
+
+class Float8Linear(nn.Linear):
+    """Stored in float8, widened for each call, as layerwise casting does."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def test_dora_on_float8_weights():
+    stored, wide = Net(Float8Linear(8, 6)), Net(nn.Linear(8, 6))
+    stored.lin0.weight.data = stored.lin0.weight.data.to(torch.float8_e4m3fn)
+    wide.lin0.weight.data, wide.lin0.bias.data = stored.lin0.weight.data.float(), stored.lin0.bias.data.clone()
+    config = LoraConfig(r=2, target_modules=["lin0"], use_dora=True, init_lora_weights=False)
+    first, second = get_peft_model(stored, config), get_peft_model(wide, config)
+    set_peft_model_state_dict(second, get_peft_model_state_dict(first))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(first(x), second(x))
+    found = [
+        torch.autograd.grad(m(x).square().sum(), [p for p in m.parameters() if p.requires_grad])
+        for m in (first, second)
+    ]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)

@@ -31,7 +31,7 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0, w_no
 
     `w_norm_sq` are the squared row norms of W if the caller keeps them (`row_norms_sq`).
     """
-    dtype = torch.promote_types(W.dtype, torch.float32)
+    dtype = _wide_dtype(W)
     A, B = A.to(dtype), B.to(dtype)
     if is_plain():
         return torch.linalg.vector_norm(W.to(dtype) + scale * (B @ A), dim=1)
@@ -46,7 +46,12 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0, w_no
 @torch.no_grad()
 def row_norms_sq(W: Tensor) -> Tensor:
     """‖W_i‖² for W [out, in], accumulated in float32 at least."""
-    return torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(W.dtype, torch.float32)).square_()
+    W = W.float() if W.dtype.itemsize == 1 else W  # float8 has no arithmetic
+    return torch.linalg.vector_norm(W, dim=1, dtype=_wide_dtype(W)).square_()
+
+
+def _wide_dtype(W: Tensor) -> torch.dtype:
+    return torch.float64 if W.dtype == torch.float64 else torch.float32
 
 
 def _rows_times(W: Tensor, M: Tensor) -> Tensor:
