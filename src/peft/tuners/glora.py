@@ -93,16 +93,15 @@ class GloraLayer(AdapterLayer):
         return tensor.to(self.adapter_dtype(name) or tensor.dtype)
 
     def delta_weight(self, name: str) -> torch.Tensor:
-        W = self._own(name, self.base_weight())
-        return W * self._value(self.glora_A, name) + self._value(self.glora_B, name)
+        return self._own(name, self.base_weight() * self._value(self.glora_A, name) + self._value(self.glora_B, name))
 
     def delta_bias(self, name: str) -> torch.Tensor | None:
         bias = self.base_bias()
         if bias is None:
             return None
-        c, bias = self._value(self.glora_C, name), self._own(name, bias)
+        c = self._value(self.glora_C, name)
         moved = 0.0 if isinstance(c, float) else (self.base_weight().to(c.dtype) @ c)[:, 0]
-        return bias * self._value(self.glora_D, name) + self._value(self.glora_E, name) + moved
+        return self._own(name, bias * self._value(self.glora_D, name) + self._value(self.glora_E, name) + moved)
 
 
 @register_method("glora", config=GloraConfig)
